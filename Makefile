@@ -1,0 +1,25 @@
+# Two commands, each of which sets up all it needs: `make reproduce` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: reproduce test figures
+.DEFAULT_GOAL := reproduce
+
+# built anew whenever requirements.txt is newer; an interrupted set-up leaves no stamp and is redone
+.venv/.complete: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python >= 3.10 is needed, this is " + sys.version)'
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+reproduce: .venv/.complete
+	$(BIN)/python scripts/reproduce.py
+
+test: .venv/.complete
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -n 2
+
+# README table and figure, from the logs under results/
+figures: .venv/.complete
+	$(BIN)/python scripts/report.py

@@ -1,0 +1,99 @@
+"""The rule that calls a run collapsed, stated once.
+
+A run has collapsed when one of these holds; the collapse is dated to the first step named:
+
+1. not finite  a loss or a gradient norm is NaN or infinite: that step.
+2. loss rose   the 100-step mean loss is 0.2 nats above its own minimum so far, and stays there for 200
+               steps: the first of them.
+3. stalled     a gradient norm after step 100 exceeds ten times the run's median, and the run's final loss
+               (mean of the last 100 steps) is above that of the attention-off arm, the same model with its
+               attention held at zero: the first such gradient norm. Attention has become worse than none.
+
+Rules 1 and 2 need nothing but the run, so `Watch` applies them while it trains; rule 3 compares two
+finished runs. A run that did not collapse counts as rescued only if its final loss is also clearly, by
+0.1 nats, below the attention-off arm's; otherwise attention was merely made harmless.
+"""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+WINDOW, RISE, STAYS, SPIKE, CLEARLY = 100, 0.2, 200, 10.0, 0.1
+
+
+@dataclass(frozen=True)
+class Collapse:
+    step: int
+    noticed: int
+    why: str
+
+    def __str__(self) -> str:
+        return f"collapsed at step {self.step}: {self.why}"
+
+
+class Watch:
+    """Rules 1 and 2, fed one step at a time.
+
+    `finite`: every value so far was. `suspicious`: the mean loss is up by RISE now (or a value was not
+    finite), so the weights should not be kept as healthy.
+    """
+
+    def __init__(self):
+        self.step = 0
+        self.losses = deque(maxlen=WINDOW)
+        self.lowest = math.inf
+        self.rose_at: int | None = None
+        self.finite = True
+        self.collapse: Collapse | None = None
+
+    @property
+    def suspicious(self) -> bool:
+        return not self.finite or self.rose_at is not None
+
+    def add(self, loss: float | None, grad_norm: float | None) -> Collapse | None:
+        """Take the next step's values (None stands for not finite, as in metrics.jsonl). Returns the collapse so far."""
+        self.step += 1
+        for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+            if value is None or not math.isfinite(value):
+                self.finite = False
+                self.collapse = self.collapse or Collapse(self.step, self.step, f"the {name} is not finite")
+        if not self.finite:
+            return self.collapse
+        self.losses.append(loss)
+        if len(self.losses) == WINDOW:
+            mean = math.fsum(self.losses) / WINDOW
+            self.lowest = min(self.lowest, mean)
+            if mean - self.lowest < RISE:
+                self.rose_at = None
+            elif self.rose_at is None:
+                self.rose_at = self.step
+            elif self.step - self.rose_at >= STAYS and self.collapse is None:
+                why = f"mean loss rose from {self.lowest:.2f} to {mean:.2f} and stayed"
+                self.collapse = Collapse(self.rose_at, self.step, why)
+        return self.collapse
+
+
+def final_loss(losses: Sequence[float | None]) -> float:
+    """Mean of the last 100 training losses; infinity if one of them is not finite."""
+    last = losses[-WINDOW:]
+    return math.inf if any(v is None for v in last) else math.fsum(last) / len(last)
+
+
+def find_collapse(
+    losses: Sequence[float | None], grad_norms: Sequence[float | None], floor: float | None = None
+) -> Collapse | None:
+    """The collapse of a recorded run by all three rules; `floor` is the attention-off arm's final loss."""
+    watch = Watch()
+    for loss, grad_norm in zip(losses, grad_norms, strict=True):
+        watch.add(loss, grad_norm)
+    if watch.collapse or floor is None:
+        return watch.collapse
+    end = final_loss(losses)
+    spikes = np.flatnonzero(np.array(grad_norms[WINDOW:]) > SPIKE * np.median(grad_norms))
+    if end > floor and len(spikes):
+        why = f"{len(spikes)} gradient norms beyond {SPIKE:g}x the median, final loss {end:.2f} above attention-off's {floor:.2f}"
+        return Collapse(int(spikes[0]) + WINDOW + 1, len(losses), why)
+    return None

@@ -1,0 +1,249 @@
+"""The run's configuration: one documented dataclass, read from a config file and the command line.
+
+A config file is Python made of plain assignments to the names below (`lr = 6e-4`); being Python, it
+is executed, so run only files you trust. The command line overrides it: `--max_steps=200`.
+Anything unknown, ill-typed or contradictory is a `UserError`: one line, exit code 2, nothing written.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import sys
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+ROOT = Path(__file__).resolve().parent
+
+
+class UserError(Exception):
+    """Bad input. Its message is one line that names the field, the value and what would be right."""
+
+
+def run_cli(main, prog: str):
+    """Run `main()`, turning a UserError into one line on stderr and exit code 2."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def opt(default, group: str, help: str):
+    return field(default=default, metadata={"group": group, "help": help})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every choice of a run. Defaults are the paper's NanoGPT-5M (Table 4) with plain AdamW."""
+
+    # fmt: off
+    # model
+    n_layer: int = opt(24, "model", "blocks")
+    d_model: int = opt(48, "model", "width of the residual stream")
+    n_head: int = opt(6, "model", "attention heads; must divide d_model")
+    d_ff: int = opt(192, "model", "hidden width of the MLP")
+    vocab_size: int = opt(50304, "model", "rows of the embedding and of the untied head")
+    block_size: int = opt(256, "model", "context length in tokens")
+    # parameterisation
+    init_std: float = opt(0.02, "parameterisation", "initial standard deviation before multipliers")
+    base_width: int = opt(768, "parameterisation", "width at which μP's multipliers are 1; 0 = standard parameterisation")
+    embed_lr_power: float = opt(0.5, "parameterisation", "embedding lr × (base_width/d_model)^this; paper 0.5, practice 0")
+    logit_power: float = opt(0.0, "parameterisation", "logits × (base_width/d_model)^this; paper 0, practice 1")
+    attn_scale_power: float = opt(0.5, "parameterisation", "attention logits ÷ d_head^this; paper 0.5, practice 1")
+    # data
+    dataset: str = opt("openwebtext", "data", "a folder below data/, or a path to a folder of .bin files")
+    fallback: str = opt("", "data", "corpus to use, with a warning, when dataset is not prepared")
+    batch_size: int = opt(480, "data", "sequences a step")
+    micro_batch: int = opt(12, "data", "sequences a forward pass; must divide batch_size")
+    # optimizer
+    lr: float = opt(6e-4, "optimizer", "learning rate of parameters whose multiplier is 1")
+    lr_scale: float = opt(1.0, "optimizer", "peak of the schedule as a multiple of lr")
+    schedule: Literal["linear", "constant", "ramp"] = opt("linear", "optimizer", "after warm-up: linear decay | constant; or ramp = 0 to the peak over max_steps")
+    warmup_steps: int = opt(2000, "optimizer", "linear warm-up (not with ramp)")
+    min_lr_ratio: float = opt(0.1, "optimizer", "end of the linear decay as a share of the peak")
+    max_steps: int = opt(50_000, "optimizer", "steps of the run, and horizon of the schedule")
+    beta1: float = opt(0.9, "optimizer", "AdamW β₁")
+    beta2: float = opt(0.95, "optimizer", "AdamW β₂")
+    eps: float = opt(1e-8, "optimizer", "AdamW ε")
+    weight_decay: float = opt(0.1, "optimizer", "AdamW's λ; with independent decay, the share lost a step at the peak")
+    decay_coupling: Literal["coupled", "independent"] = opt("coupled", "optimizer", "decay a step: coupled lr·λ as in PyTorch | independent λ·lr/peak")
+    grad_clip: float = opt(1.0, "optimizer", "largest global gradient norm; 0 = off")
+    # MSign
+    msign_period: int = opt(0, "MSign", "apply every so many steps; 0 = never (plain AdamW)")
+    msign_targets: str = opt("attention", "MSign", "attention | mlp | blocks | matrix names or patterns, comma-separated (W_V,W_O)")
+    msign_backend: Literal["eigh", "svd"] = opt("eigh", "MSign", "eigh = fp64 Gram matrix | svd = fp32, the paper's letter")
+    msign_map: Literal["sign", "zero"] = opt("sign", "MSign", "replace W by its norm-restored sign | by 0, the attention-off control")
+    # measurements
+    srank_every: int = opt(25, "measurements", "steps between stable ranks; 0 = never")
+    eval_every: int = opt(500, "measurements", "steps between validation losses; 0 = never")
+    eval_batches: int = opt(8, "measurements", "micro-batches of the fixed validation set")
+    # run
+    name: str = opt("", "run", "folder below runs_dir; default: the config file's name")
+    runs_dir: str = opt("runs", "run", "where run folders go")
+    resume: bool = opt(False, "run", "go on from the run's last checkpoint")
+    dry_run: bool = opt(False, "run", "print the plan and stop before the first step")
+    ckpt_every: int = opt(500, "run", "steps between checkpoints; 0 = only at the end")
+    seed: int = opt(0, "run", "of the initial weights and of the batches")
+    device: str = opt("auto", "run", "auto | cpu | cuda | cuda:N | mps")
+    dtype: Literal["float32", "bfloat16"] = opt("float32", "run", "bfloat16 = autocast")
+    attn_kernel: Literal["auto", "math", "flash", "efficient", "cudnn"] = opt("auto", "run", "scaled-dot-product-attention kernel")
+    compile: bool = opt(False, "run", "torch.compile the model")
+    threads: int = opt(0, "run", "CPU threads; 0 = PyTorch's choice")
+    wandb: Literal["auto", "online", "offline", "off"] = opt("auto", "run", "auto = online when logged in, else offline")
+    wandb_project: str = opt("msign", "run", "W&B project")
+    wandb_group: str = opt("", "run", "W&B group; default: the config file's name")
+    # fmt: on
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            check_type(f, getattr(self, f.name))
+        positive = (
+            "n_layer d_model n_head d_ff vocab_size block_size batch_size micro_batch max_steps eval_batches"
+            " lr lr_scale eps init_std"
+        )
+        not_negative = (
+            "base_width warmup_steps weight_decay grad_clip msign_period srank_every eval_every ckpt_every seed"
+            " threads min_lr_ratio"
+        )
+        for name in positive.split():
+            self._require(getattr(self, name) > 0, name, "a number above 0")
+        for name in not_negative.split():
+            self._require(getattr(self, name) >= 0, name, "0 or more")
+        for name in ("beta1", "beta2"):
+            self._require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
+        self._require(self.min_lr_ratio <= 1, "min_lr_ratio", "at most 1")
+        if self.d_model % self.n_head:
+            fits = [h for h in range(1, self.d_model + 1) if self.d_model % h == 0]
+            near = min(fits, key=lambda h: abs(h - self.n_head))
+            self._require(False, "n_head", f"a divisor of d_model={self.d_model}, such as {near}")
+        self._require(
+            self.batch_size % self.micro_batch == 0, "micro_batch", f"a divisor of batch_size={self.batch_size}"
+        )
+        if self.schedule == "linear":
+            self._require(self.warmup_steps < self.max_steps, "warmup_steps", f"fewer than max_steps={self.max_steps}")
+        if self.decay_coupling == "independent":
+            self._require(self.weight_decay < 0.01, "weight_decay", "a share lost per step, such as 1e-4")
+        name_ok = self.name == Path(self.name).name and self.name not in (".", "..")
+        self._require(name_ok, "name", "a single folder name")
+
+    def _require(self, ok: bool, name: str, right: str):
+        if not ok:
+            raise UserError(f"{name} = {getattr(self, name)!r}: must be {right}")
+
+    @property
+    def width_mult(self) -> float:
+        """m = base_width / d_model, the m of every μP rule; 1 under the standard parameterisation."""
+        return self.base_width / self.d_model if self.base_width else 1.0
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.block_size
+
+    @property
+    def peak_lr(self) -> float:
+        return self.lr * self.lr_scale
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a 1-indexed step, before the μP multipliers."""
+        if self.schedule == "ramp":
+            return self.peak_lr * step / self.max_steps
+        if step <= self.warmup_steps:
+            return self.peak_lr * step / self.warmup_steps
+        if self.schedule == "constant":
+            return self.peak_lr
+        done = (step - self.warmup_steps) / (self.max_steps - self.warmup_steps)
+        return self.peak_lr * (1 - (1 - self.min_lr_ratio) * done)
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+
+
+def check_type(f: dataclasses.Field, value):
+    """Raise UserError unless `value` is of the field's declared type (an int may stand for a float)."""
+    if typing.get_origin(f.type) is Literal:
+        choices = typing.get_args(f.type)
+        if value not in choices:
+            raise UserError(f"{f.name} = {value!r}: must be one of {', '.join(choices)}")
+        return
+    wanted = (int, float) if f.type is float else (f.type,)
+    if type(value) not in wanted or (f.type is float and not math.isfinite(value)):
+        kind = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a string"}[f.type]
+        raise UserError(f"{f.name} = {value!r}: must be {kind}")
+
+
+def unknown_key(name: str, where: str) -> UserError:
+    near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0)
+    return UserError(f"{name}: no such field ({where}); nearest is {near[0]}")
+
+
+def parse_value(f: dataclasses.Field, text: str):
+    """The command line's text as the field's type; a text that does not parse is left for check_type."""
+    if f.type is bool:
+        return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
+    if f.type in (int, float):
+        try:
+            return f.type(text)
+        except ValueError:
+            return text
+    return text
+
+
+def read_config_file(path: str | Path) -> dict:
+    """The assignments of a config file as a dict. Raises UserError on anything but known fields."""
+    path = Path(path)
+    if not path.is_file():
+        here = sorted(p.as_posix() for p in (ROOT / "configs").glob("*.py"))
+        near = difflib.get_close_matches(path.stem, [Path(p).stem for p in here], n=1, cutoff=0)
+        hint = f"; nearest is configs/{near[0]}.py" if near else ""
+        raise UserError(f"{path}: no such config file{hint}")
+    values = {}
+    try:
+        exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), values)
+    except Exception as error:
+        raise UserError(f"{path}: {type(error).__name__}: {error}") from error
+    values = {k: v for k, v in values.items() if not k.startswith("_")}
+    for name, value in values.items():
+        if name not in FIELDS:
+            raise unknown_key(name, f"in {path}")
+        check_type(FIELDS[name], value)
+    return values
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def load_config(argv: list[str]) -> Config:
+    """`CONFIG.py [--field=value ...]` as a Config. Raises UserError; `--help` prints and exits 0."""
+    parser = _Parser(
+        prog="train.py", usage="train.py CONFIG.py [--field=value ...]", description="Train a GPT with AdamW or MSign.", allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=120),
+    )  # fmt: skip
+    parser.add_argument("config", help="a file of plain assignments, such as configs/nano_5m_msign.py")
+    groups = {}
+    for f in FIELDS.values():
+        group = f.metadata["group"]
+        groups.setdefault(group, parser.add_argument_group(group) if group not in groups else None)
+        choices = typing.get_args(f.type) if typing.get_origin(f.type) is Literal else ()
+        metavar = "|".join(choices) or f.type.__name__.upper()
+        flag = {"nargs": "?", "const": "true"} if f.type is bool else {}
+        help = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
+        groups[group].add_argument(f"--{f.name}", metavar=metavar, help=help, default=None, **flag)
+    args, rest = parser.parse_known_args(argv)
+    for text in rest:
+        name = text.lstrip("-").split("=")[0].replace("-", "_")
+        raise (
+            unknown_key(name, "on the command line")
+            if text.startswith("-")
+            else UserError(f"{text!r}: unexpected; overrides are written --field=value")
+        )
+    values = read_config_file(args.config)
+    given = {k: v for k, v in vars(args).items() if v is not None and k != "config"}
+    values |= {k: parse_value(FIELDS[k], v) for k, v in given.items()}
+    stem = Path(args.config).stem
+    values = {"name": stem, "wandb_group": stem} | values
+    return Config(**values)

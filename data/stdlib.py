@@ -1,0 +1,59 @@
+"""The embedded corpus: the source of Python's own standard library, tests left out (12 MB; no network).
+
+    python -m data.stdlib            # data/stdlib-bytes and data/stdlib-gpt2
+
+`train.py` prepares it on first use. The text differs a little between Python versions, so meta.json and
+each run record the version and the hash.
+"""
+
+import hashlib
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+
+from config import UserError, run_cli
+from data.reader import is_prepared, write_corpus
+from data.tokenizer import get_tokenizer
+
+CORPORA = {"stdlib-bytes": "bytes", "stdlib-gpt2": "gpt2"}
+LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+def source_files(root: Path) -> list[str]:
+    """The corpus's files relative to `root`, sorted: every .py outside tests and installed packages."""
+    files = (p.relative_to(root) for p in root.rglob("*.py"))
+    return sorted(p.as_posix() for p in files if not LEFT_OUT & set(p.parts))
+
+
+def is_val(name: str) -> bool:
+    """Whether a file is held out for validation: one in twenty, by the hash of its name."""
+    return hashlib.sha256(name.encode()).digest()[0] % 20 == 0
+
+
+def prepare(dataset: str):
+    """Write the corpus `stdlib-bytes` or `stdlib-gpt2` unless it is there."""
+    if is_prepared(dataset):
+        return
+    tokenizer = get_tokenizer(CORPORA[dataset])
+    root = Path(sysconfig.get_paths()["stdlib"])
+    names = source_files(root)
+    if len(names) < 100:
+        raise UserError(f"dataset = {dataset!r}: {root} holds {len(names)} .py files; install Python's full library")
+    splits = {"train": [], "val": []}
+    for name in names:
+        splits["val" if is_val(name) else "train"].append((root / name).read_text("utf-8", errors="replace"))
+    tokens = {split: np.concatenate(tokenizer.encode(texts)) for split, texts in splits.items()}
+    source = f"standard library of Python {sys.version.split()[0]}, {len(names)} files"
+    write_corpus(dataset, tokens, tokenizer.name, tokenizer.vocab_size, source)
+    print(f"prepared {dataset}: " + ", ".join(f"{len(t):,} {split} tokens" for split, t in tokens.items()))
+
+
+def main():
+    for dataset in CORPORA:
+        prepare(dataset)
+
+
+if __name__ == "__main__":
+    run_cli(main, "data.stdlib")

@@ -1,0 +1,108 @@
+"""The GPT of the paper's NanoGPT-5M in a single file: pre-norm blocks, no biases, untied head.
+
+Shapes: B sequences, T tokens, d = d_model, h = n_head, k = d // h, V = vocab_size. Every weight
+matrix is its own `nn.Linear`, named as in the paper (W_Q, W_K, W_V, W_O, W_up, W_down): a fused qkv
+matrix would change what the matrix sign does. Initialisation belongs to `mup.py`.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from config import Config
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention, (B, T, d) -> (B, T, d)."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        d = cfg.d_model
+        self.n_head = cfg.n_head
+        self.scale = (d // cfg.n_head) ** -cfg.attn_scale_power
+        self.W_Q = nn.Linear(d, d, bias=False)
+        self.W_K = nn.Linear(d, d, bias=False)
+        self.W_V = nn.Linear(d, d, bias=False)
+        self.W_O = nn.Linear(d, d, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, d = x.shape
+        # three parameters, one product: a third of the calls, which is what small widths pay for
+        qkv = F.linear(x, torch.cat([self.W_Q.weight, self.W_K.weight, self.W_V.weight]))
+        q, k, v = qkv.view(B, T, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, h, T, k)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+        return self.W_O(y.transpose(1, 2).reshape(B, T, d))
+
+
+class MLP(nn.Module):
+    """W_down GELU(W_up x), (B, T, d) -> (B, T, d)."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.W_up = nn.Linear(cfg.d_model, cfg.d_ff, bias=False)
+        self.W_down = nn.Linear(cfg.d_ff, cfg.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.W_down(F.gelu(self.W_up(x)))
+
+
+class Block(nn.Module):
+    """H(ℓ-1) -> H(ℓ), the map whose Jacobian the paper studies; (B, T, d) -> (B, T, d)."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.attn_norm = nn.LayerNorm(cfg.d_model, bias=False)
+        self.attn = Attention(cfg)
+        self.mlp_norm = nn.LayerNorm(cfg.d_model, bias=False)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.attn_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class GPT(nn.Module):
+    """Token ids (B, T) -> logits (B, T, V)."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg = cfg
+        self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.pos_emb = nn.Embedding(cfg.block_size, cfg.d_model)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.final_norm = nn.LayerNorm(cfg.d_model, bias=False)
+        self.head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        self.logit_scale = cfg.width_mult**cfg.logit_power
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """H(0), the residual stream before the first block: (B, T) -> (B, T, d)."""
+        T = tokens.shape[1]
+        if self.cfg.block_size < T:
+            raise ValueError(f"{T} tokens: the context holds at most block_size={self.cfg.block_size}")
+        return self.tok_emb(tokens) + self.pos_emb.weight[:T]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.final_norm(x)) * self.logit_scale
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats; `tokens` and `targets` (B, T), targets one position ahead."""
+        logits = self.forward(tokens)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def flops_per_token(self) -> int:
+        """Forward and backward FLOPs of a token: 6 per matmul weight and 12·L·d·T for attention (PaLM, app. B)."""
+        cfg = self.cfg
+        matmul = sum(p.numel() for n, p in self.named_parameters() if p.ndim == 2 and "_emb" not in n)
+        return 6 * matmul + 12 * cfg.n_layer * cfg.d_model * cfg.block_size
+
+    def activation_bytes(self, bytes_per_value: int = 4) -> int:
+        """Estimate of what one micro-batch keeps for its backward pass (attention scores never stored)."""
+        cfg = self.cfg
+        per_block = 10 * cfg.d_model + 2 * cfg.d_ff  # norms, q, k, v, attention, residuals; MLP before and after
+        logits = 3 * cfg.vocab_size  # logits, log-softmax, their gradient
+        tokens = cfg.micro_batch * cfg.block_size
+        return tokens * (cfg.n_layer * per_block * bytes_per_value + logits * 4)

@@ -1,0 +1,112 @@
+"""μP: one table, role -> initial standard deviation, learning-rate multiplier, weight decay.
+
+With m = base_width / d_model (16 for NanoGPT-5M: 768 / 48) and L = n_layer, the rules of Table 4 are
+
+| paper                                                  | here                                 |
+|--------------------------------------------------------|--------------------------------------|
+| 2-D weights inside blocks: init × 4 (= √m), lr × 16 (= m) | W_*: std_power 1/2, lr_power 1    |
+| W_Q = 0 at init                                        | W_Q: std 0                           |
+| W_O and W_down further divided by √(2L)                | W_O, W_down: depth True              |
+| embedding lr × 4 (= √m)                                | tok_emb, pos_emb: cfg.embed_lr_power |
+| decay on matrices and embeddings, none on norms        | column decay                         |
+
+A role is the component of the parameter's name that the table holds ("blocks.3.attn.W_Q.weight" ->
+W_Q). Adding an architecture means adding its roles here; a parameter without a role is an error.
+"""
+
+import zlib
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+import torch.nn as nn
+
+from config import Config
+
+
+@dataclass(frozen=True)
+class Rule:
+    std: float  # multiple of cfg.init_std; 0 = zeros
+    std_power: float = 0.0  # init std × m^this
+    depth: bool = False  # init std ÷ √(2L)
+    lr_power: float | None = 0.0  # lr × m^this; None = cfg.embed_lr_power
+    decay: bool = True
+    ones: bool = False  # init 1 instead (gains)
+
+
+_HIDDEN = Rule(std=1, std_power=0.5, lr_power=1)
+_OUTPUT = Rule(std=1, std_power=0.5, lr_power=1, depth=True)
+_EMBED = Rule(std=1, lr_power=None)
+_NORM = Rule(std=0, ones=True, decay=False)
+RULES = {
+    "tok_emb": _EMBED,
+    "pos_emb": _EMBED,
+    "W_Q": Rule(std=0, lr_power=1),
+    "W_K": _HIDDEN,
+    "W_V": _HIDDEN,
+    "W_O": _OUTPUT,
+    "W_up": _HIDDEN,
+    "W_down": _OUTPUT,
+    "attn_norm": _NORM,
+    "mlp_norm": _NORM,
+    "final_norm": _NORM,
+    "head": Rule(std=1),
+}
+
+
+def role_of(name: str) -> str:
+    """The one role that a parameter's dotted name contains. Raises ValueError naming it otherwise."""
+    roles = [part for part in name.split(".") if part in RULES]
+    if len(roles) != 1:
+        raise ValueError(
+            f"parameter {name}: {len(roles)} roles {roles}; it must have exactly one of {', '.join(RULES)}"
+        )
+    return roles[0]
+
+
+def init_std(role: str, cfg: Config) -> float:
+    rule = RULES[role]
+    depth = sqrt(2 * cfg.n_layer) if rule.depth else 1.0
+    return rule.std * cfg.init_std * cfg.width_mult**rule.std_power / depth
+
+
+def lr_mult(role: str, cfg: Config) -> float:
+    power = RULES[role].lr_power
+    return cfg.width_mult ** (cfg.embed_lr_power if power is None else power)
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, cfg: Config):
+    """Initialise in place. A parameter's values depend on (cfg.seed, its name) alone, not on order or device."""
+    for name, p in model.named_parameters():
+        role = role_of(name)
+        if RULES[role].ones:
+            p.fill_(1.0)
+            continue
+        generator = torch.Generator().manual_seed(cfg.seed << 32 | zlib.crc32(name.encode()))
+        p.copy_(torch.randn(p.shape, generator=generator) * init_std(role, cfg))
+
+
+def param_groups(model: nn.Module, cfg: Config) -> list[dict]:
+    """Optimizer groups, one per distinct (lr multiplier, decay): keys params, lr, lr_mult, weight_decay, roles.
+
+    Every parameter is in exactly one group, or ValueError names it. `lr` is set to the peak; the
+    training loop sets it to lr_at(step) · lr_mult. PyTorch's AdamW decays by lr · weight_decay, so
+    independent decay (a share cfg.weight_decay · lr/peak a step, whatever the multiplier) divides the
+    group's weight_decay by its peak learning rate.
+    """
+    groups = {}
+    for name, p in model.named_parameters():
+        role = role_of(name)
+        mult = lr_mult(role, cfg)
+        decay = cfg.weight_decay if RULES[role].decay else 0.0
+        if cfg.decay_coupling == "independent":
+            decay /= cfg.peak_lr * mult
+        new = {"params": [], "lr": cfg.peak_lr * mult, "lr_mult": mult, "weight_decay": decay, "roles": []}
+        group = groups.setdefault((mult, decay), new)
+        group["params"].append(p)
+        if role not in group["roles"]:
+            group["roles"].append(role)
+    grouped = sum(len(g["params"]) for g in groups.values())
+    assert grouped == len({id(p) for p in model.parameters()}), "a shared parameter is in two groups"
+    return list(groups.values())

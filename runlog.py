@@ -1,0 +1,223 @@
+"""The record of a run: its folder, metrics.jsonl, W&B, the progress bar and the summary.
+
+runs/<name>/record.json    written before the first step: config, code, versions, data, machine
+runs/<name>/metrics.jsonl  one line a step; holds no clock, so a resumed run repeats it to the byte
+runs/<name>/events.jsonl   what happened and when: fallbacks, resumptions, signals, collapse
+runs/<name>/summary.json   written at the end (or at the collapse)
+runs/<name>/ckpt_*.pt      see checkpoint.py
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from config import ROOT, Config, UserError
+
+# fields that may differ between a run and its resumption; all others decide what is computed
+FREE_ON_RESUME = {"resume", "dry_run", "runs_dir", "device", "threads", "ckpt_every", "wandb", "wandb_project"}
+
+
+def code_version() -> dict:
+    """The git revision, whether the tree differs from it, and a hash of the source that needs no git."""
+
+    def git(*args):
+        done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        revision, dirty = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    except OSError:  # no git on this machine
+        revision, dirty = None, None
+    sources = sorted([*ROOT.glob("*.py"), *ROOT.glob("data/*.py")])
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    return {"git": revision, "dirty": None if revision is None else bool(dirty), "sha256": digest}
+
+
+def versions() -> dict:
+    import numpy
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "platform": platform.platform(),
+    }
+
+
+class RunLog:
+    """The open record of one run. Metrics go to JSONL first, then to W&B and the progress bar."""
+
+    def __init__(self, cfg: Config, record: dict):
+        """Create runs/<name>, or with cfg.resume open it. Raises UserError if it exists (or does not), or if
+        the run in it was started with another configuration or other data."""
+        self.cfg = cfg
+        self.folder = Path(cfg.runs_dir) / cfg.name
+        record = {"config": dataclasses.asdict(cfg), "code": code_version(), "versions": versions(), **record}
+        self.resumed = cfg.resume and self.folder.exists()
+        if self.resumed:
+            self._check_same(record)
+        else:
+            self._create(record)
+        self.metrics_path = self.folder / "metrics.jsonl"
+        self._metrics = None
+        self._wandb = None
+        self._bar = None
+
+    def _create(self, record: dict):
+        if self.folder.exists():
+            raise UserError(
+                f"name = {self.cfg.name!r}: {self.folder} exists; continue it with --resume or choose another --name"
+            )
+        try:  # the folder appears with its record in it, or not at all
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            scratch = Path(tempfile.mkdtemp(prefix=f".{self.cfg.name}-", dir=self.folder.parent))
+            scratch.chmod(0o755)
+            (scratch / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+            scratch.rename(self.folder)
+        except OSError as error:
+            raise UserError(f"runs_dir = {self.cfg.runs_dir!r}: cannot write there ({error.strerror})") from error
+
+    def _check_same(self, record: dict):
+        path = self.folder / "record.json"
+        if not path.is_file():
+            raise UserError(f"name = {self.cfg.name!r}: {self.folder} is not a run (no record.json)")
+        before = json.loads(path.read_text())
+        for key, value in record["config"].items():
+            was = before["config"].get(key)
+            if key not in FREE_ON_RESUME and was != value:
+                raise UserError(
+                    f"{key} = {value!r}: the run {self.folder} was started with {was!r}; a run keeps its config"
+                )
+        if before["data"]["fingerprint"] != record["data"]["fingerprint"]:
+            raise UserError(f"dataset = {self.cfg.dataset!r}: not the data that {self.folder} was started with")
+        changed = [k for k in ("code", "versions", "machine") if before.get(k) != record.get(k)]
+        if changed:
+            print(f"note: {', '.join(changed)} changed since {self.folder} began; the rest may differ in rounding")
+        self.event("resumed", **{k: record.get(k) for k in changed})
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "summary.json").is_file()
+
+    def event(self, what: str, **details):
+        """Append to events.jsonl, with the time."""
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": what, **details}
+        with open(self.folder / "events.jsonl", "a") as f:
+            f.write(json.dumps(line) + "\n")
+
+    def start(self, step: int, metrics_bytes: int) -> list[dict]:
+        """Open metrics.jsonl cut back to the checkpoint (0 bytes for a new run); return the lines kept."""
+        self.metrics_path.touch()
+        if self.metrics_path.stat().st_size < metrics_bytes:
+            raise UserError(f"{self.metrics_path}: shorter than when the checkpoint of step {step} was written")
+        os.truncate(self.metrics_path, metrics_bytes)
+        lines = read_metrics(self.folder)
+        self._metrics = open(self.metrics_path, "a", buffering=1)  # noqa: SIM115 (closed in `close`)
+        self._start_wandb()
+        self._bar = tqdm(
+            total=self.cfg.max_steps, initial=step, desc=self.cfg.name, unit="step", dynamic_ncols=True,
+            disable=not sys.stderr.isatty(), file=sys.stderr,
+        )  # fmt: skip
+        self._began, self._first = time.perf_counter(), step
+        return lines
+
+    def _start_wandb(self):
+        cfg = self.cfg
+        if cfg.wandb == "off":
+            return
+        import wandb
+
+        mode = cfg.wandb
+        if mode == "auto":
+            mode = "online" if wandb.login(prompt=False) else "offline"
+        id_path = self.folder / "wandb_id"
+        if not id_path.exists():
+            id_path.write_text(wandb.util.generate_id())
+        arguments = dict(
+            project=cfg.wandb_project, name=cfg.name, group=cfg.wandb_group or None, dir=self.folder,
+            job_type=f"msign-{cfg.msign_targets}" if cfg.msign_period else "adamw",
+            id=id_path.read_text(), resume="allow", config=dataclasses.asdict(cfg),
+        )  # fmt: skip
+        settings = wandb.Settings(console="off", silent=True, init_timeout=30)
+        try:
+            self._wandb = wandb.init(mode=mode, settings=settings, **arguments)
+        except wandb.Error as error:
+            if cfg.wandb == "online":
+                raise UserError(f"wandb = 'online': {str(error).splitlines()[0]}") from error
+            print(f"note: W&B cannot be reached ({str(error).splitlines()[0]}); logging offline")
+            self.event("wandb offline", why=str(error))
+            self._wandb = wandb.init(mode="offline", settings=settings, **arguments)
+        self._wandb.define_metric("iter")
+        self._wandb.define_metric("*", step_metric="iter")
+
+    def log(self, step: int, metrics: dict[str, float]):
+        """Append the step's metrics as one line {"iter": step, ...}; NaN and infinities become null."""
+        line = {"iter": step} | {k: float(f"{v:.9g}") if math.isfinite(v) else None for k, v in metrics.items()}
+        self._metrics.write(json.dumps(line) + "\n")
+        if self._wandb:
+            self._wandb.log(line)
+        self._bar.update()
+        shown = {"loss": metrics["train/loss"], "grad": metrics["grad_norm"]}
+        if "srank/attention" in metrics:
+            self._srank = metrics["srank/attention"]
+        if hasattr(self, "_srank"):
+            shown["srank"] = self._srank
+        self._bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()}, refresh=False)
+        every = max(1, self.cfg.max_steps // 20)
+        if self._bar.disable and (step % every == 0 or step == self._first + 3):
+            left = (time.perf_counter() - self._began) / (step - self._first) * (self.cfg.max_steps - step)
+            print(
+                f"step {step}/{self.cfg.max_steps}", *(f"{k} {v:.4g}" for k, v in shown.items()), f"{left:.0f} s left"
+            )
+            sys.stdout.flush()
+
+    def metrics_bytes(self) -> int:
+        """Length of metrics.jsonl, now safely on disk."""
+        os.fsync(self._metrics.fileno())
+        return self.metrics_path.stat().st_size
+
+    def tokens_per_second(self, step: int) -> float:
+        return (step - self._first) * self.cfg.tokens_per_step / (time.perf_counter() - self._began)
+
+    def say(self, text: str):
+        """One line on stdout that does not tear the progress bar."""
+        tqdm.write(text)
+
+    def close(self, summary: dict | None = None):
+        """Close everything; with `summary`, write summary.json and W&B's summary: the run is over."""
+        if summary is not None:
+            partial = self.folder / "summary.json.partial"
+            partial.write_text(json.dumps(summary, indent=1) + "\n")
+            partial.replace(self.folder / "summary.json")
+        if self._bar is not None:
+            self._bar.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._wandb:
+            self._wandb.summary.update(summary or {})
+            self._wandb.finish(quiet=True)
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl. Raises UserError if there is none or a line is not JSON."""
+    path = Path(folder) / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{folder}: not a run (no metrics.jsonl)")
+    lines = []
+    for number, text in enumerate(path.read_text().splitlines(), 1):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error.msg})") from error
+    return lines
