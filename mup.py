@@ -15,13 +15,14 @@ W_Q). Adding an architecture means adding its roles here; a parameter without a 
 """
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 
 import torch
 import torch.nn as nn
 
 from config import Config
+from model import GPT
 
 
 @dataclass(frozen=True)
@@ -110,3 +111,51 @@ def param_groups(model: nn.Module, cfg: Config) -> list[dict]:
     grouped = sum(len(g["params"]) for g in groups.values())
     assert grouped == len({id(p) for p in model.parameters()}), "a shared parameter is in two groups"
     return list(groups.values())
+
+
+def coordinate_check(cfg: Config, widths: list[int], steps: int = 4, seeds: int = 2) -> dict[str, list[list[float]]]:
+    """How activations scale with width while training starts: {activation: [step][width] mean |value|}.
+
+    At every width (d_head fixed, d_ff = 4 · width) a model takes `steps` AdamW steps at cfg.peak_lr on one
+    random batch; values are means over `seeds`. Under μP the blocks' outputs keep their size at every
+    step, under the standard parameterisation they grow with width. The activations are each block's
+    attention and MLP output (averaged over blocks), the residual stream, and the logits.
+    """
+    watched = {"attention": "attn", "mlp": "mlp", "residual": "blocks", "logits": "head"}
+    out = {kind: [[0.0] * len(widths) for _ in range(steps)] for kind in watched}
+    for w, width in enumerate(widths):
+        at_width = replace(cfg, d_model=width, n_head=width * cfg.n_head // cfg.d_model, d_ff=4 * width)
+        for seed in range(seeds):
+            seen = {kind: [] for kind in watched}
+            model = GPT(replace(at_width, seed=seed))
+            init_weights(model, model.cfg)
+            for name, module in model.named_modules():
+                parts = name.split(".")
+                kind = next((k for k, part in watched.items() if parts[-1] == part), None)
+                if len(parts) == 2:
+                    kind = "residual"
+                if kind and name != "blocks":
+                    scale = model.logit_scale if kind == "logits" else 1.0
+                    module.register_forward_hook(
+                        lambda _, __, y, into=seen[kind], scale=scale: into.append(
+                            y.detach().abs().mean().item() * scale
+                        )
+                    )
+            optimizer = torch.optim.AdamW(param_groups(model, model.cfg), betas=(cfg.beta1, cfg.beta2), eps=cfg.eps)
+            generator = torch.Generator().manual_seed(seed)
+            x = torch.randint(cfg.vocab_size, (cfg.micro_batch, cfg.block_size + 1), generator=generator)
+            for step in range(steps):
+                for values in seen.values():
+                    values.clear()
+                model.loss(x[:, :-1], x[:, 1:]).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                for kind, values in seen.items():
+                    out[kind][step][w] += sum(values) / len(values) / seeds
+    return out
+
+
+def width_slope(widths: list[int], sizes: list[float]) -> float:
+    """Least-squares slope of log size against log width: 0 = width-independent, 1 = proportional to it."""
+    x, y = torch.tensor(widths).double().log(), torch.tensor(sizes).double().log()
+    return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())

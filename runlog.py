@@ -8,11 +8,13 @@ runs/<name>/ckpt_*.pt      see checkpoint.py
 """
 
 import dataclasses
+import gzip
 import hashlib
 import json
 import math
 import os
 import platform
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -143,7 +145,7 @@ class RunLog:
             mode = "online" if wandb.login(prompt=False) else "offline"
         id_path = self.folder / "wandb_id"
         if not id_path.exists():
-            id_path.write_text(wandb.util.generate_id())
+            id_path.write_text(secrets.token_hex(4))
         arguments = dict(
             project=cfg.wandb_project, name=cfg.name, group=cfg.wandb_group or None, dir=self.folder,
             job_type=f"msign-{cfg.msign_targets}" if cfg.msign_period else "adamw",
@@ -206,18 +208,23 @@ class RunLog:
             self._metrics.close()
         if self._wandb:
             self._wandb.summary.update(summary or {})
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl. Raises UserError if there is none or a line is not JSON."""
+    """The lines of a run's metrics.jsonl (or metrics.jsonl.gz). Raises UserError if there is none or a line is not JSON."""
     path = Path(folder) / "metrics.jsonl"
-    if not path.is_file():
+    packed = path.with_suffix(".jsonl.gz")
+    if path.is_file():
+        text = path.read_text()
+    elif packed.is_file():
+        text = gzip.decompress(packed.read_bytes()).decode()
+    else:
         raise UserError(f"{folder}: not a run (no metrics.jsonl)")
     lines = []
-    for number, text in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         try:
-            lines.append(json.loads(text))
+            lines.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {number}: not JSON ({error.msg})") from error
     return lines

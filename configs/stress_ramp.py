@@ -1,0 +1,16 @@
+# The stress test on a ramp: the learning rate rises linearly from 0 to 16 x the paper's; where does training
+# break? scripts/reproduce.py adds the other arms. Only what differs from NanoGPT-5M is here.
+
+vocab_size = 256  # bytes: 24 x (4 x 48^2 + 2 x 48 x 192 + 2 x 48) + 2 x 256 x 48 + 32 x 48 + 48 = 692 016 parameters
+block_size = 32
+dataset = "stdlib-bytes"
+batch_size = 16  # 16 x 32 = 512 tokens a step
+micro_batch = 16
+
+schedule = "ramp"
+lr_scale = 16.0  # 6e-4 -> 9.6e-3 at the last step
+max_steps = 2500
+
+eval_every = 500
+eval_batches = 32  # 32 x 16 x 32 = 16 384 validation tokens
+threads = 1  # one core an arm

@@ -1,0 +1,129 @@
+"""Reproduce the headline result: the arms side by side, then a figure, a table and a verdict per arm.
+
+    python scripts/reproduce.py                                   # what `make reproduce` runs
+    python scripts/reproduce.py --experiment=ramp --seeds 0 1 2
+    python scripts/reproduce.py --record=results                  # keep the small logs for the README
+
+Arms that are already recorded are not trained again; one that was cut goes on from its checkpoint.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tqdm import tqdm
+
+from config import UserError, read_config_file, run_cli
+from data import stdlib
+from figures import load_run, overview, pack_run, table, verdicts
+
+PERIOD = 100
+ARMS = {
+    "adamw": [],
+    "msign": [f"--msign_period={PERIOD}", "--msign_targets=attention"],
+    "msign-mlp": [f"--msign_period={PERIOD}", "--msign_targets=mlp"],
+    "attention-off": [f"--msign_period={PERIOD}", "--msign_targets=attention", "--msign_map=zero"],
+}
+
+
+class Job:
+    """One arm in its own process; its output goes to <runs_dir>/<name>.log."""
+
+    def __init__(self, args, arm: str, seed: int):
+        self.name = f"{args.experiment}-{arm}-seed{seed}"
+        self.arm = arm
+        self.folder = Path(args.runs_dir) / self.name
+        self.command = [
+            sys.executable, str(ROOT / "train.py"), str(ROOT / "configs" / f"stress_{args.experiment}.py"), *ARMS[arm],
+            f"--name={self.name}", f"--seed={seed}", f"--runs_dir={args.runs_dir}", f"--wandb={args.wandb}", "--resume",
+        ]  # fmt: skip
+        if args.max_steps:
+            self.command.append(f"--max_steps={args.max_steps}")
+
+    def start(self):
+        self.log = self.folder.with_suffix(".log")
+        with open(self.log, "w") as out:
+            self.process = subprocess.Popen(self.command, stdout=out, stderr=subprocess.STDOUT)
+
+    def last_line(self) -> dict:
+        """The last whole line of metrics.jsonl, {} before there is one."""
+        try:
+            with open(self.folder / "metrics.jsonl", "rb") as f:
+                f.seek(max(0, os.fstat(f.fileno()).st_size - 2000))
+                return json.loads(f.read().split(b"\n")[-2])
+        except (OSError, IndexError, ValueError):
+            return {}
+
+
+def run_all(jobs: list[Job], workers: int, max_steps: int):
+    """Run the jobs, `workers` at a time, under one progress bar. Raises UserError with the output of one that failed."""
+    waiting, running, done = list(jobs), [], 0
+    bar = tqdm(total=len(jobs) * max_steps, unit="step", dynamic_ncols=True, mininterval=1, file=sys.stderr)
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                running.append(waiting.pop(0))
+                running[-1].start()
+            time.sleep(0.5)
+            lines = {job: job.last_line() for job in running}
+            shown = (f"{job.arm} {line['train/loss']:.2f}" for job, line in lines.items() if line.get("train/loss"))
+            bar.set_postfix_str("loss: " + ", ".join(shown), refresh=False)
+            bar.n = done + sum(line.get("iter", 0) for line in lines.values())
+            bar.refresh()
+            for job in [job for job in running if job.process.poll() is not None]:
+                running.remove(job)
+                done += max_steps
+                if job.process.returncode:
+                    said = job.log.read_text().strip().splitlines() or ["no output"]
+                    raise UserError(
+                        f"{job.name}: exit code {job.process.returncode}: {said[-1]} (all of it in {job.log})"
+                    )
+    finally:
+        bar.close()
+        for job in running:  # an interrupted arm saves and goes on at the next call
+            job.process.terminate()
+        for job in running:
+            job.process.wait()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experiment", choices=["constant", "ramp"], default="constant")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--max_steps", type=int, help="shorter (or longer) than the experiment's own")
+    parser.add_argument("--runs_dir", default="runs")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="arms at a time, one core each")
+    parser.add_argument("--wandb", choices=["auto", "online", "offline", "off"], default="off")
+    parser.add_argument("--record", help="also pack the small logs into this folder")
+    args = parser.parse_args()
+    Path(args.runs_dir).mkdir(parents=True, exist_ok=True)
+    stdlib.prepare("stdlib-bytes")
+    jobs = [Job(args, arm, seed) for seed in args.seeds for arm in args.arms]
+    max_steps = args.max_steps or read_config_file(ROOT / "configs" / f"stress_{args.experiment}.py")["max_steps"]
+    print(
+        f"{args.experiment}: {len(jobs)} runs of {max_steps} steps, {args.workers} at a time, recorded in {args.runs_dir}/"
+    )
+    began = time.perf_counter()
+    run_all(jobs, args.workers, max_steps)
+    runs = [load_run(job.folder) for job in jobs]
+    if args.record:
+        for job in jobs:
+            pack_run(job.folder, Path(args.record) / args.experiment / job.name)
+    stem = Path(args.runs_dir) / args.experiment
+    figures = overview(runs, stem)
+    stem.with_suffix(".md").write_text(table(runs))
+    print(f"\n{table(runs)}\n" + "\n".join(str(v) for v in verdicts(runs)))
+    print(f"\n{time.perf_counter() - began:.0f} s; " + ", ".join(str(p) for p in [*figures, stem.with_suffix(".md")]))
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main, "reproduce.py")
