@@ -84,7 +84,8 @@ def init_weights(model: nn.Module, cfg: Config):
         if RULES[role].ones:
             p.fill_(1.0)
             continue
-        generator = torch.Generator().manual_seed(cfg.seed << 32 | zlib.crc32(name.encode()))
+        # PyTorch's CPU generator keeps only the low 32 bits of a seed, so run seed and name are hashed into those
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{cfg.seed}/{name}".encode()))
         p.copy_(torch.randn(p.shape, generator=generator) * init_std(role, cfg))
 
 

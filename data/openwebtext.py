@@ -9,6 +9,7 @@ shuffle=True)`; unlike nanoGPT the order of the others is the shards', which ran
 """
 
 import argparse
+import json
 import math
 import multiprocessing
 import os
@@ -75,6 +76,12 @@ def prepare(shards: list[str], dataset: str, workers: int) -> Path:
     out = folder.with_name(f".{folder.name}-unfinished")
     out.mkdir(parents=True, exist_ok=True)
     rows = [count_rows(url) for url in tqdm(shards, desc="counting documents", unit="shard")]
+    plan = json.dumps({"shards": shards, "rows": rows})
+    if not (out / "plan.json").is_file() or (out / "plan.json").read_text() != plan:
+        # which documents are held out depends on the number of all, so other shards mean another start
+        shutil.rmtree(out)
+        out.mkdir()
+        (out / "plan.json").write_text(plan)
     starts = np.cumsum([0, *rows])
     held_out = val_rows(int(starts[-1]))
     missing = [i for i in range(len(shards)) if not (out / f"train_{i:05}.bin").is_file()]
@@ -97,8 +104,8 @@ def prepare(shards: list[str], dataset: str, workers: int) -> Path:
     with open(out / "val.bin", "wb") as val:
         for part in sorted(out.glob("val_*.part")):
             val.write(part.read_bytes())
-    for part in out.glob("val_*.part"):
-        part.unlink()
+    for leftover in [*out.glob("val_*.part"), out / "plan.json"]:
+        leftover.unlink()
     write_meta(out, "gpt2", 50257, f"{shards[0]} … ({len(shards)} shards), {sum(rows)} documents")
     shutil.rmtree(folder, ignore_errors=True)  # an empty leftover; prepared ones were refused above
     out.rename(folder)

@@ -28,7 +28,7 @@ def _bytes() -> Tokenizer:
     def encode(texts):
         return [np.frombuffer(text.encode() + b"\0", np.uint8).astype(np.uint16) for text in texts]
 
-    return Tokenizer("bytes", 256, 0, encode, lambda ids: bytes(ids).decode(errors="replace"))
+    return Tokenizer("bytes", 256, 0, encode, lambda ids: bytes(list(ids)).decode(errors="replace"))
 
 
 def _gpt2() -> Tokenizer:

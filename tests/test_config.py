@@ -1,0 +1,93 @@
+import dataclasses
+
+import pytest
+
+from config import ROOT, Config, UserError, load_config
+from tests.conftest import refused, run, small
+
+
+def write(tmp_path, text):
+    path = tmp_path / "experiment.py"
+    path.write_text(text)
+    return str(path)
+
+
+def test_file_then_command_line(tmp_path):
+    cfg = load_config([write(tmp_path, "lr = 1e-3\nn_layer = 3  # why\n"), "--n_layer=5", "--lr=2", "--compile"])
+    assert (cfg.lr, cfg.n_layer, cfg.compile, cfg.name) == (2.0, 5, True, "experiment")
+    assert load_config([write(tmp_path, "compile = True"), "--compile=false"]).compile is False
+
+
+@pytest.mark.parametrize(
+    ("text", "args", "says"),
+    [
+        ("lrr = 1.0", [], "lrr: no such field"),
+        ("lrr = 1.0", [], "nearest is lr"),
+        ("n_layer = 2.0", [], "n_layer = 2.0: must be a whole number"),
+        ("n_layer = True", [], "n_layer = True: must be a whole number"),
+        ("schedule = 'cosine'", [], "must be one of linear, constant, ramp"),
+        ("lr = float('nan')", [], "lr = nan: must be a finite number"),
+        ("lr = ", [], "SyntaxError"),
+        ("import os", [], "os: no such field"),
+        ("", ["--max_stps=3"], "nearest is max_steps"),
+        ("", ["--max_steps=1e3"], "max_steps = '1e3': must be a whole number"),
+        ("", ["--max_steps"], "expected one argument"),
+        ("", ["--compile=maybe"], "compile = 'maybe': must be True or False"),
+        ("", ["--n_head=5"], "n_head = 5: must be a divisor of d_model=48, such as 4"),
+        ("", ["--micro_batch=7"], "micro_batch = 7: must be a divisor of batch_size=480"),
+        ("", ["--lr=-1"], "lr = -1.0: must be a number above 0"),
+        ("", ["--name=../elsewhere"], "must be a single folder name"),
+        ("", ["--max_steps=100"], "warmup_steps = 2000: must be fewer than max_steps=100"),
+        ("", ["--decay_coupling=independent"], "weight_decay = 0.1: must be a share lost per step"),
+        ("", ["--beta2=1"], "beta2 = 1.0"),
+        ("", ["stray"], "overrides are written --field=value"),
+    ],
+)
+def test_bad_input_is_named(tmp_path, text, args, says):
+    with pytest.raises(UserError) as error:
+        load_config([write(tmp_path, text), *args])
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_input_at_the_command(tmp_path):
+    refused("train.py", "configs/nano_5m_msgn.py", says="nearest is configs/nano_5m_msign.py")
+    refused("train.py", "configs/nano_5m_msign.py", "--n_heads=6", says="nearest is n_head")
+
+
+def test_help_lists_every_field_with_its_default():
+    text = run("train.py", "--help").stdout
+    for f in dataclasses.fields(Config):
+        assert f"--{f.name} " in text
+        assert f"[{f.default}]" in " ".join(text.split())
+
+
+def test_every_config_file_loads():
+    files = sorted(ROOT.glob("configs/*.py"))
+    assert len(files) >= 4
+    for path in files:
+        load_config([str(path)])
+
+
+def test_nano_5m_is_table_4():
+    adamw, msign = (load_config([f"{ROOT}/configs/nano_5m_{arm}.py"]) for arm in ("adamw", "msign"))
+    assert adamw.tokens_per_step == 122_880
+    table_4 = dict(
+        n_layer=24, d_model=48, n_head=6, d_ff=192, block_size=256, init_std=0.02, lr=6e-4, lr_scale=1.0, beta1=0.9,
+        beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1.0, warmup_steps=2000, min_lr_ratio=0.1, schedule="linear",
+        msign_period=0, decay_coupling="coupled", embed_lr_power=0.5, logit_power=0.0, attn_scale_power=0.5,
+    )  # fmt: skip
+    for name, value in table_4.items():
+        assert getattr(adamw, name) == value, name
+    differing = {k for k, v in dataclasses.asdict(adamw).items() if v != dataclasses.asdict(msign)[k]}
+    assert differing == {"msign_period", "name", "wandb_group"}
+    assert (msign.msign_period, msign.msign_targets) == (100, "attention")
+
+
+def test_schedules():
+    linear = small(schedule="linear", lr=1.0, lr_scale=2.0, warmup_steps=10, max_steps=110, min_lr_ratio=0.1)
+    assert [linear.lr_at(s) for s in (1, 5, 10, 60, 110)] == pytest.approx([0.2, 1.0, 2.0, 1.1, 0.2])
+    constant = small(schedule="constant", lr=1.0, warmup_steps=4, max_steps=100)
+    assert [constant.lr_at(s) for s in (1, 4, 5, 100)] == pytest.approx([0.25, 1.0, 1.0, 1.0])
+    ramp = small(schedule="ramp", lr=0.5, lr_scale=16.0, max_steps=100)
+    assert [ramp.lr_at(s) for s in (1, 50, 100)] == pytest.approx([0.08, 4.0, 8.0])

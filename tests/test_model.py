@@ -1,0 +1,95 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mup
+from config import ROOT, load_config
+from model import GPT
+from tests.conftest import small
+
+
+def built(cfg):
+    model = GPT(cfg)
+    mup.init_weights(model, cfg)
+    return model
+
+
+def test_parameter_count_is_the_papers_5m():
+    cfg = load_config([f"{ROOT}/configs/nano_5m_adamw.py"])
+    with torch.device("meta"):
+        model = GPT(cfg)
+    blocks = sum(p.numel() for n, p in model.named_parameters() if "W_" in n)
+    assert blocks == 24 * 12 * 48**2
+    assert sum(p.numel() for p in model.parameters()) == 2 * 50304 * 48 + 256 * 48 + blocks + 49 * 48
+    assert round((blocks + 2 * 50304 * 48) / 1e6, 1) == 5.5
+
+
+def reference_logits(model, tokens):
+    """The same network written out in plain matrix algebra, one head at a time."""
+    cfg, p = model.cfg, dict(model.named_parameters())
+
+    def norm(x, gain):
+        x = x - x.mean(-1, keepdim=True)
+        return x / torch.sqrt((x**2).mean(-1, keepdim=True) + 1e-5) * gain
+
+    T, k = tokens.shape[1], cfg.d_model // cfg.n_head
+    future = torch.triu(torch.ones(T, T, dtype=torch.bool), 1)
+    x = p["tok_emb.weight"][tokens] + p["pos_emb.weight"][:T]
+    for i in range(cfg.n_layer):
+        b = f"blocks.{i}."
+        h = norm(x, p[b + "attn_norm.weight"])
+        heads = []
+        for head in range(cfg.n_head):
+            rows = slice(head * k, (head + 1) * k)
+            q, key, v = (h @ p[f"{b}attn.{w}.weight"][rows].T for w in ("W_Q", "W_K", "W_V"))
+            scores = (q @ key.transpose(1, 2)) / k**cfg.attn_scale_power
+            heads.append(scores.masked_fill(future, -torch.inf).softmax(-1) @ v)
+        x = x + torch.cat(heads, -1) @ p[b + "attn.W_O.weight"].T
+        h = norm(x, p[b + "mlp_norm.weight"])
+        x = x + F.gelu(h @ p[b + "mlp.W_up.weight"].T) @ p[b + "mlp.W_down.weight"].T
+    return norm(x, p["final_norm.weight"]) @ p["head.weight"].T * model.logit_scale
+
+
+@pytest.mark.parametrize("options", [{}, dict(attn_scale_power=1.0, logit_power=1.0)])
+def test_logits_equal_the_formula(options):
+    cfg = small(**options)
+    model = built(cfg).double()
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):  # leave W_Q = 0 and unit gains, or half the formula is untested
+            p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+        tokens = torch.randint(256, (3, 8), generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(model(tokens), reference_logits(model, tokens), rtol=1e-9, atol=1e-9)
+        expected = F.cross_entropy(model(tokens).float().flatten(0, 1), tokens.flatten())
+        assert model.loss(tokens, tokens) == expected
+
+
+def test_no_position_sees_the_future():
+    model = built(small())
+    with torch.no_grad():
+        model.blocks[0].attn.W_Q.weight.normal_()
+        tokens = torch.arange(8)[None]
+        changed = tokens.clone()
+        changed[0, 5] = 99
+        before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert not torch.allclose(before[:, 5:], after[:, 5:])
+
+
+def test_context_longer_than_the_block_is_refused():
+    with pytest.raises(ValueError, match="block_size=8"):
+        built(small())(torch.zeros(1, 9, dtype=torch.long))
+
+
+def test_flops_agree_with_pytorchs_counter():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    cfg = small(n_layer=2)
+    model = built(cfg)
+    tokens = torch.zeros(cfg.micro_batch, cfg.block_size, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model.loss(tokens, tokens).backward()
+    counted = counter.get_total_flops() / tokens.numel()
+    # the counter may or may not see the fused attention kernel, so matmuls alone are the lower end
+    attention = 12 * cfg.n_layer * cfg.d_model * cfg.block_size
+    assert model.flops_per_token() - attention <= counted * 1.01
+    assert counted <= model.flops_per_token() * 1.25

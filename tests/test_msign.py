@@ -1,0 +1,256 @@
+import copy
+import math
+
+import pytest
+import torch
+
+import mup
+from model import GPT
+from msign import MSign, apply_, msign, restored_sign, select, zero
+from tests.conftest import small
+
+EPS32 = torch.finfo(torch.float32).eps
+
+
+def oracle(W):
+    """UVᵀ from an fp64 SVD, the rank counted with the documented cut-off."""
+    U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+    keep = S[..., :1] * max(W.shape[-2:]) * EPS32 < S
+    return (U * keep.unsqueeze(-2)) @ Vh
+
+
+def with_spectrum(m, n, s, batch=(), seed=0):
+    """A float32 stack of (m, n) matrices with the singular values s."""
+    g = torch.Generator().manual_seed(seed)
+    U, _ = torch.linalg.qr(torch.randn(*batch, m, len(s), generator=g, dtype=torch.float64))
+    V, _ = torch.linalg.qr(torch.randn(*batch, n, len(s), generator=g, dtype=torch.float64))
+    return ((U * s) @ V.mT).float()
+
+
+def error(got, want):
+    return (torch.linalg.matrix_norm(got.double() - want) / torch.linalg.matrix_norm(want)).max().item()
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (192, 48), (48, 192)])
+@pytest.mark.parametrize("log_kappa", [0, 2, 4, 5])
+def test_sign_against_fp64_over_condition_numbers(shape, log_kappa):
+    n = min(shape)
+    W = with_spectrum(*shape, torch.logspace(0, -log_kappa, n, dtype=torch.float64), batch=(4,))
+    # the error of fp32 input rounding alone grows like κ · eps; eigh has to stay far below the SVD's
+    assert error(msign(W, "eigh"), oracle(W)) < 3e-7
+    assert error(msign(W, "svd"), oracle(W)) < 1e-5 + 10**log_kappa * EPS32
+
+
+def test_eigh_is_at_least_as_accurate_as_svd_up_to_1e6():
+    for log_kappa in (2, 4, 5, 6):
+        s = torch.logspace(0, -log_kappa, 8, dtype=torch.float64)  # 8 wide: the cut-off lies at 9.5e-7 < 1/κ
+        W = with_spectrum(8, 8, s, batch=(16,))
+        assert error(msign(W, "eigh"), oracle(W)) <= max(error(msign(W, "svd"), oracle(W)), 3e-7)
+        assert error(msign(W, "eigh"), oracle(W)) < 1e-4
+
+
+def test_the_rank_cutoff_is_the_stated_one():
+    cutoff = 48 * EPS32
+    for factor, rank in ((2.0, 2), (0.5, 1)):
+        W = with_spectrum(48, 48, torch.tensor([1.0, factor * cutoff], dtype=torch.float64)).double()
+        for backend in ("svd", "eigh"):
+            assert torch.linalg.matrix_norm(msign(W, backend)).item() ** 2 == pytest.approx(rank, abs=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["svd", "eigh"])
+@pytest.mark.parametrize("shape", [(48, 48), (192, 48), (48, 192)])
+def test_rank_deficient_becomes_a_partial_isometry(backend, shape):
+    W = with_spectrum(*shape, torch.logspace(0, -2, 8, dtype=torch.float64), batch=(3,))
+    sign = msign(W, backend)
+    assert error(sign, oracle(W)) < 1e-4
+    s = torch.linalg.svdvals(sign.double())
+    torch.testing.assert_close(s[..., :8], torch.ones(3, 8, dtype=torch.float64), atol=1e-5, rtol=0)
+    assert s[..., 8:].max() < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["svd", "eigh"])
+def test_zero_stays_zero_and_batches_are_independent(backend):
+    W = torch.randn(2, 3, 6, 4, generator=torch.Generator().manual_seed(0))
+    W[0, 1] = 0
+    sign = restored_sign(W, backend)
+    assert torch.equal(sign[0, 1], torch.zeros(6, 4))
+    assert torch.isfinite(sign).all()
+    torch.testing.assert_close(sign[1, 2], restored_sign(W[1, 2], backend), rtol=1e-5, atol=1e-6)
+    assert msign(torch.zeros(0, 5), backend).shape == (0, 5)
+
+
+@pytest.mark.parametrize("backend", ["svd", "eigh"])
+@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
+def test_frobenius_norm_is_kept(backend, scale):
+    for shape in [(48, 48), (192, 48), (48, 192), (1, 7)]:
+        W = scale * torch.randn(5, *shape, generator=torch.Generator().manual_seed(1))
+        norms = [torch.linalg.matrix_norm(M.double()) for M in (W, restored_sign(W, backend))]
+        torch.testing.assert_close(norms[1], norms[0], rtol=1e-6, atol=0)
+
+
+def test_dtype_and_input_are_kept():
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        W = torch.randn(6, 4).to(dtype)
+        before = W.clone()
+        assert restored_sign(W).dtype == dtype
+        assert torch.equal(W, before)
+    with pytest.raises(ValueError, match="backend = 'qr'"):
+        msign(torch.eye(2), "qr")
+
+
+def model_and_adamw(**overrides):
+    cfg = small(**overrides)
+    model = GPT(cfg)
+    mup.init_weights(model, cfg)
+    return model, torch.optim.AdamW(mup.param_groups(model, cfg))
+
+
+def train_steps(model, optimizer, steps, scheduler=None):
+    g = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        x = torch.randint(256, (4, 9), generator=g)
+        model.loss(x[:, :-1], x[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if scheduler:
+            scheduler.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_infinite_period_is_bitwise_adamw():
+    model, adamw = model_and_adamw()
+    plain = train_steps(model, adamw, 7)
+    model, adamw = model_and_adamw()
+    assert same(plain, train_steps(model, MSign(adamw, model.named_parameters(), math.inf), 7))
+    model, adamw = model_and_adamw()
+    assert not same(plain, train_steps(model, MSign(adamw, model.named_parameters(), 7), 7))
+
+
+def test_applied_at_every_pth_step_counted_from_one():
+    model, adamw = model_and_adamw()
+    calls = []
+    optimizer = MSign(adamw, model.named_parameters(), 3, update=lambda W: calls.append(optimizer.steps) or W)
+    train_steps(model, optimizer, 10)
+    assert sorted(set(calls)) == [3, 6, 9]
+
+
+def test_application_is_algorithm_1_and_leaves_the_rest_alone():
+    model, adamw = model_and_adamw()
+    train_steps(model, adamw, 3)
+    twin, twin_adamw = model_and_adamw()
+    train_steps(twin, MSign(twin_adamw, twin.named_parameters(), 3), 3)
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        if any(w in name for w in ("W_Q", "W_K", "W_V", "W_O")):
+            sign = oracle(p.detach())
+            want = sign * torch.linalg.matrix_norm(p.detach().double()) / torch.linalg.matrix_norm(sign)
+            torch.testing.assert_close(q.detach().double(), want, rtol=1e-5, atol=1e-6)
+            assert not torch.equal(p, q)
+        else:
+            assert torch.equal(p, q), name
+        assert same(adamw.state[p].values(), twin_adamw.state[q].values())  # moments are left alone
+
+
+def test_targets():
+    model = GPT(small())
+    named = list(model.named_parameters())
+    assert {n.split(".")[3] for n in select(named, "attention")} == {"W_Q", "W_K", "W_V", "W_O"}
+    assert {n.split(".")[3] for n in select(named, "mlp")} == {"W_up", "W_down"}
+    assert len(select(named, "blocks")) == 2 * 6
+    assert list(select(named, "W_V,blocks.1.attn.W_O.weight")) == [
+        "blocks.0.attn.W_V.weight", "blocks.1.attn.W_V.weight", "blocks.1.attn.W_O.weight",
+    ]  # fmt: skip
+    assert all(p.ndim == 2 for p in select(named, "blocks.*").values())
+    with pytest.raises(ValueError, match="'W_X' matches no matrix"):
+        select(named, "attention,W_X")
+
+
+def test_nonfinite_weight_is_named_and_nothing_changes():
+    model = GPT(small())
+    with torch.no_grad():
+        model.blocks[1].attn.W_V.weight[2, 3] = math.nan
+    params = select(model.named_parameters(), "attention")
+    before = [p.detach().clone() for p in params.values()]
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn\.W_V\.weight holds a value that is not finite"):
+        apply_(params)
+    assert all(torch.equal(p.nan_to_num(7.0), b.nan_to_num(7.0)) for p, b in zip(params.values(), before, strict=True))
+
+
+def test_stacks_are_split_without_changing_the_result(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    params = {f"w{i}": torch.randn(8, 8, generator=g) for i in range(7)}
+    want = {name: restored_sign(W) for name, W in params.items()}
+    monkeypatch.setattr("msign.STACK_ELEMENTS", 3 * 64)
+    apply_(params)
+    for name, W in params.items():
+        torch.testing.assert_close(W, want[name])
+
+
+def test_state_dict_resumes_bitwise():
+    model, adamw = model_and_adamw()
+    optimizer = MSign(adamw, model.named_parameters(), 3)
+    train_steps(model, optimizer, 4)
+    state, weights = copy.deepcopy((optimizer.state_dict(), model.state_dict()))
+    straight = train_steps(model, optimizer, 2)  # applies at step 6
+    other, other_adamw = model_and_adamw(seed=5)
+    other.load_state_dict(weights)
+    resumed = MSign(other_adamw, other.named_parameters(), 3)
+    resumed.load_state_dict(state)
+    assert resumed.steps == 4
+    assert same(straight, train_steps(other, resumed, 2))
+    with pytest.raises(ValueError, match="no 'msign' entry"):
+        resumed.load_state_dict(adamw.state_dict())
+
+
+def test_schedulers_closures_hooks_and_groups_keep_working():
+    model, adamw = model_and_adamw()
+    optimizer = MSign(adamw, model.named_parameters(), 2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    peak = optimizer.param_groups[0]["lr"]
+    train_steps(model, optimizer, 2, scheduler)
+    assert adamw.param_groups[0]["lr"] == pytest.approx(peak * 0.25)
+    seen = []
+    optimizer.register_step_post_hook(lambda *_: seen.append("hook"))
+
+    def closure():
+        model.zero_grad()
+        loss = model.loss(torch.zeros(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.long))
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() > 0
+    assert seen == ["hook"]
+    assert optimizer.steps == 3
+    extra = torch.nn.Parameter(torch.ones(3))
+    optimizer.add_param_group({"params": [extra]})
+    assert adamw.param_groups[-1]["params"] == [extra]
+    for bad in (dict(period=0), dict(backend="qr"), dict(targets="nothing")):
+        with pytest.raises(ValueError, match=r"period|backend|nothing"):
+            MSign(adamw, model.named_parameters(), **bad)
+
+
+def test_gradient_scaler_skips_the_step_and_the_count():
+    model, adamw = model_and_adamw()
+    optimizer = MSign(adamw, model.named_parameters(), 1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    before = [p.detach().clone() for p in model.parameters()]
+    x = torch.randint(256, (4, 9))
+    for poison, steps in ((True, 0), (False, 1)):
+        scaler.scale(model.loss(x[:, :-1], x[:, 1:])).backward()
+        if poison:
+            model.head.weight.grad[0, 0] = math.inf
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert optimizer.steps == steps
+        assert same(before, [p.detach() for p in model.parameters()]) is poison
+
+
+def test_zero_is_the_attention_off_control():
+    model, adamw = model_and_adamw()
+    train_steps(model, MSign(adamw, model.named_parameters(), 1, update=zero), 3)
+    assert all(not p.any() for p in select(model.named_parameters(), "attention").values())
+    assert all(p.any() for p in select(model.named_parameters(), "mlp").values())
