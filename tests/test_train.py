@@ -1,0 +1,289 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import mup
+import train
+from config import load_config
+from model import GPT
+from tests.conftest import ROOT, command, refused, run, small
+
+
+def lines_of(folder):
+    return (folder / "metrics.jsonl").read_text()
+
+
+def final_state(folder):
+    return torch.load(sorted(folder.glob("ckpt_*.pt"))[-1], weights_only=True)
+
+
+def assert_same_state(a, b):
+    assert a["step"] == b["step"]
+    for key in a["model"]:
+        assert torch.equal(a["model"][key], b["model"][key]), key
+    moments = [list(s["optimizer"]["state"].values()) for s in (a, b)]
+    for x, y in zip(*moments, strict=True):
+        assert all(torch.equal(x[k], y[k]) for k in x)
+    assert a["optimizer"].get("msign") == b["optimizer"].get("msign")
+
+
+@pytest.fixture
+def in_process(config_file, monkeypatch):
+    """train.train on the small config with overrides; returns (exit code, run folder)."""
+
+    def go(*overrides):
+        cfg = load_config([str(config_file), *overrides])
+        return train.train(cfg), ROOT / cfg.runs_dir / cfg.name
+
+    return go
+
+
+def test_golden_first_step():
+    """The first step of the stress test's model on fixed tokens, frozen: a change here changes every result."""
+    cfg = load_config([f"{ROOT}/configs/stress_constant.py", "--threads=1"])
+    model = GPT(cfg)
+    mup.init_weights(model, cfg)
+    optimizer = train.build_optimizer(cfg, model)
+    for group in optimizer.param_groups:
+        group["lr"] = cfg.lr_at(300) * group["lr_mult"]
+    x = torch.arange(16 * 33).view(16, 33) * 7 % 256
+    losses = []
+    for _ in range(2):
+        loss = model.loss(x[:, :-1], x[:, 1:])
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    W = model.blocks[3].mlp.W_up.weight
+    assert [*losses, grad_norm.item(), W.norm().item()] == pytest.approx([5.55358, 5.54098, 0.71750, 8.21640], rel=2e-4)
+
+
+def test_a_run_leaves_its_whole_record(in_process):
+    code, folder = in_process("--msign_period=7")
+    assert code == 0
+    record = json.loads((folder / "record.json").read_text())
+    assert record["config"]["msign_period"] == 7
+    assert record["data"]["fingerprint"].startswith("sha256:")
+    assert record["code"]["sha256"]
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["machine"]["threads"] == 1
+    lines = [json.loads(line) for line in lines_of(folder).splitlines()]
+    assert [line["iter"] for line in lines] == list(range(1, 21))
+    assert all({"train/loss", "grad_norm", "lr"} <= set(line) for line in lines)
+    assert [line["iter"] for line in lines if "srank/attention" in line] == [5, 10, 15, 20]
+    assert [line["iter"] for line in lines if "val/loss" in line] == [10, 20]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["status"], summary["steps"], summary["collapse"]) == ("finished", 20, None)
+    assert [p.name for p in folder.glob("ckpt*")] == ["ckpt_0000020.pt"]
+
+
+def test_logged_values_are_those_of_a_plain_loop(in_process):
+    """Loss, pre-clip gradient norm and learning rate against a loop written without train.py."""
+    _, folder = in_process("--grad_clip=0.5")
+    cfg = small(grad_clip=0.5)
+    data = train.TokenFiles(json.loads((folder / "record.json").read_text())["config"]["dataset"], "train", 8, 256)
+    model = GPT(cfg)
+    mup.init_weights(model, cfg)
+    optimizer = torch.optim.AdamW(mup.param_groups(model, cfg), betas=(0.9, 0.95), eps=1e-8)
+    for line in map(json.loads, lines_of(folder).splitlines()):
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr_at(line["iter"]) * group["lr_mult"]
+        x, y = data.batch(0, line["iter"], 4)
+        loss = model.loss(x, y)
+        loss.backward()
+        norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+        assert line["train/loss"] == pytest.approx(loss.item(), rel=1e-4)
+        assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+        assert line["lr"] == pytest.approx(cfg.lr_at(line["iter"]))
+        for p in model.parameters():
+            p.grad *= min(1.0, 0.5 / (norm.item() + 1e-6))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert norm > 0.5  # clipping was at work
+
+
+def test_accumulation_and_evaluation_do_not_change_the_data(in_process):
+    _, whole = in_process("--name=whole")
+    _, split = in_process("--name=split", "--micro_batch=1", "--eval_every=3", "--srank_every=1")
+    a, b = ([json.loads(line)["train/loss"] for line in lines_of(f).splitlines()] for f in (whole, split))
+    assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_measuring_and_saving_change_nothing(in_process):
+    _, noisy = in_process("--name=noisy", "--eval_every=1", "--srank_every=1", "--ckpt_every=1")
+    _, quiet = in_process("--name=quiet", "--eval_every=0", "--srank_every=0", "--ckpt_every=0")
+    assert_same_state(final_state(noisy), final_state(quiet))
+
+
+def test_dry_run_writes_nothing(in_process, capsys):
+    code, folder = in_process("--dry_run")
+    assert code == 0
+    assert not folder.parent.exists()
+    said = capsys.readouterr().out
+    for part in ("parameters 14,", "W_Q 512", "a step: 32 tokens = 1 × 4 × 8", "FLOPs", "memory ≈", "plain AdamW"):
+        assert part in said, said
+
+
+@pytest.mark.parametrize("kernel", ["math", "flash"])
+def test_kernels_and_autocast_run(in_process, kernel):
+    _, folder = in_process(f"--attn_kernel={kernel}", "--dtype=bfloat16", "--max_steps=6", f"--name={kernel}")
+    assert json.loads((folder / "summary.json").read_text())["train/loss"] < 6
+
+
+def test_compiled_equals_eager(in_process):
+    _, eager = in_process("--name=eager", "--max_steps=6")
+    _, compiled = in_process("--name=compiled", "--max_steps=6", "--compile")
+    a, b = ([json.loads(line)["train/loss"] for line in lines_of(f).splitlines()] for f in (eager, compiled))
+    assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_a_value_that_is_not_finite_ends_the_run_in_good_order(in_process):
+    code, folder = in_process(
+        "--lr=1e18", "--schedule=constant", "--warmup_steps=11", "--grad_clip=0", "--max_steps=40"
+    )
+    assert code == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "stopped: not finite"
+    assert "not finite" in summary["collapse"]["why"]
+    assert summary["collapse"]["lr_multiple"] > 0
+    events = [json.loads(line)["event"] for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert "collapse" in events
+    for path in folder.glob("ckpt_*.pt"):
+        weights = torch.load(path, weights_only=True)["model"].values()
+        assert all(torch.isfinite(w).all() for w in weights)
+
+
+def test_killed_at_any_moment_and_resumed_is_bitwise_the_same(config_file, tmp_path):
+    """SIGKILL at random moments, again and again, until the run is through."""
+    arguments = [config_file, "--max_steps=120", "--msign_period=7", "--ckpt_every=4"]
+    assert run("train.py", *arguments, "--name=whole").returncode == 0
+    rng = np.random.default_rng(0)
+    folder, kills = tmp_path / "runs" / "killed", 0
+    while not (folder / "summary.json").exists():
+        assert kills < 60
+        process = subprocess.Popen(
+            command("train.py", *arguments, "--name=killed", "--resume"), stdout=subprocess.DEVNULL
+        )
+        before = lines_of(folder) if (folder / "metrics.jsonl").exists() else ""
+        deadline = time.time() + 120
+        # let it start and get a few steps further before the clock of its death starts
+        while process.poll() is None and time.time() < deadline:
+            now = lines_of(folder) if (folder / "metrics.jsonl").exists() else ""
+            if len(now) > len(before) + 1000:
+                break
+            before = min(before, now, key=len)
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.15))
+        if process.poll() is None:
+            process.kill()
+            kills += 1
+        process.wait()
+    assert kills >= 2
+    whole = tmp_path / "runs" / "whole"
+    assert lines_of(whole) == lines_of(folder)
+    assert_same_state(final_state(whole), final_state(folder))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_first(config_file, tmp_path, number):
+    arguments = [config_file, "--max_steps=5000", "--ckpt_every=0", "--eval_every=0"]
+    process = subprocess.Popen(command("train.py", *arguments), stdout=subprocess.PIPE, text=True)
+    metrics = tmp_path / "runs" / "small" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size > 2000):
+        time.sleep(0.01)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "go on with --resume" in said
+    last = json.loads(lines_of(tmp_path / "runs" / "small").splitlines()[-1])["iter"]
+    assert final_state(tmp_path / "runs" / "small")["step"] == last
+    events = (tmp_path / "runs" / "small" / "events.jsonl").read_text()
+    assert signal.Signals(number).name in events
+
+
+def test_bad_input(config_file, corpus, tmp_path):
+    runs = tmp_path / "runs"
+    assert run("train.py", config_file, "--max_steps=6").returncode == 0
+    before = {p: p.stat().st_mtime_ns for p in runs.rglob("*")}
+    refused("train.py", config_file, "--max_steps=6", says="continue it with --resume or choose another --name")
+    refused("train.py", config_file, "--max_steps=6", "--lr=1e-3", "--resume", says="was started with 0.0006")
+    refused("train.py", config_file, "--device=cuda:99", "--name=x", says="device = 'cuda:99': not on this machine")
+    refused("train.py", config_file, "--vocab_size=200", "--name=x", says="vocab_size = 200")
+    refused(
+        "train.py", config_file, "--msign_period=5", "--msign_targets=W_X", "--name=x", says="'W_X' matches no matrix"
+    )
+    refused("train.py", config_file, "--dataset=nowhere", "--name=x", says="dataset = 'nowhere'")
+    refused("train.py", config_file, "--name=x", says="WORLD_SIZE = 2", WORLD_SIZE="2")
+    refused("train.py", config_file, "--runs_dir=/proc/nothing", "--name=x", says="runs_dir = '/proc/nothing'")
+    assert before == {p: p.stat().st_mtime_ns for p in runs.rglob("*")}
+
+
+def unfinished(config_file):
+    """The folder of a run stopped half way."""
+    folder = ROOT / load_config([str(config_file)]).runs_dir / "small"
+    assert run("train.py", config_file).returncode == 0
+    (folder / "summary.json").unlink()
+    return folder
+
+
+def test_damaged_state_is_refused(config_file, corpus):
+    folder = unfinished(config_file)
+    path = next(folder.glob("ckpt_*.pt"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-500])
+    refused("train.py", config_file, "--resume", says="not a whole checkpoint")
+    path.write_bytes(whole)
+    metrics = folder / "metrics.jsonl"
+    text = metrics.read_text()
+    metrics.write_text(text[:100])
+    refused("train.py", config_file, "--resume", says="shorter than when the checkpoint of step 20 was written")
+    metrics.write_text(text)
+    tokens = bytearray((corpus / "train.bin").read_bytes())
+    tokens[0] ^= 1
+    (corpus / "train.bin").write_bytes(bytes(tokens))
+    refused("train.py", config_file, "--resume", says="not the data that")
+
+
+def test_a_full_disk_is_one_line_and_the_previous_checkpoint_survives(config_file, tmp_path):
+    size = 14_000 * 4 * 3  # weights and two moments
+    limit = f'ulimit -f {size // 1024 // 2}; exec "$@"'
+    first = run("train.py", config_file, "--max_steps=20", "--name=ok")
+    assert first.returncode == 0
+    done = subprocess.run(
+        ["bash", "-c", limit, "-", *command("train.py", config_file)], capture_output=True, text=True, env=os.environ
+    )
+    assert done.returncode == 2, done.stderr
+    assert "cannot be written" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list((tmp_path / "runs" / "small").glob("*.partial"))
+
+
+def test_fallback_is_loud_and_recorded(tmp_path, config_file, monkeypatch):
+    done = run("train.py", config_file, "--dataset=openwebtext-nowhere", "--fallback=stdlib-bytes", "--max_steps=6")
+    assert done.returncode == 0, done.stderr
+    assert "'openwebtext-nowhere' is not prepared here; training on 'stdlib-bytes' instead" in done.stderr
+    folder = tmp_path / "runs" / "small"
+    record = json.loads((folder / "record.json").read_text())
+    assert record["data"]["folder"] == "stdlib-bytes"
+    assert record["data"]["notes"]
+    assert "fallback" in (folder / "events.jsonl").read_text()
+
+
+def test_wandb_offline_gets_the_same_metrics(config_file, tmp_path):
+    done = run("train.py", config_file, "--wandb=auto", WANDB_API_KEY="", HOME=str(tmp_path), NETRC="/dev/null")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "small"
+    (recorded,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+    inspect = [sys.executable, "-m", "wandb", "leet", "inspect", str(recorded), "--json"]
+    said = subprocess.run(inspect, capture_output=True, text=True, timeout=60).stdout
+    last = json.loads(lines_of(folder).splitlines()[-1])
+    assert "val/loss" in said
+    assert str(last["train/loss"]) in said
