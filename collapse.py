@@ -2,7 +2,7 @@
 
 A run has collapsed when one of these holds; the collapse is dated to the first step named:
 
-1. not finite  a loss or a gradient norm is NaN or infinite: that step.
+1. not finite  a loss, a gradient norm or a weight is NaN or infinite: that step.
 2. loss rose   the 100-step mean loss is 0.2 nats above its own minimum so far, and stays there for 200
                steps: the first of them.
 3. stalled     a gradient norm after step 100 exceeds ten times the run's median, and the run's final loss
@@ -37,8 +37,8 @@ class Collapse:
 class Watch:
     """Rules 1 and 2, fed one step at a time.
 
-    `finite`: every value so far was. `suspicious`: the mean loss is up by RISE now (or a value was not
-    finite), so the weights should not be kept as healthy.
+    `finite`: every value so far was. `suspicious`: the run has collapsed, or its mean loss is up by RISE now,
+    so the weights must not replace the last healthy ones.
     """
 
     def __init__(self):
@@ -51,15 +51,19 @@ class Watch:
 
     @property
     def suspicious(self) -> bool:
-        return not self.finite or self.rose_at is not None
+        return self.collapse is not None or self.rose_at is not None
+
+    def not_finite(self, why: str):
+        """Rule 1, for a value (a weight, say) found not finite at the current step."""
+        self.finite = False
+        self.collapse = self.collapse or Collapse(self.step, self.step, why)
 
     def add(self, loss: float | None, grad_norm: float | None) -> Collapse | None:
         """Take the next step's values (None stands for not finite, as in metrics.jsonl). Returns the collapse so far."""
         self.step += 1
         for name, value in (("loss", loss), ("gradient norm", grad_norm)):
             if value is None or not math.isfinite(value):
-                self.finite = False
-                self.collapse = self.collapse or Collapse(self.step, self.step, f"the {name} is not finite")
+                self.not_finite(f"the {name} is not finite")
         if not self.finite:
             return self.collapse
         self.losses.append(loss)

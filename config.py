@@ -212,14 +212,16 @@ def read_config_file(path: str | Path) -> dict:
     return values
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are UserErrors."""
+
     def error(self, message):
         raise UserError(message)
 
 
 def load_config(argv: list[str]) -> Config:
     """`CONFIG.py [--field=value ...]` as a Config. Raises UserError; `--help` prints and exits 0."""
-    parser = _Parser(
+    parser = Parser(
         prog="train.py", usage="train.py CONFIG.py [--field=value ...]", description="Train a GPT with AdamW or MSign.", allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=120),
     )  # fmt: skip

@@ -70,8 +70,10 @@ BACKENDS = {"svd": _svd, "eigh": _eigh}
 def restored_sign(W: Tensor, backend: str = "eigh") -> Tensor:
     """‖W‖_F / ‖UVᵀ‖_F · UVᵀ for every matrix of W (..., m, n): Algorithm 1's update; 0 stays 0."""
     sign = msign(W, backend)
-    norm_W, norm_sign = (torch.linalg.matrix_norm(M.double(), keepdim=True) for M in (W, sign))
-    return (sign.double() * (norm_W / norm_sign.clamp_min(1e-300))).to(W.dtype)
+    wide = None if W.device.type == "mps" else torch.float64  # the accumulation's dtype, without a copy of W
+    norm_W, norm_sign = (torch.linalg.matrix_norm(M, keepdim=True, dtype=wide) for M in (W, sign))
+    ratio = norm_W / norm_sign.clamp_min(torch.finfo(torch.float32).tiny)
+    return (sign * ratio.to(torch.promote_types(W.dtype, torch.float32))).to(W.dtype)
 
 
 def zero(W: Tensor) -> Tensor:
@@ -98,15 +100,19 @@ def select(named_params: Iterable[tuple[str, Tensor]], targets: str = "attention
     return {name: p for name, p in matrices.items() if name in chosen}
 
 
+class NonFiniteWeightError(ValueError):
+    """A weight that the matrix sign was to be taken of holds NaN or infinity."""
+
+
 @torch.no_grad()
 def apply_(params: dict[str, Tensor], update: Callable[[Tensor], Tensor] = restored_sign):
     """Replace every matrix of {name: (..., m, n)} by update(matrix), batched by shape, in place.
 
-    Raises ValueError naming the first non-finite parameter; then none has changed.
+    Raises NonFiniteWeightError naming the first non-finite parameter; then none has changed.
     """
     for name, p in params.items():
         if not torch.isfinite(p).all():
-            raise ValueError(f"MSign: {name} holds a value that is not finite; no weight was changed")
+            raise NonFiniteWeightError(f"{name} holds a value that is not finite; MSign changed no weight")
     stacks = defaultdict(list)
     for p in params.values():
         stacks[p.shape, p.dtype, p.device].append(p)
@@ -124,7 +130,8 @@ class MSign(Optimizer):
     are looked up, usually model.named_parameters(). period: steps are counted from 1; math.inf is never.
     targets: see `select`. update: what replaces a stack of matrices; None is `restored_sign` with
     `backend`. Learning-rate schedulers, closures, gradient scalers and hooks see an ordinary optimizer
-    with the base's groups; state_dict is the base's with one more entry, "msign".
+    with the base's groups; state_dict is the base's with one more entry, "msign". `step` raises
+    NonFiniteWeightError, after the base's step, when a target is not finite.
     """
 
     def __init__(

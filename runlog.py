@@ -75,6 +75,7 @@ class RunLog:
         self._metrics = None
         self._wandb = None
         self._bar = None
+        self._srank = math.nan  # the last measured one, for the progress line
 
     def _create(self, record: dict):
         if self.folder.exists():
@@ -170,11 +171,8 @@ class RunLog:
         if self._wandb:
             self._wandb.log(line)
         self._bar.update()
-        shown = {"loss": metrics["train/loss"], "grad": metrics["grad_norm"]}
-        if "srank/attention" in metrics:
-            self._srank = metrics["srank/attention"]
-        if hasattr(self, "_srank"):
-            shown["srank"] = self._srank
+        self._srank = metrics.get("srank/attention", self._srank)
+        shown = {"loss": metrics["train/loss"], "grad_norm": metrics["grad_norm"], "srank": self._srank}
         self._bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()}, refresh=False)
         every = max(1, self.cfg.max_steps // 20)
         if self._bar.disable and (step % every == 0 or step == self._first + 3):

@@ -24,7 +24,7 @@ from config import Config, UserError, load_config, run_cli
 from data import stdlib
 from data.reader import TokenFiles, is_prepared
 from model import GPT
-from msign import ATTENTION, MLP, MSign, select, zero
+from msign import ATTENTION, MLP, MSign, NonFiniteWeightError, select, zero
 from probes import geometric_mean, stable_ranks
 from runlog import RunLog, read_metrics
 
@@ -168,10 +168,14 @@ def train(cfg: Config) -> int:
         watch.add(line["train/loss"], line["grad_norm"])
     if log.resumed:
         log.say(f"resumed after step {step}")
-    healthy = max((checkpoint.step_of(p) for p in saved), default=0) if not watch.suspicious else step
+    healthy = checkpoint.step_of(saved[0]) if saved else 0  # at most two are kept: the last healthy one, the last
 
     def save():
         nonlocal healthy
+        bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+        if bad:
+            watch.not_finite(f"{bad[0]} is not finite")
+            return
         checkpoint.save(log.folder, step, {
             "model": model.state_dict(), "optimizer": optimizer.state_dict(),
             "architecture": architecture, "metrics_bytes": log.metrics_bytes(),
@@ -208,20 +212,23 @@ def train(cfg: Config) -> int:
                 loss += part.detach()
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or float("inf"))
             metrics = {"train/loss": loss.item(), "grad_norm": grad_norm.item(), "lr": lr, **metrics}
-            collapse = watch.add(metrics["train/loss"], metrics["grad_norm"])
+            watch.add(metrics["train/loss"], metrics["grad_norm"])
             if watch.finite:
-                optimizer.step()
+                try:
+                    optimizer.step()
+                except NonFiniteWeightError as error:
+                    watch.not_finite(str(error))
                 optimizer.zero_grad(set_to_none=True)
                 if val_data and (step % cfg.eval_every == 0 or step == cfg.max_steps):
                     metrics["val/loss"] = evaluate(cfg, loss_of, autocast, val_data, device)
             log.log(step, metrics)
-            if collapse and collapse.noticed == step:
-                log.event("collapse", **dataclasses.asdict(collapse))
-                log.say(f"{cfg.name}: {collapse} (last healthy checkpoint: step {healthy})")
+            if watch.finite and (step == cfg.max_steps or (cfg.ckpt_every and step % cfg.ckpt_every == 0)):
+                save()
+            if watch.collapse and watch.collapse.noticed == step:
+                log.event("collapse", **dataclasses.asdict(watch.collapse))
+                log.say(f"{cfg.name}: {watch.collapse} (last healthy checkpoint: step {healthy})")
             if not watch.finite:
                 break
-            if step == cfg.max_steps or (cfg.ckpt_every and step % cfg.ckpt_every == 0):
-                save()
         if signals.received and watch.finite and step < cfg.max_steps:
             save()
             log.event("stopped", signal=signals.received.name, step=step)

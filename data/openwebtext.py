@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from datasets import load_dataset
 from tqdm import tqdm
 
-from config import UserError, run_cli
+from config import Parser, UserError, run_cli
 from data.reader import corpus_dir, is_prepared, write_meta
 from data.tokenizer import get_tokenizer
 
@@ -113,7 +113,7 @@ def prepare(shards: list[str], dataset: str, workers: int) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", help="folder of local Parquet files instead of the Hub")
     parser.add_argument("--dataset", default="openwebtext", help="name of the corpus below data/, or a path")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="shards tokenised at a time")

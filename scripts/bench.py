@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 import mup
-from config import load_config, run_cli
+from config import Parser, load_config, run_cli
 from model import GPT
 from msign import BACKENDS, MSign, apply_
 from probes import stable_ranks
@@ -31,7 +31,7 @@ def clock(work) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(ROOT / "configs" / "stress_constant.py"))
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()

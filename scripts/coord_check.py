@@ -19,7 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import mup
-from config import Config, run_cli
+from config import Config, Parser, run_cli
 
 RULES = {
     "the paper's μP": {},
@@ -29,20 +29,21 @@ RULES = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", nargs="+", type=int, default=[48, 96, 192, 384])
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/coord_check.png"))
     args = parser.parse_args()
     cfg = Config(vocab_size=256, block_size=32, batch_size=8, micro_batch=8, n_layer=4)
-    fig, axes = plt.subplots(len(RULES), args.steps, figsize=(3 * args.steps, 7), sharex=True, constrained_layout=True)
+    fig, axes = plt.subplots(
+        len(RULES), args.steps, figsize=(3 * args.steps, 7), sharex=True, sharey="row", constrained_layout=True
+    )
     print("| rules | activation | " + " | ".join(f"step {s + 1}" for s in range(args.steps)) + " |")
     print("|---|---|" + "---|" * args.steps)
     for row, (label, changes) in zip(axes, RULES.items(), strict=True):
         sizes = mup.coordinate_check(replace(cfg, **changes), args.widths, args.steps, args.seeds)
         for kind, per_step in sizes.items():
-            # W_Q = 0 leaves no activation at zero here: uniform attention still averages values
             slopes = [mup.width_slope(args.widths, values) for values in per_step]
             print(f"| {label} | {kind} | " + " | ".join(f"{s:+.2f}" for s in slopes) + " |")
             for step, (ax, values) in enumerate(zip(row, per_step, strict=True)):
@@ -51,6 +52,8 @@ def main() -> int:
         row[0].set_ylabel("mean |activation|")
     for ax in axes[-1]:
         ax.set_xlabel("width")
+        ax.set_xticks(args.widths, args.widths)
+        ax.minorticks_off()
     axes[0, 0].legend(fontsize=7, frameon=False)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(args.out, dpi=110)

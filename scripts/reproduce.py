@@ -1,7 +1,7 @@
 """Reproduce the headline result: the arms side by side, then a figure, a table and a verdict per arm.
 
     python scripts/reproduce.py                                   # what `make reproduce` runs
-    python scripts/reproduce.py --experiment=ramp --seeds 0 1 2
+    python scripts/reproduce.py --experiment=constant --seeds 0 1 2
     python scripts/reproduce.py --record=results                  # keep the small logs for the README
 
 Arms that are already recorded are not trained again; one that was cut goes on from its checkpoint.
@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm
 
-from config import UserError, read_config_file, run_cli
+from config import Parser, UserError, read_config_file, run_cli
 from data import stdlib
 from figures import load_run, overview, pack_run, table, verdicts
 
@@ -94,8 +94,8 @@ def run_all(jobs: list[Job], workers: int, max_steps: int):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experiment", choices=["constant", "ramp"], default="constant")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experiment", choices=["ramp", "constant"], default="ramp")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--max_steps", type=int, help="shorter (or longer) than the experiment's own")

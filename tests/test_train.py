@@ -161,6 +161,40 @@ def test_a_value_that_is_not_finite_ends_the_run_in_good_order(in_process):
         assert all(torch.isfinite(w).all() for w in weights)
 
 
+def test_the_last_healthy_checkpoint_outlives_a_collapse(in_process, monkeypatch):
+    for name, value in dict(WINDOW=4, RISE=0.3, STAYS=8).items():
+        monkeypatch.setattr(f"collapse.{name}", value)
+    arguments = ["--schedule=ramp", "--lr_scale=600", "--weight_decay=0.0", "--max_steps=60", "--ckpt_every=3"]
+    _, folder = in_process(*arguments)
+    summary = json.loads((folder / "summary.json").read_text())
+    collapse = summary["collapse"]
+    assert summary["status"] == "finished"  # a finite collapse is watched to the end
+    assert collapse["noticed"] == collapse["step"] + 8
+    assert collapse["lr_multiple"] == pytest.approx(600 * collapse["step"] / 60)
+    healthy = collapse["last_healthy_checkpoint"]
+    assert 0 < healthy < collapse["step"]
+    assert [p.name for p in sorted(folder.glob("ckpt*"))] == [f"ckpt_{healthy:07}.pt", "ckpt_0000060.pt"]
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in events if e["event"] == "collapse"] == [collapse["step"]]
+
+
+@pytest.mark.parametrize("msign", ["--msign_period=3", "--msign_period=0"])
+def test_a_weight_that_is_not_finite_is_named(in_process, monkeypatch, msign):
+    adamw = torch.optim.AdamW.step
+
+    def step_that_breaks(self, closure=None):
+        adamw(self, closure)
+        with torch.no_grad():
+            self.param_groups[2]["params"][2][0, 0] = float("nan")  # blocks.0's W_V
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step_that_breaks)
+    code, folder = in_process(msign, "--ckpt_every=1" if msign.endswith("0") else "--ckpt_every=0")
+    assert code == 0
+    why = json.loads((folder / "summary.json").read_text())["collapse"]["why"]
+    assert ("blocks.0.attn.W_V.weight" in why) or "loss is not finite" in why
+    assert not list(folder.glob("ckpt*"))
+
+
 def test_killed_at_any_moment_and_resumed_is_bitwise_the_same(config_file, tmp_path):
     """SIGKILL at random moments, again and again, until the run is through."""
     arguments = [config_file, "--max_steps=120", "--msign_period=7", "--ckpt_every=4"]

@@ -1,0 +1,63 @@
+"""Regenerate every table and figure of the README and of results/ from the logs recorded there.
+
+python scripts/report.py            # writes; `make figures` does the same
+python scripts/report.py --check    # writes nothing; exit code 1 when the README's tables are out of date
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from config import Parser, UserError, run_cli
+from figures import load_run, overview, table, verdicts
+
+RESULTS = ROOT / "results"
+
+
+def recorded(experiment: str):
+    """The runs recorded under results/<experiment>, arm by arm, seed by seed."""
+    runs = [load_run(path.parent) for path in sorted((RESULTS / experiment).glob("*/record.json"))]
+    if not runs:
+        raise UserError(f"results/{experiment}: no recorded runs")
+    order = ["AdamW", "MSign (attention)", "MSign (mlp)", "attention off"]
+    return sorted(runs, key=lambda r: (order.index(r.arm) if r.arm in order else 99, r.config["seed"]))
+
+
+def filled(text: str) -> str:
+    """`text` with every block between <!-- KIND EXPERIMENT --> and <!-- end --> made anew from the logs."""
+
+    def block(match: re.Match) -> str:
+        kind, experiment = match[1], match[2]
+        runs = recorded(experiment)
+        if kind == "table":
+            body = table(runs)
+        else:
+            body = "".join(f"    {verdict}\n" for verdict in verdicts(runs) if verdict.run.config["seed"] == 0)
+        return f"<!-- {kind} {experiment} -->\n\n{body}\n<!-- end -->"
+
+    return re.sub(r"<!-- (table|verdicts) (\w+) -->.*?<!-- end -->", block, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = filled(readme.read_text())
+    if args.check:
+        same = text == readme.read_text()
+        print("README.md agrees with results/" if same else "README.md differs from results/: run scripts/report.py")
+        return 0 if same else 1
+    readme.write_text(text)
+    for folder in sorted(p for p in RESULTS.iterdir() if p.is_dir()):
+        runs = recorded(folder.name)
+        print(*overview(runs, RESULTS / folder.name))
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main, "report.py")

@@ -1,0 +1,123 @@
+"""Every command and every number of the README."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT, run
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+INLINE = re.findall(r"`(python [^`]+)`", README)
+COMMANDS = [
+    line.split("  #")[0].strip() for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()
+] + INLINE
+
+# what makes each command short enough for a test: same program, same arguments, less of it
+SHORT = {
+    "train.py": [
+        "--batch_size=2",
+        "--micro_batch=1",
+        "--block_size=16",
+        "--wandb=off",
+        "--eval_every=0",
+        "--srank_every=1",
+    ],
+    "scripts/reproduce.py": ["--max_steps=3", "--seeds", "0"],
+    "scripts/bench.py": ["--rounds=1"],
+    "scripts/coord_check.py": ["--widths", "48", "96", "--steps=1", "--seeds=1"],
+    "data.openwebtext": ["--help"],
+}
+
+
+def test_the_first_screen_has_the_two_commands():
+    assert [c for c in COMMANDS if c.startswith("make")] == ["make reproduce", "make test"]
+    assert README.index("make reproduce") < README.index("make test") < 500
+
+
+def test_ci_runs_the_readmes_test_command():
+    assert "exec make test" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("target", ["reproduce", "test"])
+def test_make_targets_set_up_and_call_what_they_say(target):
+    said = subprocess.run(["make", "--dry-run", "--always-make", target], cwd=ROOT, capture_output=True, text=True)
+    assert said.returncode == 0
+    assert "-m venv --clear .venv" in said.stdout
+    assert "install" in said.stdout
+    assert "-r requirements.txt" in said.stdout
+    assert {"reproduce": "python scripts/reproduce.py", "test": "python -m pytest"}[target] in said.stdout
+
+
+@pytest.mark.parametrize("line", sorted({c for c in COMMANDS if c.startswith("python ")}))
+def test_python_commands_run(line, tmp_path):
+    words = shlex.split(line)[1:]
+    module = words[1] if words[0] == "-m" else words[0]
+    short = list(SHORT[module])
+    if module == "train.py":
+        short += [f"--runs_dir={tmp_path}"] if "--help" not in words else []
+        if not {"--dry_run", "--help"} & set(words):
+            short += ["--max_steps=3", "--warmup_steps=2"]
+        if "--resume" in words:
+            assert run(*[w for w in words if w != "--resume"], *short).returncode == 0
+            (tmp_path / "nano_5m_msign" / "summary.json").unlink()
+    if module == "scripts/reproduce.py":
+        words = [w for w in words if not w.startswith("--record")]
+        short += [f"--runs_dir={tmp_path}", f"--record={tmp_path}/results"]
+    if module == "scripts/coord_check.py":
+        short += [f"--out={tmp_path}/check.png"]
+    if words[0] == "-m":
+        done = subprocess.run([sys.executable, *words, *short], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    else:
+        done = run(*words, *short)
+    assert done.returncode == 0, done.stderr
+    if module == "scripts/reproduce.py":
+        assert done.stdout.count("no collapse") == 4
+        (experiment,) = re.findall(r"--experiment=(\w+)", line)
+        for ending in ("png", "svg", "md"):
+            assert (tmp_path / f"{experiment}.{ending}").stat().st_size > 100
+        assert len(list((tmp_path / "results" / experiment).glob("*/metrics.jsonl.gz"))) == 4
+
+
+def test_reproduce_says_why_an_arm_failed(tmp_path):
+    (tmp_path / "ramp-adamw-seed0").mkdir()
+    done = run(
+        "scripts/reproduce.py", "--experiment=ramp", "--arms", "adamw", "--max_steps=3", f"--runs_dir={tmp_path}"
+    )
+    assert done.returncode == 2
+    assert "ramp-adamw-seed0: exit code 2" in done.stderr
+    assert "is not a run (no record.json)" in done.stderr
+
+
+def test_python_examples_run(tmp_path):
+    examples = [text for kind, text in BLOCKS if kind == "python"]
+    assert examples
+    for text in examples:
+        path = tmp_path / "example.py"
+        path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{text}")
+        done = subprocess.run([sys.executable, str(path)], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+
+
+def test_tables_and_figures_come_from_the_recorded_runs():
+    done = run("scripts/report.py", "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (ROOT / picture).stat().st_size > 10_000
+
+
+def test_the_rule_of_the_readme_is_the_codes():
+    import collapse
+
+    for number in (
+        f"{collapse.WINDOW}-step",
+        f"{collapse.RISE} nats above",
+        f"for {collapse.STAYS} steps",
+        f"least {collapse.CLEARLY} nats",
+    ):
+        assert number in README
+    assert collapse.SPIKE == 10
+    assert "exceeds ten times" in README
