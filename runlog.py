@@ -57,6 +57,30 @@ def versions() -> dict:
     }
 
 
+def first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def wandb_mode(cfg: Config) -> tuple[str, str | None]:
+    """W&B's mode for cfg.wandb, never asking for anything, and why it is not online though there is a key.
+
+    Raises UserError when cfg.wandb is "online" and that cannot be.
+    """
+    if cfg.wandb in ("off", "offline"):
+        return cfg.wandb, None
+    import wandb
+
+    try:
+        if wandb.login(prompt=False):
+            return "online", None
+        why = None
+    except wandb.Error as error:
+        why = first_line(error)
+    if cfg.wandb == "online":
+        raise UserError(f"wandb = 'online': {why or 'not logged in; run `wandb login` first'}, or use --wandb=offline")
+    return "offline", why
+
+
 class RunLog:
     """The open record of one run. Metrics go to JSONL first, then to W&B and the progress bar."""
 
@@ -65,12 +89,16 @@ class RunLog:
         the run in it was started with another configuration or other data."""
         self.cfg = cfg
         self.folder = Path(cfg.runs_dir) / cfg.name
+        self._wandb_mode, why_offline = wandb_mode(cfg)
         record = {"config": dataclasses.asdict(cfg), "code": code_version(), "versions": versions(), **record}
         self.resumed = cfg.resume and self.folder.exists()
         if self.resumed:
             self._check_same(record)
         else:
             self._create(record)
+        if why_offline:
+            self.event("wandb offline", why=why_offline)
+            print(f"note: W&B cannot be reached ({why_offline}); logging offline")
         self.metrics_path = self.folder / "metrics.jsonl"
         self._metrics = None
         self._wandb = None
@@ -141,9 +169,6 @@ class RunLog:
             return
         import wandb
 
-        mode = cfg.wandb
-        if mode == "auto":
-            mode = "online" if wandb.login(prompt=False) else "offline"
         id_path = self.folder / "wandb_id"
         if not id_path.exists():
             id_path.write_text(secrets.token_hex(4))
@@ -154,12 +179,12 @@ class RunLog:
         )  # fmt: skip
         settings = wandb.Settings(console="off", silent=True, init_timeout=30)
         try:
-            self._wandb = wandb.init(mode=mode, settings=settings, **arguments)
+            self._wandb = wandb.init(mode=self._wandb_mode, settings=settings, **arguments)
         except wandb.Error as error:
             if cfg.wandb == "online":
-                raise UserError(f"wandb = 'online': {str(error).splitlines()[0]}") from error
-            print(f"note: W&B cannot be reached ({str(error).splitlines()[0]}); logging offline")
-            self.event("wandb offline", why=str(error))
+                raise UserError(f"wandb = 'online': {first_line(error)}") from error
+            self.event("wandb offline", why=first_line(error))
+            print(f"note: W&B cannot be reached ({first_line(error)}); logging offline")
             self._wandb = wandb.init(mode="offline", settings=settings, **arguments)
         self._wandb.define_metric("iter")
         self._wandb.define_metric("*", step_metric="iter")

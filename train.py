@@ -51,6 +51,17 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def attention_kernel(cfg: Config, device: torch.device) -> str:
+    """The name of the kernel that PyTorch takes for this model's attention, "auto" resolved, for the record."""
+    if cfg.attn_kernel != "auto":
+        return cfg.attn_kernel
+    dtype = torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32
+    shape = (1, cfg.n_head, cfg.block_size, cfg.d_model // cfg.n_head)
+    q = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
+    chosen = SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True))
+    return next((name for name, backend in KERNELS.items() if backend == chosen), chosen.name)
+
+
 def open_data(cfg: Config) -> tuple[TokenFiles, TokenFiles | None, list[str]]:
     """Training and validation tokens, and what has to be announced about them."""
     dataset, notes = cfg.dataset, []
@@ -147,6 +158,7 @@ def train(cfg: Config) -> int:
     log = RunLog(cfg, {
         "data": {"folder": train_data.folder.name, "fingerprint": train_data.fingerprint(), "notes": notes, **train_data.meta},
         "machine": {"device": str(device), "threads": torch.get_num_threads(), "processor": platform.machine(),
+                    "attention_kernel": attention_kernel(cfg, device), "dtype": cfg.dtype,
                     "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None},
         "parameters": sum(p.numel() for p in model.parameters()),
     })  # fmt: skip

@@ -75,6 +75,8 @@ def test_a_run_leaves_its_whole_record(in_process):
     assert record["code"]["sha256"]
     assert record["versions"]["torch"] == torch.__version__
     assert record["machine"]["threads"] == 1
+    assert record["machine"]["attention_kernel"] in train.KERNELS
+    assert record["machine"]["dtype"] == "float32"
     lines = [json.loads(line) for line in lines_of(folder).splitlines()]
     assert [line["iter"] for line in lines] == list(range(1, 21))
     assert all({"train/loss", "grad_norm", "lr"} <= set(line) for line in lines)
@@ -309,6 +311,16 @@ def test_fallback_is_loud_and_recorded(tmp_path, config_file, monkeypatch):
     assert record["data"]["folder"] == "stdlib-bytes"
     assert record["data"]["notes"]
     assert "fallback" in (folder / "events.jsonl").read_text()
+
+
+def test_wandb_that_cannot_be_reached_is_announced_and_online_refused(config_file, tmp_path):
+    key = dict(WANDB_API_KEY="0" * 40, WANDB_BASE_URL="http://127.0.0.1:9", HOME=str(tmp_path))
+    done = run("train.py", config_file, "--wandb=auto", **key)
+    assert done.returncode == 0, done.stderr
+    assert "W&B cannot be reached" in done.stdout
+    assert "wandb offline" in (tmp_path / "runs" / "small" / "events.jsonl").read_text()
+    refused("train.py", config_file, "--wandb=online", "--name=x", says="wandb = 'online'", **key)
+    assert not (tmp_path / "runs" / "x").exists()
 
 
 def test_wandb_offline_gets_the_same_metrics(config_file, tmp_path):
