@@ -3,7 +3,7 @@
 A run has collapsed when one of these holds; the collapse is dated to the first step named:
 
 1. not finite  a loss, a gradient norm or a weight is NaN or infinite: that step.
-2. loss rose   the 100-step mean loss is 0.2 nats above its own minimum so far, and stays there for 200
+2. loss rose   the 100-step mean loss is 0.1 nats above its own minimum so far, and stays there for 200
                steps: the first of them.
 3. stalled     a gradient norm after step 100 exceeds ten times the run's median, and the run's final loss
                (mean of the last 100 steps) is above that of the attention-off arm, the same model with its
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-WINDOW, RISE, STAYS, SPIKE, CLEARLY = 100, 0.2, 200, 10.0, 0.1
+WINDOW, RISE, STAYS, SPIKE, CLEARLY = 100, 0.1, 200, 10.0, 0.1
 
 
 @dataclass(frozen=True)

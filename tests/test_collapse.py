@@ -13,8 +13,8 @@ def curve(*pieces):
 def test_a_rise_that_stays_is_dated_to_its_start():
     losses = curve((500, 2.5), (400, 2.8))
     found = find_collapse(losses, [1.0] * 900)
-    # the 100-step mean is 0.2 up when two thirds of the window are past step 500
-    assert found.step == 500 + 67
+    # the 100-step mean is 0.1 up when a third of the window is past step 500
+    assert found.step == 500 + 34
     assert found.noticed == found.step + 200
     assert "rose from 2.50" in found.why
 
@@ -23,8 +23,8 @@ def test_a_rise_that_stays_is_dated_to_its_start():
     "losses",
     [
         curve((900, 2.5)),
-        curve((500, 2.5), (400, 2.69)),  # not high enough
-        curve((500, 2.5), (150, 2.8), (400, 2.5)),  # comes back
+        curve((500, 2.5), (400, 2.59)),  # not high enough
+        curve((500, 2.5), (120, 2.8), (400, 2.5)),  # comes back
         curve((500, 2.5), (200, 2.8)),  # not long enough
         [5 - i / 200 for i in range(900)],
     ],

@@ -42,7 +42,7 @@ def arms(tmp_path):
 
 def test_verdicts(arms):
     said = [str(v) for v in verdicts(arms)]
-    assert said[0].startswith("AdamW: collapsed at step 550 (5.5x): mean loss rose from 2.50")
+    assert said[0].startswith("AdamW: collapsed at step 525 (5.2x): mean loss rose from 2.50")
     assert said[1] == "MSign (attention): no collapse, final loss 2.10, 0.30 below attention-off: attention lives"
     assert said[2].startswith("MSign (mlp): collapsed at step 700 (7.0x): 2 gradient norms beyond 10x")
     assert said[3] == "attention off: no collapse, final loss 2.40"
@@ -64,10 +64,10 @@ def test_the_floor_is_the_same_experiments_and_seeds(arms, tmp_path):
 
 
 def test_table(arms, tmp_path):
-    second = load_run(made_up(tmp_path / "adamw1", [2.5] * 600 + [2.7001] * 400, seed=1))
+    second = load_run(made_up(tmp_path / "adamw1", [2.5] * 600 + [2.7] * 400, seed=1))
     rows = table([*arms, second]).splitlines()
     assert len(rows) == 2 + 4
-    assert rows[2].startswith("| AdamW | 2 | 2 of 2 | 625 [550, 700] | 6.2 [5.5, 7.0] | 2.80 [2.70, 2.90] |")
+    assert rows[2].startswith("| AdamW | 2 | 2 of 2 | 588 [525, 650] | 5.9 [5.2, 6.5] | 2.80 [2.70, 2.90] |")
     assert rows[3].startswith("| MSign (attention) | 1 | 0 of 1 | – | – | 2.10 | 0.30 | 1.0 |")
 
 
