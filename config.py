@@ -23,12 +23,14 @@ class UserError(Exception):
 
 
 def run_cli(main, prog: str):
-    """Run `main()`, turning a UserError into one line on stderr and exit code 2."""
+    """Run `main()`, turning a UserError into one line on stderr and exit code 2; Ctrl-C is exit code 130."""
     try:
         sys.exit(main())
     except UserError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def opt(default, group: str, help: str):

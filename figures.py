@@ -159,36 +159,45 @@ def smooth(values: Sequence[float | None], window: int = WINDOW) -> np.ndarray:
     return out
 
 
+def peaks(steps: np.ndarray, values: Sequence[float | None], size: int = 10) -> tuple[np.ndarray, np.ndarray]:
+    """The largest finite value of every `size` steps: spikes stay visible and the figure small."""
+    values = np.array([np.nan if v is None else v for v in values], float)
+    starts = range(0, len(values), size)
+    largest = np.array([np.nanmax(values[i : i + size], initial=0.0) for i in starts])
+    return steps[::size], np.where(largest > 0, largest, np.nan)
+
+
 def overview(runs: Sequence[Run], stem: Path) -> list[Path]:
     """The headline figure: loss, gradient norm, stable rank and learning rate against step. Writes <stem>.png and .svg."""
     fig, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharex=True, constrained_layout=True)
     loss, grad, srank, rate = axes.flat
-    drawn = set()
+    labels, visible = set(), []
     for verdict in verdicts(runs):
         run = verdict.run
-        label = None if run.arm in drawn else run.arm
-        drawn.add(run.arm)
-        style = {"color": COLORS.get(run.arm, "#009E73"), "lw": 1.4, "alpha": 0.9}
-        steps = np.array(run.series("iter"))
-        mean = smooth(run.series("train/loss"))
-        loss.plot(steps, mean, label=label, **style)
-        grads = np.array([np.nan if g is None else g for g in run.series("grad_norm")])
-        grad.plot(steps, grads, label=label, **{**style, "lw": 0.5})
-        srank.plot(*run.sparse("srank/attention"), label=label, **style)
-        rate.plot(steps, run.series("lr"), label=label, **style)
+        label = None if run.arm in labels else run.arm
+        labels.add(run.arm)
+        style = {"color": COLORS.get(run.arm, "#009E73"), "lw": 1.2, "alpha": 0.85, "label": label}
+        steps, mean = np.array(run.series("iter")), smooth(run.series("train/loss"))
+        loss.plot(steps, mean, **style)
+        visible.extend(mean[len(mean) // 5 :])  # the fall from ln V at the start would flatten the rest
+        grad.plot(*peaks(steps, run.series("grad_norm")), **{**style, "lw": 0.8})
+        srank.plot(*run.sparse("srank/attention"), **style)
+        rate.plot(steps, run.series("lr"), **style)
         if verdict.collapse:
             at = verdict.collapse.step - 1
             loss.plot(steps[at], mean[at], "x", color=style["color"], ms=9, mew=2.5)
-    top = max(np.nanmax(smooth(run.series("train/loss"))[300:], initial=0) for run in runs)
-    low = min(np.nanmin(smooth(run.series("train/loss")), initial=9) for run in runs)
-    if top > low:
-        loss.set_ylim(low - 0.05, top + 0.15)
-    loss.set(title="Training loss (100-step mean; × collapse)", ylabel="nats per token")
-    grad.set(title="Gradient norm before clipping", ylabel="‖∇‖", yscale="log")
-    srank.set(
-        title="Stable rank of attention matrices (geometric mean)", ylabel="‖W‖²_F / ‖W‖²₂", xlabel="step", yscale="log"
-    )
-    rate.set(title="Learning rate (× μP multiplier)", ylabel="lr", xlabel="step")
+    if np.isfinite(visible).any():
+        loss.set_ylim(np.nanmin(visible) - 0.05, np.nanmax(visible) + 0.1)
+    width = runs[0].config["d_model"]
+    ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 1000) if t < width] + [width]
+    srank.set(ylim=(1, width * 1.05), yscale="log")
+    srank.set_yticks(ticks, ticks)
+    srank.minorticks_off()
+    grad.set(ylim=(0.1, None), yscale="log")
+    loss.set(title="Training loss, 100-step mean (× collapse)", ylabel="nats per token")
+    grad.set(title="Gradient norm before clipping, largest of 10 steps", ylabel="‖∇‖₂")
+    srank.set(title="Stable rank of the attention matrices, geometric mean", ylabel="‖W‖²_F / ‖W‖²₂", xlabel="step")
+    rate.set(title="Learning rate (before μP's multipliers)", ylabel="lr", xlabel="step")
     loss.legend(fontsize=9, frameon=False)
     for ax in axes.flat:
         ax.grid(alpha=0.25)

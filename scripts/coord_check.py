@@ -37,7 +37,13 @@ def main() -> int:
     args = parser.parse_args()
     cfg = Config(vocab_size=256, block_size=32, batch_size=8, micro_batch=8, n_layer=4)
     fig, axes = plt.subplots(
-        len(RULES), args.steps, figsize=(3 * args.steps, 7), sharex=True, sharey="row", constrained_layout=True
+        len(RULES),
+        args.steps,
+        figsize=(3 * args.steps, 7),
+        sharex=True,
+        sharey="row",
+        squeeze=False,
+        constrained_layout=True,
     )
     print("| rules | activation | " + " | ".join(f"step {s + 1}" for s in range(args.steps)) + " |")
     print("|---|---|" + "---|" * args.steps)

@@ -10,6 +10,7 @@ Arms that are already recorded are not trained again; one that was cut goes on f
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -65,7 +66,9 @@ class Job:
 def run_all(jobs: list[Job], workers: int, max_steps: int):
     """Run the jobs, `workers` at a time, under one progress bar. Raises UserError with the output of one that failed."""
     waiting, running, done = list(jobs), [], 0
-    bar = tqdm(total=len(jobs) * max_steps, unit="step", dynamic_ncols=True, mininterval=1, file=sys.stderr)
+    bar = tqdm(total=len(jobs) * max_steps, unit="step", dynamic_ncols=True, file=sys.stderr,
+               mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through `finally`, as Ctrl-C does
     try:
         while waiting or running:
             while waiting and len(running) < workers:
@@ -75,8 +78,7 @@ def run_all(jobs: list[Job], workers: int, max_steps: int):
             lines = {job: job.last_line() for job in running}
             shown = (f"{job.arm} {line['train/loss']:.2f}" for job, line in lines.items() if line.get("train/loss"))
             bar.set_postfix_str("loss: " + ", ".join(shown), refresh=False)
-            bar.n = done + sum(line.get("iter", 0) for line in lines.values())
-            bar.refresh()
+            bar.update(done + sum(line.get("iter", 0) for line in lines.values()) - bar.n)
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
                 done += max_steps

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from config import UserError
-from figures import load_run, overview, pack_run, smooth, table, verdicts
+from figures import load_run, overview, pack_run, peaks, smooth, table, verdicts
 
 
 def made_up(folder, losses, grad=1.0, spikes=(), seed=0, **config):
@@ -17,6 +17,7 @@ def made_up(folder, losses, grad=1.0, spikes=(), seed=0, **config):
         "wandb_group": "e",
         "lr": 1.0,
         "seed": seed,
+        "d_model": 48,
     }
     (folder / "record.json").write_text(json.dumps({"config": settings | config}))
     with open(folder / "metrics.jsonl", "w") as f:
@@ -97,6 +98,12 @@ def test_what_is_not_a_run_is_refused(tmp_path):
     (made_up(tmp_path / "r", [1.0]) / "metrics.jsonl").write_text('{"iter": 1}\n{"it')
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: not JSON"):
         load_run(tmp_path / "r")
+
+
+def test_peaks_keep_every_spike():
+    steps, largest = peaks(np.arange(1, 26), [1.0] * 7 + [90.0] + [2.0] * 16 + [None])
+    assert steps.tolist() == [1, 11, 21]
+    assert largest.tolist() == [90.0, 2.0, 2.0]
 
 
 def test_smooth():

@@ -1,13 +1,16 @@
 """Every command and every number of the README."""
 
+import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from tests.conftest import ROOT, run
+from tests.conftest import ROOT, command, run
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
@@ -92,13 +95,34 @@ def test_reproduce_says_why_an_arm_failed(tmp_path):
     assert "is not a run (no record.json)" in done.stderr
 
 
+def test_reproduce_stops_its_arms_and_goes_on_where_they_were(tmp_path):
+    arguments = ["scripts/reproduce.py", "--arms", "adamw", "msign", "--max_steps=150", f"--runs_dir={tmp_path}"]
+    process = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    logs = [tmp_path / f"ramp-{arm}-seed0" / "metrics.jsonl" for arm in ("adamw", "msign")]
+    while not all(log.exists() and log.stat().st_size > 500 for log in logs):
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    saved = [next(log.parent.glob("ckpt_*.pt")) for log in logs]  # both arms have ended, and saved before
+    assert all(1 < int(path.stem.split("_")[1]) < 150 for path in saved)
+    assert run(*arguments).returncode == 0
+    for log in logs:
+        assert [json.loads(line)["iter"] for line in log.read_text().splitlines()] == list(range(1, 151))
+        assert '"resumed"' in (log.parent / "events.jsonl").read_text()
+    done = run(*arguments)  # everything is recorded: nothing is trained again
+    assert done.returncode == 0
+    assert "already finished" in (tmp_path / "ramp-adamw-seed0.log").read_text()
+
+
 def test_python_examples_run(tmp_path):
     examples = [text for kind, text in BLOCKS if kind == "python"]
     assert examples
     for text in examples:
         path = tmp_path / "example.py"
         path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{text}")
-        done = subprocess.run([sys.executable, str(path)], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        done = run(path, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
 
 
