@@ -23,10 +23,10 @@ class UserError(Exception):
 
 
 def run_cli(main, prog: str):
-    """Run `main()`, turning a UserError into one line on stderr and exit code 2; Ctrl-C is exit code 130."""
+    """Run `main()`, turning bad input and a disk that refuses into one line on stderr and exit code 2; Ctrl-C is 130."""
     try:
         sys.exit(main())
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -1,5 +1,4 @@
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import mup
 import train
 from config import load_config
@@ -288,18 +288,27 @@ def test_damaged_state_is_refused(config_file, corpus):
     refused("train.py", config_file, "--resume", says="not the data that")
 
 
-def test_a_full_disk_is_one_line_and_the_previous_checkpoint_survives(config_file, tmp_path):
-    size = 14_000 * 4 * 3  # weights and two moments
-    limit = f'ulimit -f {size // 1024 // 2}; exec "$@"'
-    first = run("train.py", config_file, "--max_steps=20", "--name=ok")
-    assert first.returncode == 0
-    done = subprocess.run(
-        ["bash", "-c", limit, "-", *command("train.py", config_file)], capture_output=True, text=True, env=os.environ
-    )
+@pytest.mark.parametrize("kilobytes", [80, 8])
+def test_a_full_disk_is_one_line_and_what_was_saved_survives(config_file, tmp_path, kilobytes):
+    """A limit on file sizes refuses the checkpoint (170 kB) or already metrics.jsonl, as a full disk would."""
+    assert run("train.py", config_file, "--max_steps=400").returncode == 0
+    folder = tmp_path / "runs" / "small"
+    (folder / "summary.json").unlink()
+    first_40 = sum(len(line) + 1 for line in lines_of(folder).splitlines()[:40])
+    saved = checkpoint.save(folder, 40, {**final_state(folder), "step": 40, "metrics_bytes": first_40})
+    for path in folder.glob("ckpt_*.pt"):
+        if path != saved:
+            path.unlink()
+    before = saved.read_bytes()
+    limited = ["bash", "-c", f'ulimit -f {kilobytes}; exec "$@"', "-"]
+    go_on = command("train.py", config_file, "--max_steps=400", "--resume")
+    done = subprocess.run([*limited, *go_on], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
-    assert "cannot be written" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert not list((tmp_path / "runs" / "small").glob("*.partial"))
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert ("File too large" in done.stderr) or ("cannot be written" in done.stderr)
+    assert [p.name for p in folder.glob("ckpt*")] == [saved.name]
+    assert saved.read_bytes() == before
+    assert subprocess.run(go_on, capture_output=True, timeout=120).returncode == 0
 
 
 def test_fallback_is_loud_and_recorded(tmp_path, config_file, monkeypatch):
