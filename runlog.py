@@ -89,9 +89,11 @@ class RunLog:
         the run in it was started with another configuration or other data."""
         self.cfg = cfg
         self.folder = Path(cfg.runs_dir) / cfg.name
+        self.resumed = cfg.resume and self.folder.exists()
+        if self.folder.exists() and not self.resumed:
+            raise UserError(f"name = {cfg.name!r}: {self.folder} exists; go on with --resume or choose another --name")
         self._wandb_mode, why_offline = wandb_mode(cfg)
         record = {"config": dataclasses.asdict(cfg), "code": code_version(), "versions": versions(), **record}
-        self.resumed = cfg.resume and self.folder.exists()
         if self.resumed:
             self._check_same(record)
         else:
@@ -106,10 +108,6 @@ class RunLog:
         self._srank = math.nan  # the last measured one, for the progress line
 
     def _create(self, record: dict):
-        if self.folder.exists():
-            raise UserError(
-                f"name = {self.cfg.name!r}: {self.folder} exists; continue it with --resume or choose another --name"
-            )
         try:  # the folder appears with its record in it, or not at all
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             scratch = Path(tempfile.mkdtemp(prefix=f".{self.cfg.name}-", dir=self.folder.parent))

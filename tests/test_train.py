@@ -249,7 +249,7 @@ def test_bad_input(config_file, corpus, tmp_path):
     runs = tmp_path / "runs"
     assert run("train.py", config_file, "--max_steps=6").returncode == 0
     before = {p: p.stat().st_mtime_ns for p in runs.rglob("*")}
-    refused("train.py", config_file, "--max_steps=6", says="continue it with --resume or choose another --name")
+    refused("train.py", config_file, "--max_steps=6", says="exists; go on with --resume or choose another --name")
     refused("train.py", config_file, "--max_steps=6", "--lr=1e-3", "--resume", says="was started with 0.0006")
     refused("train.py", config_file, "--device=cuda:99", "--name=x", says="device = 'cuda:99': not on this machine")
     refused("train.py", config_file, "--vocab_size=200", "--name=x", says="vocab_size = 200")
