@@ -178,11 +178,11 @@ def overview(runs: Sequence[Run], stem: Path) -> list[Path]:
         labels.add(run.arm)
         style = {"color": COLORS.get(run.arm, "#009E73"), "lw": 1.2, "alpha": 0.85, "label": label}
         steps, mean = np.array(run.series("iter")), smooth(run.series("train/loss"))
-        loss.plot(steps, mean, **style)
+        loss.plot(steps[::5], mean[::5], **style)
         visible.extend(mean[len(mean) // 5 :])  # the fall from ln V at the start would flatten the rest
         grad.plot(*peaks(steps, run.series("grad_norm")), **{**style, "lw": 0.8})
         srank.plot(*run.sparse("srank/attention"), **style)
-        rate.plot(steps, run.series("lr"), **style)
+        rate.plot(steps[::5], run.series("lr")[::5], **style)
         if verdict.collapse:
             at = verdict.collapse.step - 1
             loss.plot(steps[at], mean[at], "x", color=style["color"], ms=9, mew=2.5)
