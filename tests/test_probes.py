@@ -2,8 +2,12 @@ import math
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from probes import geometric_mean, stable_ranks
+import mup
+from model import GPT
+from probes import geometric_mean, jacobians, stable_ranks, top_triples
+from tests.conftest import small
 
 
 def test_stable_rank_is_its_definition():
@@ -34,3 +38,108 @@ def test_geometric_mean():
     assert geometric_mean([1, 4, 16]) == pytest.approx(4)
     assert geometric_mean([math.nan, 0.0, 3.0]) == pytest.approx(3)
     assert math.isnan(geometric_mean([]))
+
+
+def random_maps(n_maps, m, n, seed=0):
+    return torch.randn(n_maps, m, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shape", [(12, 12), (20, 7), (7, 20)])
+def test_lanczos_finds_the_top_triple(shape):
+    J = random_maps(5, *shape)
+    start = torch.randn(5, shape[1], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    top = top_triples(lambda v: (J @ v[..., None])[..., 0], lambda u: (J.mT @ u[..., None])[..., 0], start, 20)
+    U, S, Vh = torch.linalg.svd(J)
+    torch.testing.assert_close(top.sigma, S[:, 0], rtol=1e-9, atol=0)
+    torch.testing.assert_close(top.ratio, S[:, 1] / S[:, 0], rtol=1e-7, atol=0)
+    assert ((top.u * U[:, :, 0]).sum(-1).abs() > 1 - 1e-9).all()
+    assert ((top.v * Vh[:, 0]).sum(-1).abs() > 1 - 1e-9).all()
+    assert (top.residual < 1e-6).all()
+
+
+def test_lanczos_residual_tells_that_it_has_not_converged():
+    J = random_maps(3, 60, 60)
+    start = torch.randn(3, 60, dtype=torch.float64)
+    top = top_triples(lambda v: (J @ v[..., None])[..., 0], lambda u: (J.mT @ u[..., None])[..., 0], start, 4)
+    true = (J.mT @ top.u[..., None])[..., 0] - top.sigma[:, None] * top.v
+    torch.testing.assert_close(top.residual, true.norm(dim=-1) / top.sigma, rtol=1e-6, atol=0)
+    assert (top.residual > 1e-3).all()
+
+
+def dense(blocks, x):
+    """The layer Jacobians of every block and sequence as matrices (L, B, T·d, T·d)."""
+    out = []
+    for block in blocks:
+        with sdpa_kernel(SDPBackend.MATH):
+            each = [
+                torch.autograd.functional.jacobian(lambda z, block=block: block(z[None])[0], x[b]).reshape(
+                    x[b].numel(), -1
+                )
+                for b in range(len(x))
+            ]
+            x = block(x).detach()
+        out.append(torch.stack(each))
+    return torch.stack(out)
+
+
+def our_blocks():
+    cfg = small(n_layer=3)
+    model = GPT(cfg)
+    mup.init_weights(model, cfg)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.W_Q.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(7))
+    return model.blocks, model.embed(torch.arange(16).view(2, 8)).detach()
+
+
+def someone_elses_blocks():
+    torch.manual_seed(0)
+    layers = [torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True) for _ in range(3)]
+    return layers, torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("make", [our_blocks, someone_elses_blocks])
+def test_jacobians_against_dense_ones(make):
+    blocks, x = make()
+    got = jacobians(blocks, x, steps=30)
+    J = dense(blocks, x)
+    U, S, Vh = torch.linalg.svd(J)
+    torch.testing.assert_close(got.sigma, S[..., 0].double(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(got.ratio, (S[..., 1] / S[..., 0]).double(), rtol=1e-2, atol=0)
+    torch.testing.assert_close(
+        got.alignment, (Vh[1:, :, 0] * U[:-1, :, :, 0]).sum(-1).abs().double(), rtol=0, atol=2e-3
+    )
+    product = torch.linalg.matrix_norm(J[2] @ J[1] @ J[0], 2).double()
+    torch.testing.assert_close(got.product, product, rtol=1e-4, atol=0)
+    assert got.errors == ()
+    assert (got.residual < 1e-2).all()
+
+
+def test_jacobians_change_nothing():
+    blocks, x = our_blocks()
+    before = {n: p.detach().clone() for n, p in blocks.named_parameters()}
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    jacobians(blocks, x, steps=4)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(p.grad is None and torch.equal(p, before[n]) for n, p in blocks.named_parameters())
+
+
+def test_a_block_that_is_not_finite_is_named_and_the_rest_measured():
+    blocks, x = our_blocks()
+    whole = jacobians(blocks, x, steps=30)
+    with torch.no_grad():
+        blocks[2].mlp.W_up.weight[0, 0] = math.inf
+    part = jacobians(blocks, x, steps=30)
+    assert part.errors == ("block 2: its output is not finite",)
+    torch.testing.assert_close(part.sigma[:2], whole.sigma[:2], rtol=1e-4, atol=0)
+    torch.testing.assert_close(part.alignment[:1], whole.alignment[:1], rtol=0, atol=1e-3)
+    assert part.sigma[2].isnan().all()
+    assert part.alignment[1].isnan().all()
+    assert part.product.isnan().all()
+
+
+def test_wrapped_modules_are_refused_by_name():
+    blocks, x = our_blocks()
+    with pytest.raises(TypeError, match="OptimizedModule"):
+        jacobians([torch.compile(block) for block in blocks], x)
