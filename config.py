@@ -124,8 +124,6 @@ class Config:
         self._require(
             self.batch_size % self.micro_batch == 0, "micro_batch", f"a divisor of batch_size={self.batch_size}"
         )
-        if self.schedule == "linear":
-            self._require(self.warmup_steps < self.max_steps, "warmup_steps", f"fewer than max_steps={self.max_steps}")
         if self.decay_coupling == "independent":
             self._require(self.weight_decay < 0.01, "weight_decay", "a share lost per step, such as 1e-4")
         name_ok = self.name == Path(self.name).name and self.name not in (".", "..")

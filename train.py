@@ -110,6 +110,8 @@ def print_plan(cfg: Config, model: GPT, optimizer, train: TokenFiles, device: to
     print(
         f"  {cfg.max_steps:,} steps, {cfg.schedule} schedule, peak lr {cfg.peak_lr:g} = {cfg.lr_scale:g} × {cfg.lr:g}"
     )
+    if cfg.schedule != "ramp" and cfg.warmup_steps >= cfg.max_steps:
+        print(f"  NOTE: the warm-up ({cfg.warmup_steps:,} steps) outlasts the run; the peak rate is never held")
     if cfg.msign_period:
         what = "MSign" if cfg.msign_map == "sign" else "set to zero"
         print(f"  {what} every {cfg.msign_period} steps on {len(optimizer.params)} matrices ({cfg.msign_targets})")

@@ -126,11 +126,19 @@ def test_measuring_and_saving_change_nothing(in_process):
 
 
 def test_dry_run_writes_nothing(in_process, capsys):
-    code, folder = in_process("--dry_run")
+    code, folder = in_process("--dry_run", "--warmup_steps=20")
     assert code == 0
     assert not folder.parent.exists()
     said = capsys.readouterr().out
-    for part in ("parameters 14,", "W_Q 512", "a step: 32 tokens = 1 × 4 × 8", "FLOPs", "memory ≈", "plain AdamW"):
+    for part in (
+        "parameters 14,",
+        "W_Q 512",
+        "a step: 32 tokens = 1 × 4 × 8",
+        "FLOPs",
+        "memory ≈",
+        "warm-up (20 steps) outlasts",
+        "plain AdamW",
+    ):
         assert part in said, said
 
 
