@@ -1,12 +1,14 @@
 """What MSign costs: one application against one training step, side by side in one process.
 
-    python scripts/bench.py            # the stress test's step, all 144 block matrices of NanoGPT-5M
+    python scripts/bench.py                            # the stress test's step, all 144 block matrices
+    python scripts/bench.py --out=results/bench.md     # and record it
 
 Rounds alternate between the two, and the ratio is taken round by round, so a machine that slows down
 slows both. Prints median [min, max].
 """
 
 import argparse
+import platform
 import statistics
 import sys
 import time
@@ -30,10 +32,24 @@ def clock(work) -> float:
     return time.perf_counter() - began
 
 
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        names = [
+            x.split(":")[1].strip()
+            for x in Path("/proc/cpuinfo").read_text().splitlines()
+            if x.startswith("model name")
+        ]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(ROOT / "configs" / "stress_constant.py"))
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--out", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     cfg = load_config([args.config])
     if cfg.threads:
@@ -65,13 +81,17 @@ def main() -> int:
             seconds = clock(do)
             if round >= 2:
                 times[name].append(seconds)
-    print(f"{Path(args.config).stem}, {torch.get_num_threads()} thread(s), {args.rounds} rounds\n")
-    print("| what | ms | ratio to one step | share of training at P = 100 |\n|---|---|---|---|")
+    lines = ["| what | ms | ratio to one step | share of training at P = 100 |", "|---|---|---|---|"]
     for name, seconds in times.items():
         ratios = [a / b for a, b in zip(seconds, times["step"], strict=True)]
         ratio = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]" if name != "step" else "1"
         share = f"{statistics.median(ratios):.2f} %" if name.startswith("MSign") else ""
-        print(f"| {name} | {1e3 * statistics.median(seconds):.1f} | {ratio} | {share} |")
+        lines.append(f"| {name} | {1e3 * statistics.median(seconds):.1f} | {ratio} | {share} |")
+    what = f"`{Path(args.config).stem}`, {torch.get_num_threads()} thread(s), median of {args.rounds} rounds"
+    text = "\n".join(lines) + f"\n\n{what}, torch {torch.__version__}, {processor()}.\n"
+    print(text)
+    if args.out:
+        args.out.write_text(text)
     return 0
 
 

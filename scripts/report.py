@@ -28,18 +28,22 @@ def recorded(experiment: str):
 
 
 def filled(text: str) -> str:
-    """`text` with every block between <!-- KIND EXPERIMENT --> and <!-- end --> made anew from the logs."""
+    """`text` with every block between <!-- KIND NAME --> and <!-- end --> made anew: the table or the seed-0 verdicts
+    of an experiment's logs, or a recorded file results/NAME.md."""
 
     def block(match: re.Match) -> str:
-        kind, experiment = match[1], match[2]
-        runs = recorded(experiment)
-        if kind == "table":
-            body = table(runs)
+        kind, name = match[1], match[2]
+        if kind == "file":
+            body = (RESULTS / f"{name}.md").read_text()
+        elif kind == "table":
+            body = table(recorded(name))
         else:
-            body = "".join(f"    {verdict}\n" for verdict in verdicts(runs) if verdict.run.config["seed"] == 0)
-        return f"<!-- {kind} {experiment} -->\n\n{body}\n<!-- end -->"
+            body = "".join(
+                f"    {verdict}\n" for verdict in verdicts(recorded(name)) if verdict.run.config["seed"] == 0
+            )
+        return f"<!-- {kind} {name} -->\n\n{body}\n<!-- end -->"
 
-    return re.sub(r"<!-- (table|verdicts) (\w+) -->.*?<!-- end -->", block, text, flags=re.DOTALL)
+    return re.sub(r"<!-- (table|verdicts|file) (\w+) -->.*?<!-- end -->", block, text, flags=re.DOTALL)
 
 
 def main() -> int:

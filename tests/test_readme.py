@@ -70,6 +70,9 @@ def test_python_commands_run(line, tmp_path):
     if module == "scripts/reproduce.py":
         words = [w for w in words if not w.startswith("--record")]
         short += [f"--runs_dir={tmp_path}", f"--record={tmp_path}/results"]
+    if module == "scripts/bench.py":
+        words = [w for w in words if not w.startswith("--out")]
+        short += [f"--out={tmp_path}/bench.md"]
     if module == "scripts/coord_check.py":
         short += [f"--out={tmp_path}/check.png"]
     if words[0] == "-m":
