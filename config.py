@@ -80,6 +80,8 @@ class Config:
     msign_map: Literal["sign", "zero"] = opt("sign", "MSign", "replace W by its norm-restored sign | by 0, the attention-off control")
     # measurements
     srank_every: int = opt(25, "measurements", "steps between stable ranks; 0 = never")
+    jacobian_every: int = opt(0, "measurements", "steps between layer Jacobians; 0 = never")
+    probe_batch: int = opt(2, "measurements", "sequences that the Jacobians are measured on, always the same")
     eval_every: int = opt(500, "measurements", "steps between validation losses; 0 = never")
     eval_batches: int = opt(8, "measurements", "micro-batches of the fixed validation set")
     # run
@@ -103,11 +105,11 @@ class Config:
         for f in dataclasses.fields(self):
             check_type(f, getattr(self, f.name))
         positive = (
-            "n_layer d_model n_head d_ff vocab_size block_size batch_size micro_batch max_steps eval_batches"
+            "n_layer d_model n_head d_ff vocab_size block_size batch_size micro_batch max_steps eval_batches probe_batch"
             " lr lr_scale eps init_std"
         )
         not_negative = (
-            "base_width warmup_steps weight_decay grad_clip msign_period srank_every eval_every ckpt_every seed"
+            "base_width warmup_steps weight_decay grad_clip msign_period srank_every jacobian_every eval_every ckpt_every seed"
             " threads min_lr_ratio"
         )
         for name in positive.split():

@@ -16,6 +16,7 @@ import sys
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
 
 import checkpoint
 import mup
@@ -25,7 +26,7 @@ from data import stdlib
 from data.reader import TokenFiles, is_prepared
 from model import GPT
 from msign import ATTENTION, MLP, MSign, NonFiniteWeightError, select, zero
-from probes import geometric_mean, stable_ranks
+from probes import geometric_mean, jacobians, stable_ranks
 from runlog import RunLog, read_metrics
 
 KERNELS = {
@@ -203,17 +204,16 @@ def train(cfg: Config) -> int:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
     kernel = sdpa_kernel(KERNELS[cfg.attn_kernel]) if cfg.attn_kernel != "auto" else contextlib.nullcontext()
     accumulate = cfg.batch_size // cfg.micro_batch
+    probe = (val_data or train_data).fixed_windows(cfg.probe_batch)[0].to(device)
     with kernel, Signals() as signals:
         while step < cfg.max_steps and signals.received is None:
             step += 1
             metrics = {}
-            # the stable ranks of the weights that this step's loss and gradient belong to
+            # measured on the weights that this step's loss and gradient belong to, before they change
             if cfg.srank_every and step % cfg.srank_every == 0:
-                sranks = stable_ranks(attention | mlp)
-                metrics["srank/attention"] = geometric_mean(sranks[n] for n in attention)
-                metrics["srank/mlp"] = geometric_mean(sranks[n] for n in mlp)
-                for role in ATTENTION + MLP:
-                    metrics[f"srank/{role}"] = geometric_mean(v for n, v in sranks.items() if mup.role_of(n) == role)
+                metrics |= measure_sranks(attention, mlp)
+            if cfg.jacobian_every and step % cfg.jacobian_every == 0:
+                metrics |= measure_jacobians(model, probe)
             lr = cfg.lr_at(step)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_mult"]
@@ -268,6 +268,39 @@ def train(cfg: Config) -> int:
         f"{cfg.name}: {summary['status']} after step {step}; {watch.collapse or 'no collapse'}; record in {log.folder}"
     )
     return 0
+
+
+def measure_sranks(attention: dict, mlp: dict) -> dict[str, float]:
+    """Geometric means of the stable ranks, over all attention and MLP matrices and by role."""
+    sranks = stable_ranks(attention | mlp)
+    metrics = {
+        f"srank/{k}": geometric_mean(sranks[n] for n in names) for k, names in (("attention", attention), ("mlp", mlp))
+    }
+    for role in ATTENTION + MLP:
+        metrics[f"srank/{role}"] = geometric_mean(v for n, v in sranks.items() if mup.role_of(n) == role)
+    return metrics
+
+
+def measure_jacobians(model: GPT, tokens: torch.Tensor) -> dict[str, float]:
+    """Layer Jacobians on the probe batch: per block and adjacent pair, means over sequences, and summaries.
+
+    jacobian/sigma1 is the geometric mean of ‖J(ℓ)‖₂, jacobian/alignment the mean over adjacent pairs as in
+    Fig 1, jacobian/product ‖J(L)···J(1)‖₂. jacobian/ratio, the largest σ₂/σ₁, and jacobian/residual say how far to trust them.
+    """
+    with torch.no_grad():
+        x = model.embed(tokens)
+    J = jacobians(model.blocks, x)
+    for error in J.errors:
+        tqdm.write(f"jacobians: {error}")
+    metrics = {
+        "jacobian/sigma1": geometric_mean(J.sigma.flatten().tolist()),
+        "jacobian/alignment": J.alignment.nanmean().item(),
+        "jacobian/product": geometric_mean(J.product.tolist()),
+        "jacobian/ratio": J.ratio.nan_to_num(0).max().item(),
+        "jacobian/residual": J.residual.nan_to_num(0).max().item(),
+    }
+    metrics |= {f"jacobian/sigma1/{i}": v for i, v in enumerate(J.sigma.mean(1).tolist())}
+    return metrics | {f"jacobian/alignment/{i}": v for i, v in enumerate(J.alignment.mean(1).tolist())}
 
 
 @torch.no_grad()

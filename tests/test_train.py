@@ -120,9 +120,23 @@ def test_accumulation_and_evaluation_do_not_change_the_data(in_process):
 
 
 def test_measuring_and_saving_change_nothing(in_process):
-    _, noisy = in_process("--name=noisy", "--eval_every=1", "--srank_every=1", "--ckpt_every=1")
+    _, noisy = in_process("--name=noisy", "--eval_every=1", "--srank_every=1", "--ckpt_every=1", "--jacobian_every=1")
     _, quiet = in_process("--name=quiet", "--eval_every=0", "--srank_every=0", "--ckpt_every=0")
     assert_same_state(final_state(noisy), final_state(quiet))
+
+
+def test_jacobians_are_logged_at_their_cadence(in_process):
+    _, folder = in_process("--jacobian_every=10")
+    lines = [json.loads(line) for line in lines_of(folder).splitlines()]
+    logged = [line for line in lines if "jacobian/sigma1" in line]
+    assert [line["iter"] for line in logged] == [10, 20]
+    last = logged[-1]
+    for name in ("sigma1", "alignment", "product", "ratio", "residual", "sigma1/0", "sigma1/1", "alignment/0"):
+        assert last[f"jacobian/{name}"] >= 0
+    assert last["jacobian/alignment"] <= 1
+    # Lemma B.1 and submultiplicativity, on what was logged for this two-block model
+    assert last["jacobian/product"] <= 1.05 * last["jacobian/sigma1"] ** 2
+    assert "jacobian/alignment/1" not in last
 
 
 def test_dry_run_writes_nothing(in_process, capsys):
