@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from figures import load_run, verdicts
 from tests.conftest import ROOT, command, run
 
 README = (ROOT / "README.md").read_text()
@@ -148,3 +149,23 @@ def test_the_rule_of_the_readme_is_the_codes():
         assert number in README
     assert collapse.SPIKE == 10
     assert "exceeds ten times" in README
+
+
+def test_recorded_runs_say_what_the_readme_says():
+    """The claims in words: three seeds an arm, AdamW and MLP-only collapse on every ramp, MSign on attention is rescued."""
+    for experiment in ("ramp", "constant"):
+        runs = [load_run(path.parent) for path in sorted((ROOT / "results" / experiment).glob("*/record.json"))]
+        assert sorted((r.arm, r.config["seed"]) for r in runs) == sorted(
+            (arm, seed) for arm in ("AdamW", "MSign (attention)", "MSign (mlp)", "attention off") for seed in (0, 1, 2)
+        )
+        for verdict in verdicts(runs):
+            summary = json.loads((verdict.run.folder / "summary.json").read_text())
+            assert summary["peak_memory_gib"] <= 1.5
+            assert json.loads((verdict.run.folder / "record.json").read_text())["code"]["dirty"] is False
+            if verdict.run.arm == "MSign (attention)":
+                assert verdict.rescued
+            elif verdict.run.arm == "attention off":
+                assert verdict.collapse is None
+            else:
+                assert verdict.run.final_loss() > verdict.floor
+                assert verdict.collapse or experiment == "constant"
