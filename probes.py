@@ -4,18 +4,27 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
-@torch.no_grad()
-def stable_ranks(params: Mapping[str, Tensor]) -> dict[str, float]:
-    """srank(W) = ‖W‖_F² / ‖W‖₂² (Def. 3.1) of every matrix of {name: (..., m, n)}, between 1 and min(m, n).
+class Spectrum(NamedTuple):
+    """srank(W) = ‖W‖_F² / ‖W‖₂² (Def. 3.1), sigma1 = ‖W‖₂ and fro = ‖W‖_F of one matrix; means over a stack of them."""
 
-    Exact to fp64: the trace and the largest eigenvalue of the smaller Gram matrix, batched by shape.
-    NaN where it is undefined (a zero or non-finite matrix); the mean over leading dimensions if there are any.
+    srank: float
+    sigma1: float
+    fro: float
+
+
+@torch.no_grad()
+def spectra(params: Mapping[str, Tensor]) -> dict[str, Spectrum]:
+    """The Spectrum of every matrix of {name: (..., m, n)}.
+
+    Exact to fp64: the trace and the largest eigenvalue of the smaller Gram matrix, batched by shape. The stable rank
+    of a zero matrix is NaN, and so is everything about one that is not finite.
     """
     stacks = defaultdict(dict)
     for name, W in params.items():
@@ -26,9 +35,12 @@ def stable_ranks(params: Mapping[str, Tensor]) -> dict[str, float]:
         W = W.cpu().double() if W.device.type == "mps" else W.double()
         gram = W @ W.mT if W.shape[-2] < W.shape[-1] else W.mT @ W
         bad = ~torch.isfinite(gram).all(dim=(-2, -1))
-        lam = torch.linalg.eigvalsh(torch.where(bad[..., None, None], 0.0, gram))
-        srank = lam.clamp_min(0).sum(-1) / lam[..., -1]  # 0 / 0 is the NaN that is wanted
-        out.update(zip(named, srank.flatten(1).mean(1).tolist() if srank.ndim > 1 else srank.tolist(), strict=True))
+        lam = torch.linalg.eigvalsh(torch.where(bad[..., None, None], 0.0, gram))[..., -1].clamp_min(0)
+        lam = torch.where(bad, math.nan, lam)
+        fro2 = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+        rows = torch.stack([fro2 / lam, lam.sqrt(), fro2.sqrt()], -1)  # 0 / 0 is the NaN that is wanted
+        rows = rows.flatten(1, -2).mean(1) if rows.ndim > 2 else rows
+        out.update({name: Spectrum(*row) for name, row in zip(named, rows.tolist(), strict=True)})
     return {name: out[name] for name in params}
 
 

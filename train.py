@@ -26,7 +26,7 @@ from data import stdlib
 from data.reader import TokenFiles, is_prepared
 from model import GPT
 from msign import ATTENTION, MLP, MSign, NonFiniteWeightError, select, zero
-from probes import geometric_mean, jacobians, stable_ranks
+from probes import geometric_mean, jacobians, spectra
 from runlog import RunLog, read_metrics
 
 KERNELS = {
@@ -211,7 +211,8 @@ def train(cfg: Config) -> int:
             metrics = {}
             # measured on the weights that this step's loss and gradient belong to, before they change
             if cfg.srank_every and step % cfg.srank_every == 0:
-                metrics |= measure_sranks(attention, mlp)
+                each_layer = bool(cfg.layers_every) and step % cfg.layers_every == 0
+                metrics |= measure_spectra(attention, mlp, each_layer)
             if cfg.jacobian_every and step % cfg.jacobian_every == 0:
                 metrics |= measure_jacobians(model, probe)
             lr = cfg.lr_at(step)
@@ -270,14 +271,25 @@ def train(cfg: Config) -> int:
     return 0
 
 
-def measure_sranks(attention: dict, mlp: dict) -> dict[str, float]:
-    """Geometric means of the stable ranks, over all attention and MLP matrices and by role."""
-    sranks = stable_ranks(attention | mlp)
-    metrics = {
-        f"srank/{k}": geometric_mean(sranks[n] for n in names) for k, names in (("attention", attention), ("mlp", mlp))
-    }
-    for role in ATTENTION + MLP:
-        metrics[f"srank/{role}"] = geometric_mean(v for n, v in sranks.items() if mup.role_of(n) == role)
+def measure_spectra(attention: dict, mlp: dict, each_layer: bool) -> dict[str, float]:
+    """Geometric means of the stable ranks and spectral norms, by part of the model and by role.
+
+    srank/early is that of the attention matrices in the first quarter of the blocks, Fig 1's "early layers". With
+    each_layer also every matrix's own, as srank/<layer>.<role>, sigma1/… and fro/….
+    """
+    found = spectra(attention | mlp)
+    layer = {name: int(name.split(".")[1]) for name in found}
+    early = (max(layer.values()) + 1) / 4
+    parts = {"attention": list(attention), "mlp": list(mlp), "early": [n for n in attention if layer[n] < early]}
+    parts |= {role: [n for n in found if mup.role_of(n) == role] for role in ATTENTION + MLP}
+    metrics = {}
+    for part, names in parts.items():
+        metrics[f"srank/{part}"] = geometric_mean(found[n].srank for n in names)
+        metrics[f"sigma1/{part}"] = geometric_mean(found[n].sigma1 for n in names)
+    if each_layer:
+        for name, spectrum in found.items():
+            for key, value in spectrum._asdict().items():
+                metrics[f"{key}/{layer[name]}.{mup.role_of(name)}"] = value
     return metrics
 
 

@@ -23,7 +23,7 @@ import mup
 from config import Parser, load_config, run_cli
 from model import GPT
 from msign import BACKENDS, MSign, apply_
-from probes import stable_ranks
+from probes import spectra
 
 
 def clock(work) -> float:
@@ -74,7 +74,7 @@ def main() -> int:
             work[f"MSign {targets} ({len(wrapped.params)} matrices), {backend}"] = lambda w=wrapped: apply_(
                 w.params, w.update
             )
-    work["stable ranks of all"] = lambda: stable_ranks(wrapped.params)
+    work["spectra of all"] = lambda: spectra(wrapped.params)
     times = {name: [] for name in work}
     for round in range(args.rounds + 2):
         for name, do in work.items():

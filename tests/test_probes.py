@@ -6,32 +6,36 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mup
 from model import GPT
-from probes import geometric_mean, jacobians, stable_ranks, top_triples
+from probes import geometric_mean, jacobians, spectra, top_triples
 from tests.conftest import small
 
 
-def test_stable_rank_is_its_definition():
+def test_spectra_are_their_definitions():
     g = torch.Generator().manual_seed(0)
     named = {
         f"W{i}": torch.randn(shape, generator=g) for i, shape in enumerate([(8, 8), (8, 8), (32, 8), (8, 32), (1, 5)])
     }
     named["low"] = torch.randn(8, 2, generator=g) @ torch.randn(2, 8, generator=g)
-    for name, srank in stable_ranks(named).items():
+    for name, got in spectra(named).items():
         s = torch.linalg.svdvals(named[name].double())
-        assert srank == pytest.approx(float((s**2).sum() / s[0] ** 2), rel=1e-9)
-    assert list(stable_ranks(named)) == list(named)
+        assert got.srank == pytest.approx(float((s**2).sum() / s[0] ** 2), rel=1e-9)
+        assert got.sigma1 == pytest.approx(float(s[0]), rel=1e-9)
+        assert got.fro == pytest.approx(float(named[name].double().norm()), rel=1e-9)
+        assert got.sigma1 == pytest.approx(got.fro / math.sqrt(got.srank), rel=1e-9)  # Thm 4.4
+    assert list(spectra(named)) == list(named)
 
 
 def test_known_values_and_undefined_ones():
-    ranks = stable_ranks({
+    got = spectra({
         "identity": torch.eye(6), "rank one": torch.ones(4, 6), "zero": torch.zeros(3, 3),
         "nan": torch.full((3, 3), math.nan), "experts": torch.stack([torch.eye(4), torch.ones(4, 4)]),
     })  # fmt: skip
-    assert ranks["identity"] == pytest.approx(6)
-    assert ranks["rank one"] == pytest.approx(1)
-    assert ranks["experts"] == pytest.approx(2.5)
-    assert math.isnan(ranks["zero"])
-    assert math.isnan(ranks["nan"])
+    assert got["identity"] == pytest.approx((6, 1, math.sqrt(6)))
+    assert got["rank one"] == pytest.approx((1, math.sqrt(24), math.sqrt(24)))
+    assert got["experts"] == pytest.approx((2.5, 2.5, 3))
+    assert math.isnan(got["zero"].srank)
+    assert got["zero"][1:] == (0, 0)
+    assert all(math.isnan(value) for value in got["nan"])
 
 
 def test_geometric_mean():

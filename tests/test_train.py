@@ -82,6 +82,11 @@ def test_a_run_leaves_its_whole_record(in_process):
     assert all({"train/loss", "grad_norm", "lr"} <= set(line) for line in lines)
     assert [line["iter"] for line in lines if "srank/attention" in line] == [5, 10, 15, 20]
     assert [line["iter"] for line in lines if "val/loss" in line] == [10, 20]
+    assert [line["iter"] for line in lines if "srank/1.W_V" in line] == [10, 20]
+    roles = [[lines[9][f"{key}/{i}.W_V"] for i in range(2)] for key in ("srank", "sigma1")]
+    assert lines[9]["srank/W_V"] == pytest.approx((roles[0][0] * roles[0][1]) ** 0.5)
+    assert lines[9]["sigma1/W_V"] == pytest.approx((roles[1][0] * roles[1][1]) ** 0.5)
+    assert lines[9]["srank/early"] > 0
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["status"], summary["steps"], summary["collapse"]) == ("finished", 20, None)
     assert [p.name for p in folder.glob("ckpt*")] == ["ckpt_0000020.pt"]
