@@ -124,6 +124,29 @@ class Jacobians:
     errors: tuple[str, ...]
 
 
+def product_bounds(sigma: Tensor, ratio: Tensor, alignment: Tensor) -> tuple[Tensor, Tensor]:
+    """Two lower bounds of ‖J(L)···J(1)‖₂ from sigma (L, ...), ratio = σ₂/σ₁ (L, ...) and alignment (L − 1, ...).
+
+    First the right side of Thm 4.2, (aM)^L / a with M = min sigma and a = min alignment. It does not hold as
+    stated for L ≥ 3: what a block's other singular directions carry on may cancel the aligned part (tests/test_probes.py
+    has an example whose product vanishes). It does for L = 2 (Lemma B.1) and for rank-one Jacobians.
+
+    Then one that does hold. Follow x = v(1) through the blocks: ‖J x‖ ≥ σ₁ cos φ with φ its angle to v(ℓ), and Jx is
+    within arctan(σ₂/σ₁ · tan φ) of u(ℓ), hence within that plus arccos(alignment) of v(ℓ+1). The bound is the
+    product of the σ₁ cos φ, zero once an angle may reach 90°; it is as certain as the σ₂/σ₁ it is given.
+    """
+    L = len(sigma)
+    M, a = sigma.amin(0), alignment.amin(0)
+    stated = a ** (L - 1) * M**L
+    angle = torch.zeros_like(sigma[0])
+    held = sigma[0].clone()
+    for i in range(1, L):
+        angle = torch.atan(ratio[i - 1] * torch.tan(angle)) + torch.arccos(alignment[i - 1].clamp(0, 1))
+        angle = angle.clamp_max(math.pi / 2)
+        held = held * sigma[i] * torch.cos(angle).clamp_min(0)
+    return stated, held
+
+
 class _Linearised:
     """Products with the Jacobians of several functions of one input each, at fixed points, in single autograd calls.
 

@@ -26,7 +26,7 @@ from data import stdlib
 from data.reader import TokenFiles, is_prepared
 from model import GPT
 from msign import ATTENTION, MLP, MSign, NonFiniteWeightError, select, zero
-from probes import geometric_mean, jacobians, spectra
+from probes import geometric_mean, jacobians, product_bounds, spectra
 from runlog import RunLog, read_metrics
 
 KERNELS = {
@@ -297,17 +297,21 @@ def measure_jacobians(model: GPT, tokens: torch.Tensor) -> dict[str, float]:
     """Layer Jacobians on the probe batch: per block and adjacent pair, means over sequences, and summaries.
 
     jacobian/sigma1 is the geometric mean of ‖J(ℓ)‖₂, jacobian/alignment the mean over adjacent pairs as in
-    Fig 1, jacobian/product ‖J(L)···J(1)‖₂. jacobian/ratio, the largest σ₂/σ₁, and jacobian/residual say how far to trust them.
+    Fig 1, jacobian/product ‖J(L)···J(1)‖₂, bound_4_2 and bound its two
+    lower bounds (see product_bounds). jacobian/ratio, the largest σ₂/σ₁, and jacobian/residual say how far to trust them.
     """
     with torch.no_grad():
         x = model.embed(tokens)
     J = jacobians(model.blocks, x)
+    stated, held = product_bounds(J.sigma, J.ratio, J.alignment)
     for error in J.errors:
         tqdm.write(f"jacobians: {error}")
     metrics = {
         "jacobian/sigma1": geometric_mean(J.sigma.flatten().tolist()),
         "jacobian/alignment": J.alignment.nanmean().item(),
         "jacobian/product": geometric_mean(J.product.tolist()),
+        "jacobian/bound_4_2": geometric_mean(stated.tolist()),
+        "jacobian/bound": geometric_mean(held.tolist()),
         "jacobian/ratio": J.ratio.nan_to_num(0).max().item(),
         "jacobian/residual": J.residual.nan_to_num(0).max().item(),
     }

@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mup
 from model import GPT
-from probes import geometric_mean, jacobians, spectra, top_triples
+from probes import geometric_mean, jacobians, product_bounds, spectra, top_triples
 from tests.conftest import small
 
 
@@ -147,3 +147,54 @@ def test_wrapped_modules_are_refused_by_name():
     blocks, x = our_blocks()
     with pytest.raises(TypeError, match="OptimizedModule"):
         jacobians([torch.compile(block) for block in blocks], x)
+
+
+def measured_exactly(J):
+    """sigma, ratio, alignment of a chain of matrices (L, d, d), from dense SVDs, and the norm of their product."""
+    U, S, Vh = torch.linalg.svd(J)
+    alignment = (Vh[1:, 0] * U[:-1, :, 0]).sum(-1).abs()
+    return S[:, 0], S[:, 1] / S[:, 0], alignment, torch.linalg.matrix_norm(torch.linalg.multi_dot(list(J.flip(0))), 2)
+
+
+def test_theorem_4_2_does_not_hold_as_stated():
+    """Three maps of norm M = 1, adjacent alignments a = 1/√2, so the theorem promises a product of at least a² = 1/2.
+
+    J1 sends everything to u1 = (e1 + e2)/√2; J2 = e1 e1ᵀ + s e2 e2ᵀ with s just below 1 keeps e1 its top vector; J3 reads
+    out (e1 − e2)/√2. Both neighbours are aligned with J2's e1, yet the part carried by e2 cancels it.
+    """
+    e1, e2 = torch.eye(2, dtype=torch.float64)
+    s = 1 - 1e-6
+    J = torch.stack([torch.outer((e1 + e2), e1), torch.diag(torch.tensor([1, s])), torch.outer(e1, e1 - e2)]).double()
+    J[0] /= math.sqrt(2)
+    J[2] /= math.sqrt(2)
+    sigma, ratio, alignment, product = measured_exactly(J)
+    torch.testing.assert_close(sigma, torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(alignment, torch.full((2,), 1 / math.sqrt(2), dtype=torch.float64), rtol=1e-5, atol=0)
+    stated, held = product_bounds(sigma, ratio, alignment)
+    assert stated == pytest.approx(0.5, rel=1e-4)
+    assert product < 1e-5
+    assert held <= product
+
+
+def test_product_bounds_where_they_hold():
+    g = torch.Generator().manual_seed(0)
+    useful = 0
+    for trial in range(300):
+        d, L, decay = 5, 2 + trial % 4, 10 ** -(trial % 7 / 2)
+        U, V = (torch.linalg.qr(torch.randn(L, d, d, generator=g, dtype=torch.float64))[0] for _ in range(2))
+        if trial % 2:  # near-aligned neighbours, where the bounds say something
+            V[1:] = torch.linalg.qr(U[:-1] + 0.1 * torch.randn(L - 1, d, d, generator=g, dtype=torch.float64))[0]
+        S = decay ** torch.arange(d, dtype=torch.float64) * (0.5 + torch.rand(L, 1, generator=g, dtype=torch.float64))
+        J = (U * S[:, None]) @ V.mT
+        sigma, ratio, alignment, product = measured_exactly(J)
+        stated, held = product_bounds(sigma, ratio, alignment)
+        assert held <= product * (1 + 1e-9)
+        useful += bool(held > 0.1 * product)
+        if L == 2:  # Lemma B.1
+            assert stated <= product * (1 + 1e-9)
+    assert useful > 50
+    rank_one = torch.stack([torch.outer(*torch.randn(2, 4, generator=g, dtype=torch.float64)) for _ in range(4)])
+    sigma, ratio, alignment, product = measured_exactly(rank_one)
+    stated, held = product_bounds(sigma, ratio, alignment)
+    assert stated <= product * (1 + 1e-9)
+    assert held == pytest.approx(float(product), rel=1e-6)
