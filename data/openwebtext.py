@@ -1,6 +1,6 @@
 """OpenWebText as GPT-2 tokens: 9 035 582 198 for training, 4 434 897 for validation, nanoGPT's split.
 
-    python -m data.openwebtext [--workers=8]            # 54 GB of text streamed from the Hub, 18 GB written
+    python -m data.openwebtext [--workers=8]            # streamed from the Hub, 18 GB written
     python -m data.openwebtext --source=FOLDER --dataset=NAME   # local Parquet files with a column "text"
 
 Each Parquet shard becomes one train_*.bin; a cut preparation goes on with the shards that are missing.
