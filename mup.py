@@ -122,21 +122,19 @@ def coordinate_check(cfg: Config, widths: list[int], steps: int = 4, seeds: int 
     step, under the standard parameterisation they grow with width. The activations are each block's
     attention and MLP output (averaged over blocks), the residual stream, and the logits.
     """
-    watched = {"attention": "attn", "mlp": "mlp", "residual": "blocks", "logits": "head"}
-    out = {kind: [[0.0] * len(widths) for _ in range(steps)] for kind in watched}
+    kinds = ("attention", "mlp", "residual", "logits")
+    out = {kind: [[0.0] * len(widths) for _ in range(steps)] for kind in kinds}
     for w, width in enumerate(widths):
         at_width = replace(cfg, d_model=width, n_head=width * cfg.n_head // cfg.d_model, d_ff=4 * width)
         for seed in range(seeds):
-            seen = {kind: [] for kind in watched}
             model = GPT(replace(at_width, seed=seed))
             init_weights(model, model.cfg)
-            for name, module in model.named_modules():
-                parts = name.split(".")
-                kind = next((k for k, part in watched.items() if parts[-1] == part), None)
-                if len(parts) == 2:
-                    kind = "residual"
-                if kind and name != "blocks":
-                    scale = model.logit_scale if kind == "logits" else 1.0
+            blocks = model.blocks
+            watched = zip(kinds, ([b.attn for b in blocks], [b.mlp for b in blocks], blocks, [model.head]), strict=True)
+            seen = {kind: [] for kind in kinds}
+            for kind, modules in watched:
+                scale = model.logit_scale if kind == "logits" else 1.0
+                for module in modules:
                     module.register_forward_hook(
                         lambda _, __, y, into=seen[kind], scale=scale: into.append(
                             y.detach().abs().mean().item() * scale
