@@ -1,4 +1,4 @@
-"""The rule that calls a run collapsed, stated once.
+"""The rules that call a run collapsed, and that say what moved first; stated once.
 
 A run has collapsed when one of these holds; the collapse is dated to the first step named:
 
@@ -12,16 +12,31 @@ A run has collapsed when one of these holds; the collapse is dated to the first 
 Rules 1 and 2 need nothing but the run, so `Watch` applies them while it trains; rule 3 compares two
 finished runs. A run that did not collapse counts as rescued only if its final loss is also clearly, by
 0.1 nats, below the attention-off arm's; otherwise attention was merely made harmless.
+
+What moved first: a signal has moved at the first measured step from which on, until the collapse, it is a factor of
+two worse than the best it has been so far (for log Z, already a logarithm: ln 2 higher). Worse is lower for the stable rank
+and higher for all others. The gradient norm counts by the median of its last 100 steps. The first quarter of the time up to the
+collapse is left out: everything moves when training starts. Moving first is not being the cause: hold it against
+the same signals of runs that did not collapse, where the rule is applied to the whole run.
 """
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 WINDOW, RISE, STAYS, SPIKE, CLEARLY = 100, 0.1, 200, 10.0, 0.1
+# what a collapse can be labelled with: the logged key, and the direction that is worse
+SIGNALS = {
+    "stable rank": ("srank/attention", -1),
+    "Jacobian alignment": ("jacobian/alignment", 1),
+    "attention logits": ("attention/max_logit", 1),
+    "log Z": ("log_z", 1),
+    "first-block gain": ("residual/gain", 1),
+    "precision": ("precision/error", 1),
+}
 
 
 @dataclass(frozen=True)
@@ -101,3 +116,61 @@ def find_collapse(
         why = f"{len(spikes)} gradient norms beyond {SPIKE:g}x the median, final loss {end:.2f} above attention-off's {floor:.2f}"
         return Collapse(int(spikes[0]) + WINDOW + 1, len(losses), why)
     return None
+
+
+def onset(steps: Sequence[int], worse: Sequence[float]) -> int | None:
+    """The first step from which on `worse`, a log-scale series that grows as things get worse, is ln 2 above its minimum so far."""
+    worse = np.asarray(worse, float)
+    up = worse - np.minimum.accumulate(worse) >= math.log(2)
+    if not len(up) or not up[-1]:
+        return None
+    last_down = np.flatnonzero(~up)[-1]  # there is one: the first value is its own minimum
+    return steps[last_down + 1]
+
+
+@dataclass(frozen=True)
+class Onsets:
+    """When each of SIGNALS and the gradient norm moved, None for never (or not logged)."""
+
+    signals: dict[str, int | None]
+    grad_norm: int | None
+
+    @property
+    def first(self) -> list[str]:
+        """The signals that moved first: several when measured to move at the same step, none when none moved."""
+        moved = {name: step for name, step in self.signals.items() if step is not None}
+        return [name for name, step in moved.items() if step == min(moved.values())]
+
+    def lead(self, signal: str) -> int | None:
+        """Steps by which the signal moved before the gradient norm did; negative when after it."""
+        step = self.signals[signal]
+        return None if step is None or self.grad_norm is None else self.grad_norm - step
+
+    def __str__(self) -> str:
+        """One line, such as `stable rank moved first, at step 75, 1700 steps before the gradient norm`."""
+        if not self.first:
+            return "nothing moved"
+        lead = self.lead(self.first[0])
+        against = (
+            "the gradient norm never did"
+            if lead is None
+            else f"{abs(lead)} steps {'before' if lead >= 0 else 'after'} the gradient norm"
+        )
+        return f"{' and '.join(self.first)} moved first, at step {self.signals[self.first[0]]}; {against}"
+
+
+def find_onsets(lines: Sequence[Mapping[str, float | None]], until: int | None = None) -> Onsets:
+    """What moved first in the lines of a run's metrics up to step `until`, the collapse; None is the whole run."""
+    until = until or lines[-1]["iter"]
+    lines = [line for line in lines if until / 4 < line["iter"] <= until]
+
+    def series(key: str, direction: int) -> tuple[list[int], list[float]]:
+        found = [(line["iter"], line[key]) for line in lines if line.get(key) is not None]
+        if key != "log_z":
+            found = [(step, math.log(value)) for step, value in found if value > 0]
+        return [step for step, _ in found], [direction * value for _, value in found]
+
+    steps, norms = series("grad_norm", 1)
+    medians = [float(np.median(norms[i - WINDOW : i])) for i in range(WINDOW, len(norms) + 1)]
+    signals = {name: onset(*series(key, direction)) for name, (key, direction) in SIGNALS.items()}
+    return Onsets(signals, onset(steps[WINDOW - 1 :], medians))

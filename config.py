@@ -79,10 +79,13 @@ class Config:
     msign_backend: Literal["eigh", "svd"] = opt("eigh", "MSign", "eigh = fp64 Gram matrix | svd = fp32, the paper's letter")
     msign_map: Literal["sign", "zero"] = opt("sign", "MSign", "replace W by its norm-restored sign | by 0, the attention-off control")
     # measurements
-    srank_every: int = opt(25, "measurements", "steps between spectra (stable ranks, norms); 0 = never")
-    layers_every: int = opt(250, "measurements", "steps between every matrix's own spectrum, a multiple of srank_every; 0 = never")
-    jacobian_every: int = opt(0, "measurements", "steps between layer Jacobians; 0 = never")
-    probe_batch: int = opt(2, "measurements", "sequences that the Jacobians are measured on, always the same")
+    probe_every: int = opt(50, "measurements", "steps between spectra, norms of gradients and updates, activations; 0 = never")
+    layers_every: int = opt(250, "measurements", "steps between every layer's own values, a multiple of probe_every; 0 = never")
+    jacobian_every: int = opt(1000, "measurements", "steps between layer Jacobians; 0 = never")
+    jacobian_positions: int = opt(0, "measurements", "with them, this many single tokens' own Jacobians")
+    theory_every: int = opt(0, "measurements", "steps between both sides of the paper's theorems; 0 = never")
+    msign_probe: bool = opt(False, "measurements", "also measure right before and after every MSign application")
+    probe_batch: int = opt(2, "measurements", "sequences that are measured on, always the same")
     eval_every: int = opt(500, "measurements", "steps between validation losses; 0 = never")
     eval_batches: int = opt(8, "measurements", "micro-batches of the fixed validation set")
     # run
@@ -110,7 +113,7 @@ class Config:
             " lr lr_scale eps init_std"
         )
         not_negative = (
-            "base_width warmup_steps weight_decay grad_clip msign_period srank_every layers_every jacobian_every eval_every ckpt_every seed"
+            "base_width warmup_steps weight_decay grad_clip msign_period probe_every layers_every jacobian_every theory_every eval_every ckpt_every seed"
             " threads min_lr_ratio"
         )
         for name in positive.split():
@@ -127,9 +130,12 @@ class Config:
         self._require(
             self.batch_size % self.micro_batch == 0, "micro_batch", f"a divisor of batch_size={self.batch_size}"
         )
-        if self.layers_every and self.srank_every:
-            whole = self.layers_every % self.srank_every == 0
-            self._require(whole, "layers_every", f"a multiple of srank_every={self.srank_every}")
+        if self.layers_every and self.probe_every:
+            whole = self.layers_every % self.probe_every == 0
+            self._require(whole, "layers_every", f"a multiple of probe_every={self.probe_every}")
+        fits = 0 <= self.jacobian_positions < self.block_size
+        self._require(fits, "jacobian_positions", f"0 or more, and below block_size={self.block_size}")
+        self._require(self.msign_period or not self.msign_probe, "msign_probe", "False when msign_period = 0")
         if self.decay_coupling == "independent":
             self._require(self.weight_decay < 0.01, "weight_decay", "a share lost per step, such as 1e-4")
         name_ok = self.name == Path(self.name).name and self.name not in (".", "..")

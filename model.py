@@ -5,6 +5,8 @@ matrix is its own `nn.Linear`, named as in the paper (W_Q, W_K, W_V, W_O, W_up, 
 matrix would change what the matrix sign does. Initialisation belongs to `mup.py`.
 """
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -26,11 +28,22 @@ class Attention(nn.Module):
         self.W_V = nn.Linear(d, d, bias=False)
         self.W_O = nn.Linear(d, d, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (B, h, T, k)."""
         B, T, d = x.shape
         # three parameters, one product: a third of the calls, which is what small widths pay for
         qkv = F.linear(x, torch.cat([self.W_Q.weight, self.W_K.weight, self.W_V.weight]))
-        q, k, v = qkv.view(B, T, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, h, T, k)
+        return qkv.view(B, T, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4).unbind()
+
+    def logits(self, x: Tensor) -> Tensor:
+        """What the softmax sees, (B, h, T, T), -inf above the diagonal; for measuring, `forward` never stores them."""
+        q, k, _ = self.qkv(x)
+        future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+        return (q @ k.mT * self.scale).masked_fill(future, -math.inf)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, d = x.shape
+        q, k, v = self.qkv(x)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         return self.W_O(y.transpose(1, 2).reshape(B, T, d))
 
@@ -82,11 +95,19 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens: the context holds at most block_size={self.cfg.block_size}")
         return self.tok_emb(tokens) + self.pos_emb.weight[:T]
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """H(L), the residual stream after the last block: (B, T) -> (B, T, d)."""
         x = self.embed(tokens)
         for block in self.blocks:
             x = block(x)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """H(L) (B, T, d) -> logits (B, T, V)."""
         return self.head(self.final_norm(x)) * self.logit_scale
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.logits(self.hidden(tokens))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats; `tokens` and `targets` (B, T), targets one position ahead."""

@@ -131,7 +131,8 @@ class MSign(Optimizer):
     targets: see `select`. update: what replaces a stack of matrices; None is `restored_sign` with
     `backend`. Learning-rate schedulers, closures, gradient scalers and hooks see an ordinary optimizer
     with the base's groups; state_dict is the base's with one more entry, "msign". `step` raises
-    NonFiniteWeightError, after the base's step, when a target is not finite.
+    NonFiniteWeightError, after the base's step, when a target is not finite. Set `observe` to be called with
+    "before" and "after" around every application.
     """
 
     def __init__(
@@ -152,6 +153,7 @@ class MSign(Optimizer):
         self.params = select(named_params, targets)
         self.update = update or partial(restored_sign, backend=backend)
         self.steps = 0
+        self.observe: Callable[[str], None] = lambda when: None
         self.__setstate__({})  # gives the hooks of an Optimizer without a second set of param_groups
 
     @property
@@ -170,7 +172,9 @@ class MSign(Optimizer):
         loss = self.base.step(closure)
         self.steps += 1
         if self.due(self.steps):
+            self.observe("before")
             apply_(self.params, self.update)
+            self.observe("after")
         return loss
 
     def due(self, step: int) -> bool:

@@ -4,11 +4,14 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 
 class Spectrum(NamedTuple):
@@ -54,8 +57,7 @@ def geometric_mean(values) -> float:
 class Triples:
     """Top singular triples of N linear maps, by Golub-Kahan-Lanczos.
 
-    sigma: (N,) largest singular values. ratio: (N,) σ₂/σ₁; near 1 the singular vectors, and any
-    alignment made from them, are ill-conditioned. residual: (N,) ‖Jᵀu − σv‖ / σ, zero when converged.
+    sigma: (N,) largest singular values. ratio: (N,) σ₂/σ₁. residual: (N,) ‖Jᵀu − σv‖ / σ, zero when converged.
     u: (N, m) and v: (N, n), unit left and right singular vectors.
     """
 
@@ -66,60 +68,94 @@ class Triples:
     v: Tensor
 
 
+def ill_conditioned(ratio: Tensor, residual: Tensor) -> Tensor:
+    """Whether a top singular vector, and any alignment made from it, is not to be trusted.
+
+    Either σ₂/σ₁ > 0.99, when a change of 1 % in the map can turn the vector into any other of the top two; or the
+    vector found may be off by a sine of more than 0.1 (Wedin: residual / gap), because Lanczos was stopped.
+    """
+    return (ratio > 0.99) | (residual > 0.1 * (1 - ratio))
+
+
 @torch.no_grad()
 def top_triples(
-    matvec: Callable[[Tensor], Tensor], rmatvec: Callable[[Tensor], Tensor], start: Tensor, steps: int = 15
+    matvec: Callable[[Tensor, list[int]], Tensor],
+    rmatvec: Callable[[Tensor, list[int]], Tensor],
+    start: Tensor,
+    steps: int = 15,
+    tolerance: float = 3e-4,
 ) -> Triples:
-    """The top singular triple of N maps at once. matvec: (N, n) -> (N, m), Jv; rmatvec: (N, m) -> (N, n), Jᵀu.
+    """The top singular triples of G groups of B maps at once, by Lanczos with full reorthogonalisation.
 
-    start: (N, n), one starting vector per map. Full reorthogonalisation; `steps` products each way.
+    start: (G, B, n), one starting vector per map; the triples come back in its order, flattened to N = G · B.
+    matvec: (g, B, n), indices of g groups -> (g, B, m), the maps of those groups applied, Jv; rmatvec: Jᵀu.
+    A group is left alone once, for all its maps, min(r, r² / (1 − σ₂/σ₁)) is below `tolerance`: the first is a bound of
+    σ₁'s relative error given the residual r, the second an upper estimate. `steps`
+    products each way at most.
     """
+    G, B, n = start.shape
 
-    def orthogonal(x: Tensor, basis: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """x without its components in the basis, normalised, and its norm (N, 1); rounding noise becomes 0."""
+    def add(x: Tensor, basis: Tensor, k: int) -> Tensor:
+        """Orthogonalise x (N, dim) against k rows of basis (N, K, dim), normalise it into row k; its norm, (N,)."""
         before = x.norm(dim=-1, keepdim=True)
-        if basis:
-            Q = torch.stack(basis, -1)  # (N, dim, k)
-            for _ in range(2):  # once is not enough when x lies almost in the span
-                x = x - (Q @ (Q.mT @ x.unsqueeze(-1))).squeeze(-1)
+        for _ in range(2 if k else 0):  # once is not enough when x lies almost in the span
+            x = x - (x.unsqueeze(1) @ basis[:, :k].mT @ basis[:, :k]).squeeze(1)
         norm = x.norm(dim=-1, keepdim=True)
         norm = torch.where(norm > 100 * torch.finfo(x.dtype).eps * before, norm, 0.0)  # the space is exhausted
-        return torch.where(norm > 0, x / norm, 0.0), norm
+        basis[:, k] = torch.where(norm > 0, x / norm, 0.0)
+        return norm.squeeze(-1).double()
 
-    V, U, alphas, betas = [orthogonal(start, [])[0]], [], [], []
-    for _ in range(min(steps, start.shape[-1])):
-        u, alpha = orthogonal(matvec(V[-1]), U)
-        U.append(u)
-        v, beta = orthogonal(rmatvec(u), V)
-        V.append(v)
-        alphas.append(alpha)
-        betas.append(beta)
-    # J V = U B with B upper bidiagonal, Jᵀ U = V Bᵀ + β v_last e_lastᵀ
-    B = torch.diag_embed(torch.cat(alphas, -1).double())
-    if len(betas) > 1:
-        B = B + torch.diag_embed(torch.cat(betas[:-1], -1).double(), offset=1)
-    P, S, Qh = torch.linalg.svd(B)
-    sigma = S[:, 0]
-    second = S[:, 1] if S.shape[1] > 1 else torch.zeros_like(sigma)
-    u = (torch.stack(U, -1).double() @ P[:, :, :1]).squeeze(-1)
-    v = (torch.stack(V[:-1], -1).double() @ Qh[:, 0, :, None]).squeeze(-1)
-    residual = betas[-1].squeeze(-1).double() * P[:, -1, 0].abs() / sigma
-    return Triples(sigma, second / sigma, residual, u.to(start.dtype), v.to(start.dtype))
+    def product(apply, x: Tensor) -> Tensor:
+        return apply(x.reshape(len(live), B, -1), live).flatten(0, 1)
+
+    steps = min(steps, n)
+    live, maps = list(range(G)), torch.arange(G * B)
+    V, U = start.new_zeros(G * B, steps + 1, n), None
+    bidiagonal = torch.zeros(G * B, steps, steps + 1, dtype=torch.float64, device=start.device)
+    found = [None] * (G * B)
+    add(start.flatten(0, 1), V, 0)
+    for k in range(steps):
+        # J V = U C with C the first k + 1 columns of the upper bidiagonal matrix, Jᵀ U = V Cᵀ + β v_last e_lastᵀ
+        x = product(matvec, V[:, k])
+        if U is None:
+            U = x.new_zeros(G * B, steps, x.shape[-1])
+        bidiagonal[:, k, k] = add(x, U, k)
+        bidiagonal[:, k, k + 1] = add(product(rmatvec, U[:, k]), V, k + 1)
+        P, S, Qh = torch.linalg.svd(bidiagonal[:, : k + 1, : k + 1])
+        sigma, second = S[:, 0], S[:, min(k, 1)] * (k > 0)
+        ratio, residual = second / sigma, bidiagonal[:, k, k + 1] * P[:, -1, 0].abs() / sigma
+        error = torch.minimum(residual, residual**2 / (1 - ratio))
+        # two steps at least, or a map whose second value has not been seen yet looks well separated
+        done = (k + 1 == steps) | ((k > 1) & ~(error > tolerance).view(-1, B).any(-1))
+        if not done.any():
+            continue
+        done = done.expand(len(live)).repeat_interleave(B)
+        u = (P[:, None, :, 0].to(x.dtype) @ U[:, : k + 1]).squeeze(1)
+        v = (Qh[:, :1].to(x.dtype) @ V[:, : k + 1]).squeeze(1)
+        for i in done.nonzero().flatten().tolist():
+            found[maps[i]] = sigma[i], ratio[i], residual[i], u[i], v[i]
+        if done.all():
+            break
+        maps, V, U, bidiagonal = maps[~done.cpu()], V[~done], U[~done], bidiagonal[~done]
+        live = [g for g, ready in zip(live, done[::B].tolist(), strict=True) if not ready]
+    return Triples(*map(torch.stack, zip(*found, strict=True)))
 
 
 @dataclass(frozen=True)
 class Jacobians:
-    """Layer Jacobians J(ℓ) = ∂vec H(ℓ) / ∂vec H(ℓ−1) of L blocks on a probe batch of B sequences, all on the CPU.
+    """Layer Jacobians J(ℓ) = ∂vec H(ℓ) / ∂vec H(ℓ−1) of L blocks on a probe batch of N sequences, all on the CPU.
 
-    sigma, ratio, residual: (L, B), see `Triples`. alignment: (L − 1, B), |v(ℓ+1)ᵀ u(ℓ)| of Def. 3.2: top right
-    singular vector of J(ℓ+1) against top left one of J(ℓ). product: (B,), ‖J(L)···J(1)‖₂ itself.
-    errors: blocks that could not be measured, by name; their entries are NaN, the others' are measured.
+    sigma, ratio, residual: (L, N), see `Triples`. alignment: (L − 1, N), |v(ℓ+1)ᵀ u(ℓ)| of Def. 3.2: top right
+    singular vector of J(ℓ+1) against top left one of J(ℓ); flagged: (L − 1, N), that one of the two vectors is
+    `ill_conditioned`. product: (N,), ‖J(L)···J(1)‖₂ itself. errors: blocks that could not be measured, by name; their
+    entries are NaN, the others' are measured. N = B · len(positions) with positions, sequence by sequence.
     """
 
     sigma: Tensor
     ratio: Tensor
     residual: Tensor
     alignment: Tensor
+    flagged: Tensor
     product: Tensor
     errors: tuple[str, ...]
 
@@ -147,73 +183,227 @@ def product_bounds(sigma: Tensor, ratio: Tensor, alignment: Tensor) -> tuple[Ten
     return stated, held
 
 
-class _Linearised:
-    """Products with the Jacobians of several functions of one input each, at fixed points, in single autograd calls.
+class _LayerNorm(torch.autograd.Function):
+    """Layer norm whose double backward, with respect to the gradient only, is one kernel instead of a dozen.
 
-    Double backward: g(u) = Jᵀu is linear in u, and its derivative transposed is v -> Jv. Attention has to run on
-    the math kernel, the only one with a double backward.
+    Without its gains the Jacobian of layer norm is symmetric, so Jv is gain · (the kernel of Jᵀu, without gain).
+    """
+
+    @staticmethod
+    def forward(ctx, x, shape, gain, bias, eps):
+        y, mean, rstd = torch.native_layer_norm(x, shape, gain, bias, eps)
+        ctx.at = x, shape, mean, rstd, gain
+        return y
+
+    @staticmethod
+    def backward(ctx, u):
+        return _LayerNormVJP.apply(u, *ctx.at), None, None, None, None
+
+    @staticmethod
+    def transposed(u, x, shape, mean, rstd, gain):
+        out = torch.ops.aten.native_layer_norm_backward(u, x, shape, mean, rstd, gain, None, [True, False, False])
+        return out[0]
+
+
+class _LayerNormVJP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, *at):
+        ctx.at = at
+        return _LayerNorm.transposed(u, *at)
+
+    @staticmethod
+    def backward(ctx, v):
+        *at, gain = ctx.at
+        out = _LayerNorm.transposed(v, *at, None)
+        return out if gain is None else out * gain, *[None] * 5
+
+
+class _Measured(TorchFunctionMode):
+    """Inside, layer norm is the one above and attention runs on the math kernel, the only one with a double backward."""
+
+    def __enter__(self):
+        self.kernel = sdpa_kernel(SDPBackend.MATH)
+        self.kernel.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exc):
+        super().__exit__(*exc)
+        self.kernel.__exit__(*exc)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.layer_norm:
+            func = self.layer_norm
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+        return _LayerNorm.apply(input, normalized_shape, weight, bias, eps)
+
+
+class _Linearised:
+    """Products with the Jacobians of several functions at fixed points, all in single autograd calls.
+
+    Double backward: g(u) = Jᵀu is linear in u, and its derivative transposed is v -> Jv. The rows of a point, its
+    first dimension, are independent maps.
     """
 
     def __init__(self, functions: Sequence[Callable[[Tensor], Tensor]], points: Sequence[Tensor]):
         self.shape = points[0].shape
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.enable_grad(), _Measured():
             self.z = [z.detach().clone().requires_grad_() for z in points]
             self.y = [f(z) for f, z in zip(functions, self.z, strict=True)]
             self.u = [torch.zeros_like(y, requires_grad=True) for y in self.y]
             self.g = torch.autograd.grad(self.y, self.z, self.u, create_graph=True)
 
-    def _apply(self, outputs, inputs, x: Tensor) -> Tensor:
-        """x: (functions · B, T · d); the B sequences of a point are independent maps."""
-        weights = x.view(len(self.z), *self.shape).unbind()
-        out = torch.autograd.grad(outputs, inputs, weights, retain_graph=True)
+    def _apply(self, outputs, inputs, x: Tensor, live: list[int]) -> Tensor:
+        """x: (functions, rows, T · d)."""
+        weights = x.view(len(live), *self.shape).unbind()
+        out = torch.autograd.grad([outputs[i] for i in live], [inputs[i] for i in live], weights, retain_graph=True)
         return torch.stack(out).view(x.shape)
 
-    def matvec(self, v: Tensor) -> Tensor:
-        return self._apply(self.g, self.u, v)
+    def matvec(self, v: Tensor, live: list[int]) -> Tensor:
+        return self._apply(self.g, self.u, v, live)
 
-    def rmatvec(self, u: Tensor) -> Tensor:
-        return self._apply(self.y, self.z, u)
+    def rmatvec(self, u: Tensor, live: list[int]) -> Tensor:
+        return self._apply(self.y, self.z, u, live)
 
-    def triples(self, steps: int, seed: int) -> Triples:
-        B = self.shape[0]
-        generator = torch.Generator().manual_seed(seed)
-        start = torch.randn(len(self.z) * B, self.shape[1:].numel(), generator=generator)
-        return top_triples(self.matvec, self.rmatvec, start.to(self.z[0]), steps)
+    def chain(self, v: Tensor, live: list[int]) -> Tensor:
+        """The product of all of them, the first one's Jacobian first: (1, rows, T · d) -> the same."""
+        for i in range(len(self.z)):
+            v = self.matvec(v, [i])
+        return v
+
+    def rchain(self, u: Tensor, live: list[int]) -> Tensor:
+        for i in reversed(range(len(self.z))):
+            u = self.rmatvec(u, [i])
+        return u
+
+    def triples(self, steps: int = 15, seed: int = 0) -> Triples:
+        return top_triples(self.matvec, self.rmatvec, self._start(len(self.z), seed), steps)
+
+    def product(self, steps: int = 15, seed: int = 0) -> Triples:
+        """Of J(L)···J(1), the functions being blocks and the points the residual stream between them."""
+        return top_triples(self.chain, self.rchain, self._start(1, seed), steps)
+
+    def _start(self, functions: int, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)  # drawn on the CPU: the same on every device
+        return torch.randn(functions, self.shape[0], self.shape[1:].numel(), generator=generator).to(self.z[0])
 
 
-def jacobians(blocks: Sequence[nn.Module], x: Tensor, steps: int = 15, seed: int = 0) -> Jacobians:
+def refuse_wrapped(module: nn.Module):
+    """Raise TypeError if `module` is a wrapper, compiled, or holds shards, so that measuring it would go wrong."""
+    kind = type(module).__name__
+    if kind in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule"):
+        raise TypeError(f"{kind}: measure the module inside the wrapper")
+    if module._compiled_call_impl is not None:
+        raise TypeError(f"{kind}, compiled in place: has no double backward; measure an uncompiled copy")
+    if any(type(p).__name__ == "DTensor" for p in module.parameters()):
+        raise TypeError(f"{kind} holds shards (DTensor): gather its parameters and measure that copy")
+
+
+def not_finite(i: int, block: nn.Module) -> str:
+    """What to say of block i, whose output is not finite: the parameter to blame, or none."""
+    bad = [name for name, p in block.named_parameters() if not torch.isfinite(p).all()]
+    return f"block {i}: its {bad[0] if bad else 'output'} is not finite"
+
+
+def jacobians(
+    blocks: Sequence[nn.Module], x: Tensor, positions: Sequence[int] = (), steps: int = 15, seed: int = 0
+) -> Jacobians:
     """Measure the layer Jacobians of any modules that map a residual stream (B, T, d) to itself.
 
-    x: H(0), the first block's input. steps: Lanczos steps. Nothing about the modules changes: no gradient is
-    accumulated, no global random state is used. Raises TypeError for modules inside a wrapper.
+    x: H(0), the first block's input. positions: tokens t whose own ∂h_t(ℓ) / ∂h_t(ℓ−1), d × d, is measured instead of
+    the whole sequence's Jacobian; `product` is then NaN. steps: Lanczos steps at most. Measured in evaluation mode,
+    without dropout; nothing about the modules changes, no gradient is accumulated, no global random state is used.
+    Raises TypeError for modules inside a wrapper.
     """
     for block in blocks:
-        if type(block).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule"):
-            raise TypeError(f"{type(block).__name__}: measure the module inside the wrapper")
+        refuse_wrapped(block)
+    training = [module for block in blocks for module in block.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        return _jacobians(blocks, x, positions, steps, seed)
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _jacobians(blocks, x: Tensor, positions: Sequence[int], steps: int, seed: int) -> Jacobians:
     points, errors = [x.detach()], []
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         for i, block in enumerate(blocks):
             points.append(block(points[-1]))
             if not torch.isfinite(points[-1]).all():
-                errors.append(f"block {i}: its output is not finite")
+                errors.append(not_finite(i, block))
                 break
     measured = len(points) - 1 - len(errors)
-    L, B = len(blocks), x.shape[0]
-    nan = torch.full((L, B), math.nan, dtype=torch.float64)
+    functions, points = list(blocks[:measured]), points[:measured]
+    if len(positions):
+        functions = [partial(_at_positions, f, z, positions) for f, z in zip(functions, points, strict=True)]
+        points = [z[:, list(positions)].flatten(0, 1) for z in points]
+    L, N = len(blocks), x.shape[0] * max(1, len(positions))
+    nan = torch.full((L, N), math.nan, dtype=torch.float64)
     sigma, ratio, residual = nan.clone(), nan.clone(), nan.clone()
     alignment, product = nan[1:].clone(), nan[0].clone()
     if measured:
-        top = _Linearised(list(blocks[:measured]), points[:measured]).triples(steps, seed)
+        linearised = _Linearised(functions, points)
+        top = linearised.triples(steps, seed)
         for into, values in ((sigma, top.sigma), (ratio, top.ratio), (residual, top.residual)):
-            into[:measured] = values.view(measured, B).cpu()
-        u, v = top.u.view(measured, B, -1), top.v.view(measured, B, -1)
+            into[:measured] = values.view(measured, N).cpu()
+        u, v = top.u.view(measured, N, -1), top.v.view(measured, N, -1)
         alignment[: measured - 1] = (v[1:] * u[:-1]).sum(-1).abs().double().cpu()
-    if measured == L:
+        if measured == L and not len(positions):
+            product = linearised.product(steps, seed).sigma.cpu()
+    bad = ill_conditioned(ratio, residual)
+    return Jacobians(sigma, ratio, residual, alignment, bad[1:] | bad[:-1], product, tuple(errors))
 
-        def chain(z: Tensor) -> Tensor:
-            for block in blocks:
-                z = block(z)
-            return z
 
-        product = _Linearised([chain], points[:1]).triples(steps, seed).sigma.cpu()
-    return Jacobians(sigma, ratio, residual, alignment, product, tuple(errors))
+def _at_positions(block: Callable[[Tensor], Tensor], x: Tensor, positions: Sequence[int], h: Tensor) -> Tensor:
+    """h_t before the block -> h_t after it, all other tokens of x (B, T, d) held; h: (B · len(positions), d)."""
+    B, P = len(x), len(positions)
+    t = torch.tensor(positions, device=x.device).repeat(B)
+    row = torch.arange(B * P, device=x.device)
+    return block(x.repeat_interleave(P, 0).index_put((row, t), h))[row, t]
+
+
+class Activations(NamedTuple):
+    """What a forward pass shows, on the CPU; L blocks.
+
+    residual_rms: (L + 1,), root mean square of H(0) … H(L). max_logit: (L,), largest attention logit.
+    entropy: (L,), of the attention rows, in nats, mean over heads and tokens. log_z: mean of log Σ exp(logits).
+    hidden: H(L), (B, T, d). errors: the first block whose values are not finite, by name; what follows is NaN.
+    """
+
+    residual_rms: Tensor
+    max_logit: Tensor
+    entropy: Tensor
+    log_z: float
+    hidden: Tensor
+    errors: tuple[str, ...]
+
+
+@torch.no_grad()
+def activations(model: nn.Module, tokens: Tensor) -> Activations:
+    """One forward pass of a `model.GPT` on tokens (B, T), in the parameters' precision, attention on the math kernel."""
+    refuse_wrapped(model)
+    rms, max_logit, entropy, errors = [], [], [], []
+    with sdpa_kernel(SDPBackend.MATH):
+        x = model.embed(tokens)
+        for i, block in enumerate(model.blocks):
+            rms.append(x.square().mean().sqrt())
+            logits = block.attn.logits(block.attn_norm(x))
+            max_logit.append(logits.amax())
+            entropy.append(torch.special.entr(torch.softmax(logits, -1)).sum(-1).mean())
+            x = block(x)
+            if not errors and not torch.isfinite(x).all():
+                errors.append(not_finite(i, block))
+        rms.append(x.square().mean().sqrt())
+        log_z = model.logits(x).float().logsumexp(-1).mean().item()
+    return Activations(*(torch.stack(v).double().cpu() for v in (rms, max_logit, entropy)), log_z, x, tuple(errors))
+
+
+@torch.no_grad()
+def norms(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """‖·‖_F of every tensor, by name."""
+    return dict(zip(tensors, torch.stack(torch._foreach_norm(list(tensors.values()))).tolist(), strict=True))

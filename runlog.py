@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import re
 import secrets
 import socket
 import subprocess
@@ -26,10 +27,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import ROOT, Config, UserError
+from config import FIELDS, ROOT, Config, UserError
 
 # fields that may differ between a run and its resumption; all others decide what is computed
 FREE_ON_RESUME = {"resume", "dry_run", "runs_dir", "device", "threads", "ckpt_every", "wandb", "wandb_project"}
+PER_LAYER = re.compile(r"(.+)/(\d+)((?:\.\w+)?)")  # a key of metrics.jsonl: family, layer, and .role or nothing
+# what W&B's table of runs shows of a metric where its last value says less
+SUMMARY = {
+    "train/loss": "min", "val/loss": "min", "grad_norm": "max", "attention/max_logit": "max", "srank/attention": "min",
+    "jacobian/sigma1": "max", "jacobian/alignment": "max", "precision/error": "max",
+}  # fmt: skip
 
 
 def code_version() -> dict:
@@ -195,15 +202,20 @@ class RunLog:
             self.event("wandb offline", why=first_line(error))
             print(f"note: W&B cannot be reached ({first_line(error)}); logging offline")
             self._wandb = wandb.init(mode="offline", settings=settings, **arguments)
-        self._wandb.define_metric("iter")
+        self._wandb.define_metric("iter", hidden=True)
         self._wandb.define_metric("*", step_metric="iter")
+        for name, best in SUMMARY.items():
+            self._wandb.define_metric(name, step_metric="iter", summary=best)
 
     def log(self, step: int, metrics: dict[str, float]):
         """Append the step's metrics as one line {"iter": step, ...}; NaN and infinities become null."""
         line = {"iter": step} | {k: float(f"{v:.9g}") if math.isfinite(v) else None for k, v in metrics.items()}
         self._metrics.write(json.dumps(line) + "\n")
         if self._wandb:
-            self._wandb.log(line)
+            import wandb
+
+            scalars, charts = wandb_payload(line)
+            self._wandb.log(scalars | {k: wandb.Histogram(np_histogram=v) for k, v in charts.items()})
         self._bar.update()
         self._srank = metrics.get("srank/attention", self._srank)
         shown = {"loss": metrics["train/loss"], "grad_norm": metrics["grad_norm"], "srank": self._srank}
@@ -239,8 +251,68 @@ class RunLog:
         if self._metrics is not None:
             self._metrics.close()
         if self._wandb:
-            self._wandb.summary.update(summary or {})
+            if summary is not None:
+                self._wandb.summary["final"] = summary  # below a name of its own: val/loss is the smallest, see SUMMARY
             self._wandb.finish()
+
+
+def wandb_payload(line: dict) -> tuple[dict, dict]:
+    """What W&B gets of a line of metrics.jsonl: its scalars, and its per-layer values as charts {name: (values, edges)}.
+
+    srank/0.W_Q, srank/1.W_Q … become one histogram layers/srank.W_Q whose bins are the layers, edges 0 … n: a
+    histogram logged again and again W&B draws as a heatmap, here of layers × steps, instead of n charts.
+    """
+    scalars, charts = {}, {}
+    for key, value in line.items():
+        if found := PER_LAYER.fullmatch(key):
+            family, layer, role = found.groups()
+            charts.setdefault(f"layers/{family}{role}", {})[int(layer)] = value
+        else:
+            scalars[key] = value
+    for name, values in charts.items():
+        n = max(values) + 1  # a bin of a histogram is a count, which cannot be missing: 0 stands for null
+        charts[name] = [values.get(i) or 0.0 for i in range(n)], list(range(n + 1))
+    return scalars, charts
+
+
+def read_wandb(path: str | Path) -> tuple[dict, list[dict]]:
+    """(config, lines) of an offline W&B run as record.json and metrics.jsonl have them, but 0.0 for a layer's null.
+
+    `path` is a .wandb file, or a folder with one somewhere in it. Raises UserError if there is none or several (a
+    resumed run has one for each part), if it is not whole to the run's end, or if this wandb cannot read it.
+    """
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(path.rglob("*.wandb"))
+    if not files:
+        raise UserError(f"{path}: no .wandb file there; give one, or the folder of an offline run that holds one")
+    if len(files) > 1:
+        raise UserError(f"{path}: {len(files)} .wandb files in it; give one of them, such as {files[0]}")
+    # wandb ships one reader of its files, this command; what it had to skip it says on stderr and still returns 0
+    inspect = [sys.executable, "-W", "ignore", "-m", "wandb", "leet", "inspect", "--json", files[0]]
+    done = subprocess.run(inspect, capture_output=True, env={**os.environ, "WANDB_MODE": "offline"})
+    complaint = done.stderr.decode(errors="replace").strip().split("\n")[-1]
+    if re.search("No such (command|option)|No module named", complaint):
+        raise UserError(f"{files[0]}: read by wandb 0.31, not by the one installed here ({complaint})")
+    if complaint or done.returncode or b'"type":"exit"' not in done.stdout:  # a run that was killed has no such record
+        why = complaint or "no record of its end"
+        raise UserError(f"{files[0]}: must be the whole, undamaged file of a run that has ended ({why})")
+    records = [json.loads(record) for record in done.stdout.splitlines()]
+    config = next(record["run"]["config"]["update"] for record in records if record["type"] == "run")
+    # the command prints 1.0 as 1
+    config = {k: float(v) if k in FIELDS and FIELDS[k].type is float else v for k, v in config.items() if k != "_wandb"}
+    return config, [_unpacked(record["history"]["item"]) for record in records if record["type"] == "history"]
+
+
+def _unpacked(item: dict) -> dict:
+    """The line of metrics.jsonl that W&B recorded as `item`, in which a histogram h is h._type, h.bins and h.values."""
+    line = {}
+    for key, value in item.items():
+        if found := re.fullmatch(r"layers/(.+?)((?:\.\w+)?)\.values", key):
+            family, role = found.groups()
+            line |= {f"{family}/{layer}{role}": float(v) for layer, v in enumerate(value)}
+        elif not key.startswith(("_", "layers/")):  # _step, _runtime, _timestamp are W&B's own
+            line[key] = value if key == "iter" or value is None else float(value)
+    return line
 
 
 def read_metrics(folder: Path) -> list[dict]:

@@ -16,17 +16,17 @@ import sys
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 import checkpoint
+import measure
 import mup
+import theory
 from collapse import Watch, final_loss
 from config import Config, UserError, load_config, run_cli
 from data import stdlib
 from data.reader import TokenFiles, is_prepared
 from model import GPT
-from msign import ATTENTION, MLP, MSign, NonFiniteWeightError, select, zero
-from probes import geometric_mean, jacobians, product_bounds, spectra
+from msign import MSign, NonFiniteWeightError, zero
 from runlog import RunLog, read_metrics
 
 KERNELS = {
@@ -151,7 +151,6 @@ def train(cfg: Config) -> int:
     mup.init_weights(model, cfg)
     model.to(device)
     optimizer = build_optimizer(cfg, model)
-    attention, mlp = (select(model.named_parameters(), ",".join(roles)) for roles in (ATTENTION, MLP))
     print_plan(cfg, model, optimizer, train_data, device)
     for note in notes:
         print(f"WARNING {note}", file=sys.stderr)
@@ -204,17 +203,36 @@ def train(cfg: Config) -> int:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
     kernel = sdpa_kernel(KERNELS[cfg.attn_kernel]) if cfg.attn_kernel != "auto" else contextlib.nullcontext()
     accumulate = cfg.batch_size // cfg.micro_batch
-    probe = (val_data or train_data).fixed_windows(cfg.probe_batch)[0].to(device)
+    probe, probe_targets = (t.to(device) for t in (val_data or train_data).fixed_windows(cfg.probe_batch))
+
+    def due(every: int) -> bool:
+        return bool(every) and step % every == 0
+
+    def warn(text: str):
+        log.event("not measured", step=step, why=text)
+        log.say(f"step {step}: {text}")
+
+    def around_msign(when: str):
+        found = measure.weights(model, False) | measure.activations(model, probe, False, warn)
+        found |= measure.jacobians(model, probe, False, warn)
+        metrics.update({f"{when}_msign/{k}": v for k, v in found.items()})
+
+    if cfg.msign_probe:
+        optimizer.observe = around_msign
     with kernel, Signals() as signals:
         while step < cfg.max_steps and signals.received is None:
             step += 1
             metrics = {}
             # measured on the weights that this step's loss and gradient belong to, before they change
-            if cfg.srank_every and step % cfg.srank_every == 0:
-                each_layer = bool(cfg.layers_every) and step % cfg.layers_every == 0
-                metrics |= measure_spectra(attention, mlp, each_layer)
-            if cfg.jacobian_every and step % cfg.jacobian_every == 0:
-                metrics |= measure_jacobians(model, probe)
+            probing, each_layer = due(cfg.probe_every), due(cfg.layers_every)
+            if probing:
+                metrics |= measure.weights(model, each_layer)
+                metrics |= measure.activations(model, probe, each_layer, warn, autocast)
+            if due(cfg.jacobian_every):
+                metrics |= measure.jacobians(model, probe, True, warn, cfg.jacobian_positions)
+            if due(cfg.theory_every):
+                sides = theory.flat(model, probe, probe_targets)
+                metrics |= {f"theory/{name}": value for name, value in sides.items()}
             lr = cfg.lr_at(step)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_mult"]
@@ -225,6 +243,9 @@ def train(cfg: Config) -> int:
                     part = loss_of(xs.to(device), ys.to(device)) / accumulate
                 part.backward()
                 loss += part.detach()
+            if probing:
+                metrics |= measure.norms("grad_norm", {n: p.grad for n, p in model.named_parameters()}, each_layer)
+                before = {n: p.detach().clone() for n, p in model.named_parameters()}
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or float("inf"))
             metrics = {"train/loss": loss.item(), "grad_norm": grad_norm.item(), "lr": lr, **metrics}
             watch.add(metrics["train/loss"], metrics["grad_norm"])
@@ -234,6 +255,9 @@ def train(cfg: Config) -> int:
                 except NonFiniteWeightError as error:
                     watch.not_finite(str(error))
                 optimizer.zero_grad(set_to_none=True)
+                if probing:
+                    moved = {n: p.detach() - before[n] for n, p in model.named_parameters()}
+                    metrics |= measure.norms("update_norm", moved, each_layer)
                 if val_data and (step % cfg.eval_every == 0 or step == cfg.max_steps):
                     metrics["val/loss"] = evaluate(cfg, loss_of, autocast, val_data, device)
             log.log(step, metrics)
@@ -269,54 +293,6 @@ def train(cfg: Config) -> int:
         f"{cfg.name}: {summary['status']} after step {step}; {watch.collapse or 'no collapse'}; record in {log.folder}"
     )
     return 0
-
-
-def measure_spectra(attention: dict, mlp: dict, each_layer: bool) -> dict[str, float]:
-    """Geometric means of the stable ranks and spectral norms, by part of the model and by role.
-
-    srank/early is that of the attention matrices in the first quarter of the blocks, Fig 1's "early layers". With
-    each_layer also every matrix's own, as srank/<layer>.<role>, sigma1/… and fro/….
-    """
-    found = spectra(attention | mlp)
-    layer = {name: int(name.split(".")[1]) for name in found}
-    early = (max(layer.values()) + 1) / 4
-    parts = {"attention": list(attention), "mlp": list(mlp), "early": [n for n in attention if layer[n] < early]}
-    parts |= {role: [n for n in found if mup.role_of(n) == role] for role in ATTENTION + MLP}
-    metrics = {}
-    for part, names in parts.items():
-        metrics[f"srank/{part}"] = geometric_mean(found[n].srank for n in names)
-        metrics[f"sigma1/{part}"] = geometric_mean(found[n].sigma1 for n in names)
-    if each_layer:
-        for name, spectrum in found.items():
-            for key, value in spectrum._asdict().items():
-                metrics[f"{key}/{layer[name]}.{mup.role_of(name)}"] = value
-    return metrics
-
-
-def measure_jacobians(model: GPT, tokens: torch.Tensor) -> dict[str, float]:
-    """Layer Jacobians on the probe batch: per block and adjacent pair, means over sequences, and summaries.
-
-    jacobian/sigma1 is the geometric mean of ‖J(ℓ)‖₂, jacobian/alignment the mean over adjacent pairs as in
-    Fig 1, jacobian/product ‖J(L)···J(1)‖₂, bound_4_2 and bound its two
-    lower bounds (see product_bounds). jacobian/ratio, the largest σ₂/σ₁, and jacobian/residual say how far to trust them.
-    """
-    with torch.no_grad():
-        x = model.embed(tokens)
-    J = jacobians(model.blocks, x)
-    stated, held = product_bounds(J.sigma, J.ratio, J.alignment)
-    for error in J.errors:
-        tqdm.write(f"jacobians: {error}")
-    metrics = {
-        "jacobian/sigma1": geometric_mean(J.sigma.flatten().tolist()),
-        "jacobian/alignment": J.alignment.nanmean().item(),
-        "jacobian/product": geometric_mean(J.product.tolist()),
-        "jacobian/bound_4_2": geometric_mean(stated.tolist()),
-        "jacobian/bound": geometric_mean(held.tolist()),
-        "jacobian/ratio": J.ratio.nan_to_num(0).max().item(),
-        "jacobian/residual": J.residual.nan_to_num(0).max().item(),
-    }
-    metrics |= {f"jacobian/sigma1/{i}": v for i, v in enumerate(J.sigma.mean(1).tolist())}
-    return metrics | {f"jacobian/alignment/{i}": v for i, v in enumerate(J.alignment.mean(1).tolist())}
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 
 SMALL = dict(
     n_layer=2, d_model=16, n_head=2, d_ff=64, vocab_size=256, block_size=8, batch_size=4, micro_batch=4,
-    max_steps=20, warmup_steps=5, srank_every=5, layers_every=10, eval_every=10, eval_batches=2, ckpt_every=5, wandb="off", threads=1,
+    max_steps=20, warmup_steps=5, probe_every=5, layers_every=10, eval_every=10, eval_batches=2, ckpt_every=5, wandb="off", threads=1,
 )  # fmt: skip
 
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from collapse import Watch, final_loss, find_collapse
+from collapse import Watch, final_loss, find_collapse, find_onsets, onset
 
 
 def curve(*pieces):
@@ -69,3 +69,51 @@ def test_stalled_needs_both_a_spike_and_a_loss_above_the_floor():
 def test_final_loss():
     assert final_loss(curve((500, 9.0), (100, 2.0))) == 2.0
     assert final_loss([1.0, None]) == math.inf
+
+
+def made_up(n=1000, **series):
+    """Metrics of n steps: gradient norm from `grad_norm(step)`, every other series at its steps {step: value}."""
+    grad_norm = series.pop("grad_norm", lambda step: 1.0)
+    lines = [{"iter": step, "grad_norm": grad_norm(step)} for step in range(1, n + 1)]
+    for key, values in series.items():
+        for step, value in values.items():
+            lines[step - 1][key.replace("__", "/")] = value
+    return lines
+
+
+def test_what_moved_first_and_by_how_much():
+    steps = range(100, 1001, 100)
+    lines = made_up(
+        grad_norm=lambda step: 1.0 if step <= 600 else 4.0,
+        srank__attention={
+            s: 40.0 if s < 200 else 10.0 if s < 400 else 4.0 for s in steps
+        },  # halved at 400, not counting 200
+        attention__max_logit={s: 5.0 * 2 ** (s / 295) for s in steps},  # 2x of the first value, that at 300, at 600
+        log_z={s: 4.0 + (s >= 800) for s in steps},
+        residual__gain={s: 9.0 if s == 500 else 2.0 for s in steps},  # up once and back: has not moved
+        precision__error={s: 1e-6 * 1.9 ** (s == 1000) for s in steps},  # not by a factor of two
+    )
+    got = find_onsets(lines)
+    assert got.signals == {
+        "stable rank": 400, "Jacobian alignment": None, "attention logits": 600, "log Z": 800, "first-block gain": None, "precision": None,
+    }  # fmt: skip
+    assert got.grad_norm == 650  # the median of the last 100 steps has grown
+    assert got.first == ["stable rank"]
+    assert [got.lead(s) for s in ("stable rank", "attention logits", "log Z", "precision")] == [250, 50, -150, None]
+    assert str(got) == "stable rank moved first, at step 400; 250 steps before the gradient norm"
+    before = find_onsets(lines, until=390)
+    assert (before.signals["stable rank"], before.grad_norm) == (200, None)  # a collapse at 390 has another quarter
+    assert str(find_onsets(made_up(n=400))) == "nothing moved"
+
+
+def test_signals_that_move_together_are_both_named():
+    got = find_onsets(made_up(srank__attention={300: 8.0, 500: 3.0}, residual__gain={300: 1.0, 500: 2.5}))
+    assert got.first == ["stable rank", "first-block gain"]
+    assert str(got) == "stable rank and first-block gain moved first, at step 500; the gradient norm never did"
+
+
+def test_a_signal_counts_against_its_best_so_far():
+    """Improving for a while and then falling back by half is moving, even if it ends no worse than it began."""
+    assert onset([1, 2, 3, 4, 5], [0.0, -1.0, -2.0, -2.0, -1.2]) == 5
+    assert onset([1, 2, 3], [0.0, 0.6, 0.69]) is None
+    assert onset([], []) is None

@@ -38,7 +38,7 @@ def test_file_then_command_line(tmp_path):
         ("", ["--lr=-1"], "lr = -1.0: must be a number above 0"),
         ("", ["--name=../elsewhere"], "must be a single folder name"),
         ("", ["--decay_coupling=independent"], "weight_decay = 0.1: must be a share lost per step"),
-        ("", ["--layers_every=30"], "layers_every = 30: must be a multiple of srank_every=25"),
+        ("", ["--layers_every=30"], "layers_every = 30: must be a multiple of probe_every=50"),
         ("", ["--beta2=1"], "beta2 = 1.0"),
         ("", ["stray"], "overrides are written --field=value"),
     ],

@@ -1,0 +1,148 @@
+"""Which numbers a run logs, and under which names: the probes of a GPT in training as {name: value}.
+
+Every function returns summaries of the whole model; with `each_layer` also every layer's own, named
+<family>/<layer> or <family>/<layer>.<role>. None of them changes the model, its gradients or a random state.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+import probes
+from model import GPT
+from msign import ATTENTION, MLP
+from mup import role_of
+from probes import geometric_mean
+
+
+def layer_of(name: str) -> int | None:
+    """Index of the block that a parameter belongs to; None for embeddings, final norm and head."""
+    where, _, rest = name.partition(".")
+    return int(rest.split(".")[0]) if where == "blocks" else None
+
+
+def own(family: str, values: Mapping[str, float]) -> dict[str, float]:
+    """{parameter name: value} of block parameters as {family/layer.role: value}."""
+    return {f"{family}/{layer_of(n)}.{role_of(n)}": v for n, v in values.items() if layer_of(n) is not None}
+
+
+def weights(model: GPT, each_layer: bool) -> dict[str, float]:
+    """srank/… and sigma1/…, geometric means over parts of the model and roles; norm_gain/<role>, rms of the gains.
+
+    srank/early is over the attention matrices of the first quarter of the blocks, Fig 1's "early layers". With
+    each_layer also fro/…, ‖W‖_F.
+    """
+    matrices = {n: p for n, p in model.named_parameters() if role_of(n) in ATTENTION + MLP}
+    found = probes.spectra(matrices)
+    parts = defaultdict(list)
+    for name in found:
+        parts["attention" if role_of(name) in ATTENTION else "mlp"].append(name)
+        parts[role_of(name)].append(name)
+        if role_of(name) in ATTENTION and layer_of(name) < len(model.blocks) / 4:
+            parts["early"].append(name)
+    metrics = {}
+    for part, names in parts.items():
+        metrics[f"srank/{part}"] = geometric_mean(found[n].srank for n in names)
+        metrics[f"sigma1/{part}"] = geometric_mean(found[n].sigma1 for n in names)
+    gains = {n: p for n, p in model.named_parameters() if role_of(n).endswith("_norm")}
+    rms = {n: norm / math.sqrt(gains[n].numel()) for n, norm in probes.norms(gains).items()}
+    for role in dict.fromkeys(map(role_of, gains)):
+        squares = [v * v for n, v in rms.items() if role_of(n) == role]
+        metrics[f"norm_gain/{role}"] = math.sqrt(sum(squares) / len(squares))
+    if each_layer:
+        metrics |= own("norm_gain", rms)
+        for family in probes.Spectrum._fields:
+            metrics |= own(family, {n: getattr(spectrum, family) for n, spectrum in found.items()})
+    return metrics
+
+
+def norms(family: str, tensors: Mapping[str, Tensor], each_layer: bool) -> dict[str, float]:
+    """<family>/<role>: ‖·‖_F of one tensor per parameter (gradients before clipping, updates), over all of a role."""
+    found = probes.norms(tensors)
+    squares = defaultdict(float)
+    for name, norm in found.items():
+        squares[role_of(name)] += norm * norm
+    metrics = {f"{family}/{role}": math.sqrt(square) for role, square in squares.items()}
+    return metrics | (own(family, found) if each_layer else {})
+
+
+@torch.no_grad()
+def activations(
+    model: GPT, tokens: Tensor, each_layer: bool, warn: Callable[[str], None], autocast=None
+) -> dict[str, float]:
+    """Residual stream, attention and output on the probe batch, in fp32 with math attention.
+
+    attention/max_logit and attention/entropy (nats); residual/rms after the last block; residual/gain, the first
+    block's: rms after it over rms before; log_z. precision/error, only with the run's own `autocast`: how far H(L) as the run computes
+    it is from this, ‖ΔH‖_F / ‖H‖_F. Blocks that are not finite are named to `warn`.
+    """
+    found = probes.activations(model, tokens)
+    for error in found.errors:
+        warn(f"activations: {error}")
+    rms = found.residual_rms
+    metrics = {
+        "attention/max_logit": found.max_logit.max().item(),
+        "attention/entropy": found.entropy.mean().item(),
+        "residual/rms": rms[-1].item(),
+        "residual/gain": (rms[1] / rms[0]).item(),
+        "log_z": found.log_z,
+    }
+    if autocast is not None:
+        with autocast:
+            hidden = model.hidden(tokens)
+        metrics["precision/error"] = ((hidden.float() - found.hidden).norm() / found.hidden.norm()).item()
+    if each_layer:
+        for family, values in (
+            ("attention/max_logit", found.max_logit), ("attention/entropy", found.entropy), ("residual/rms", rms[1:]),
+        ):  # fmt: skip
+            metrics |= {f"{family}/{i}": v for i, v in enumerate(values.tolist())}
+    return metrics
+
+
+def jacobians(
+    model: GPT, tokens: Tensor, each_layer: bool, warn: Callable[[str], None], positions: int = 0
+) -> dict[str, float]:
+    """Layer Jacobians on the probe batch; means over its sequences.
+
+    jacobian/sigma1: geometric mean of ‖J(ℓ)‖₂; alignment: mean over adjacent pairs, as in Fig 1; ill_conditioned: how many of these pairs
+    have an alignment not to be trusted; product: ‖J(L)···J(1)‖₂; bound_4_2 and bound: its two lower bounds (see
+    probes.product_bounds); ratio and residual: the largest ones. Of each layer sigma1, of each pair alignment and
+    ill_conditioned. With `positions`, also that many single tokens' own Jacobians: jacobian/token_sigma1/mean and /max
+    over tokens and blocks, token_alignment likewise.
+    """
+    with torch.no_grad():
+        x = model.embed(tokens)
+    J = probes.jacobians(model.blocks, x)
+    for error in J.errors:
+        warn(f"jacobians: {error}")
+    stated, held = probes.product_bounds(J.sigma, J.ratio, J.alignment)
+    flagged = J.flagged.any(1)
+    metrics = {
+        "jacobian/sigma1": geometric_mean(J.sigma.flatten().tolist()),
+        "jacobian/alignment": J.alignment.nanmean().item(),
+        "jacobian/ill_conditioned": flagged.sum().item(),
+        "jacobian/product": geometric_mean(J.product.tolist()),
+        "jacobian/bound_4_2": geometric_mean(stated.tolist()),
+        "jacobian/bound": geometric_mean(held.tolist()),
+        "jacobian/ratio": J.ratio.nan_to_num(0).max().item(),
+        "jacobian/residual": J.residual.nan_to_num(0).max().item(),
+    }
+    if positions:
+        T = tokens.shape[1]
+        of_tokens = probes.jacobians(
+            model.blocks, x, sorted({round(i * (T - 1) / positions) for i in range(1, positions + 1)})
+        )
+        for name, values in (("sigma1", of_tokens.sigma), ("alignment", of_tokens.alignment)):
+            metrics[f"jacobian/token_{name}/mean"] = values.nanmean().item()
+            metrics[f"jacobian/token_{name}/max"] = values.nan_to_num(0).max().item()
+    if each_layer:
+        for family, values in (
+            ("sigma1", J.sigma.mean(1)),
+            ("alignment", J.alignment.mean(1)),
+            ("ill_conditioned", flagged),
+        ):
+            metrics |= {f"jacobian/{family}/{i}": float(v) for i, v in enumerate(values)}
+    return metrics
