@@ -13,8 +13,8 @@ Rules 1 and 2 need nothing but the run, so `Watch` applies them while it trains;
 finished runs. A run that did not collapse counts as rescued only if its final loss is also clearly, by
 0.1 nats, below the attention-off arm's; otherwise attention was merely made harmless.
 
-What moved first: a signal has moved at the first measured step from which on, until the collapse, it is a factor of
-two worse than the best it has been so far (for log Z, already a logarithm: ln 2 higher). Worse is lower for the stable rank
+What moved first: a signal has moved at the first measured step from which on, for 100 steps or more and until the collapse, it
+is a factor of two worse than the best it has been so far (for log Z, already a logarithm: ln 2 higher). Worse is lower for the stable rank
 and higher for all others. The gradient norm counts by the median of its last 100 steps. The first quarter of the time up to the
 collapse is left out: everything moves when training starts. Moving first is not being the cause: hold it against
 the same signals of runs that did not collapse, where the rule is applied to the whole run.
@@ -119,13 +119,13 @@ def find_collapse(
 
 
 def onset(steps: Sequence[int], worse: Sequence[float]) -> int | None:
-    """The first step from which on `worse`, a log-scale series that grows as things get worse, is ln 2 above its minimum so far."""
+    """The first step from which on `worse`, on a log scale, growing, is ln 2 above its minimum so far; None if too late to tell."""
     worse = np.asarray(worse, float)
     up = worse - np.minimum.accumulate(worse) >= math.log(2)
     if not len(up) or not up[-1]:
         return None
-    last_down = np.flatnonzero(~up)[-1]  # there is one: the first value is its own minimum
-    return steps[last_down + 1]
+    first = steps[np.flatnonzero(~up)[-1] + 1]  # there is one that is not: the first value is its own minimum
+    return first if steps[-1] - first >= WINDOW else None
 
 
 @dataclass(frozen=True)

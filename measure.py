@@ -125,8 +125,8 @@ def jacobians(
         "jacobian/alignment": J.alignment.nanmean().item(),
         "jacobian/ill_conditioned": flagged.sum().item(),
         "jacobian/product": geometric_mean(J.product.tolist()),
-        "jacobian/bound_4_2": geometric_mean(stated.tolist()),
-        "jacobian/bound": geometric_mean(held.tolist()),
+        "jacobian/bound_4_2": geometric_mean(stated.tolist()) if stated.all() else 0.0,
+        "jacobian/bound": geometric_mean(held.tolist()) if held.all() else 0.0,
         "jacobian/ratio": J.ratio.nan_to_num(0).max().item(),
         "jacobian/residual": J.residual.nan_to_num(0).max().item(),
     }

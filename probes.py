@@ -179,7 +179,7 @@ def product_bounds(sigma: Tensor, ratio: Tensor, alignment: Tensor) -> tuple[Ten
     for i in range(1, L):
         angle = torch.atan(ratio[i - 1] * torch.tan(angle)) + torch.arccos(alignment[i - 1].clamp(0, 1))
         angle = angle.clamp_max(math.pi / 2)
-        held = held * sigma[i] * torch.cos(angle).clamp_min(0)
+        held = held * sigma[i] * torch.where(angle < math.pi / 2, torch.cos(angle), 0.0)
     return stated, held
 
 

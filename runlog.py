@@ -208,8 +208,14 @@ class RunLog:
             self._wandb.define_metric(name, step_metric="iter", summary=best)
 
     def log(self, step: int, metrics: dict[str, float]):
-        """Append the step's metrics as one line {"iter": step, ...}; NaN and infinities become null."""
-        line = {"iter": step} | {k: float(f"{v:.9g}") if math.isfinite(v) else None for k, v in metrics.items()}
+        """Append the step's metrics as one line {"iter": step, ...}; NaN and infinities become null.
+
+        Nine digits, five of the per-layer values, which are most of the file.
+        """
+        line = {"iter": step}
+        for key, value in metrics.items():
+            digits = 5 if PER_LAYER.fullmatch(key) else 9
+            line[key] = float(f"{value:.{digits}g}") if math.isfinite(value) else None
         self._metrics.write(json.dumps(line) + "\n")
         if self._wandb:
             import wandb

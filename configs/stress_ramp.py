@@ -1,5 +1,5 @@
-# The stress test on a ramp: the learning rate rises linearly from 0 to 5 x the paper's; where does training
-# break? scripts/reproduce.py adds the other arms. Only what differs from NanoGPT-5M is here.
+# The stress test on a ramp: the learning rate rises linearly from 0 to 5 x the paper's and stays there; where does
+# training break? scripts/reproduce.py adds the other arms. Only what differs from NanoGPT-5M is here.
 
 vocab_size = 256  # bytes: 24 x (4 x 48^2 + 2 x 48 x 192 + 2 x 48) + 2 x 256 x 48 + 32 x 48 + 48 = 692 016 parameters
 block_size = 32
@@ -7,9 +7,10 @@ dataset = "stdlib-bytes"
 batch_size = 16  # 16 x 32 = 512 tokens a step
 micro_batch = 16
 
-schedule = "ramp"
-lr_scale = 5.0  # 5 x 6e-4 = 3e-3 at the last step, in the blocks x 16
-max_steps = 2500
+schedule = "constant"
+lr_scale = 5.0  # 5 x 6e-4 = 3e-3, in the blocks x 16
+warmup_steps = 2500  # the ramp
+max_steps = 3000  # a collapse late on the ramp has time to show that it stays
 beta2 = 0.999  # PyTorch's default instead of the paper's 0.95: slow to forget, quick to break
 
 eval_every = 500

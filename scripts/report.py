@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from config import Parser, UserError, run_cli
-from figures import load_run, overview, table, verdicts
+from figures import overview
+from runs import load_run, table, verdicts
 
 RESULTS = ROOT / "results"
 

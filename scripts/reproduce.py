@@ -2,7 +2,7 @@
 
     python scripts/reproduce.py                                   # what `make reproduce` runs
     python scripts/reproduce.py --experiment=constant --seeds 0 1 2
-    python scripts/reproduce.py --record=results                  # keep the small logs for the README
+    python scripts/reproduce.py --record=results                  # all instruments on; keep the small logs for the README
 
 Arms that are already recorded are not trained again; one that was cut goes on from its checkpoint.
 """
@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from config import Parser, UserError, read_config_file, run_cli
 from data import stdlib
-from figures import load_run, overview, pack_run, table, verdicts
+from figures import overview
+from runs import load_run, pack_run, table, verdicts
 
 PERIOD = 100
 ARMS = {
@@ -32,6 +33,8 @@ ARMS = {
     "msign-mlp": [f"--msign_period={PERIOD}", "--msign_targets=mlp"],
     "attention-off": [f"--msign_period={PERIOD}", "--msign_targets=attention", "--msign_map=zero"],
 }
+# a recorded run is looked at closely; training is the same to the bit (tests/test_train.py)
+CLOSELY = ["--probe_every=25", "--layers_every=100", "--jacobian_every=50", "--theory_every=500"]
 
 
 class Job:
@@ -45,6 +48,8 @@ class Job:
             sys.executable, str(ROOT / "train.py"), str(ROOT / "configs" / f"stress_{args.experiment}.py"), *ARMS[arm],
             f"--name={self.name}", f"--seed={seed}", f"--runs_dir={args.runs_dir}", f"--wandb={args.wandb}", "--resume",
         ]  # fmt: skip
+        if args.record:
+            self.command += CLOSELY + (["--msign_probe"] if arm == "msign" else [])
         if args.max_steps:
             self.command.append(f"--max_steps={args.max_steps}")
 
@@ -57,7 +62,7 @@ class Job:
         """The last whole line of metrics.jsonl, {} before there is one."""
         try:
             with open(self.folder / "metrics.jsonl", "rb") as f:
-                f.seek(max(0, os.fstat(f.fileno()).st_size - 2000))
+                f.seek(max(0, os.fstat(f.fileno()).st_size - 2**18))  # a line with every layer is long
                 return json.loads(f.read().split(b"\n")[-2])
         except (OSError, IndexError, ValueError):
             return {}

@@ -107,13 +107,17 @@ def test_what_moved_first_and_by_how_much():
 
 
 def test_signals_that_move_together_are_both_named():
-    got = find_onsets(made_up(srank__attention={300: 8.0, 500: 3.0}, residual__gain={300: 1.0, 500: 2.5}))
+    got = find_onsets(
+        made_up(srank__attention={300: 8.0, 500: 3.0, 700: 3.0}, residual__gain={300: 1.0, 500: 2.5, 700: 2.5})
+    )
     assert got.first == ["stable rank", "first-block gain"]
     assert str(got) == "stable rank and first-block gain moved first, at step 500; the gradient norm never did"
 
 
 def test_a_signal_counts_against_its_best_so_far():
     """Improving for a while and then falling back by half is moving, even if it ends no worse than it began."""
-    assert onset([1, 2, 3, 4, 5], [0.0, -1.0, -2.0, -2.0, -1.2]) == 5
-    assert onset([1, 2, 3], [0.0, 0.6, 0.69]) is None
+    worse = [0.0, -1.0, -2.0, -2.0, -1.2, -1.2]
+    assert onset([100, 200, 300, 400, 500, 600], worse) == 500
+    assert onset([100, 200, 300, 400, 500, 599], worse) is None  # the next measurement may tell otherwise
+    assert onset([100, 200, 300, 400], [0.0, 0.6, 0.69, 0.69]) is None
     assert onset([], []) is None

@@ -1,86 +1,69 @@
-import json
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 
 from config import UserError
-from figures import load_run, overview, pack_run, peaks, smooth, table, verdicts
+from figures import COLORS, edges, fig1, fig2, fig3, fig4, heatmaps, overview, peaks, save, smooth
+from runs import load_run
+from tests.conftest import ROOT
+from tests.test_runs import made_up
+
+STEPS = (50, 100, 200)  # at an uneven cadence
 
 
-def made_up(folder, losses, grad=1.0, spikes=(), seed=0, **config):
-    """A run folder with these losses, and gradient norms of `grad` but for 50 · grad at `spikes`."""
-    folder.mkdir(parents=True)
-    settings = {
-        "msign_period": 0,
-        "msign_map": "sign",
-        "msign_targets": "attention",
-        "wandb_group": "e",
-        "lr": 1.0,
-        "seed": seed,
-        "d_model": 48,
-    }
-    (folder / "record.json").write_text(json.dumps({"config": settings | config}))
-    with open(folder / "metrics.jsonl", "w") as f:
-        for i, loss in enumerate(losses, 1):
-            line = {"iter": i, "train/loss": loss, "grad_norm": 50 * grad if i in spikes else grad, "lr": i / 100}
-            if i % 25 == 0:
-                line["srank/attention"] = 5.0
-            f.write(json.dumps(line) + "\n")
-    return folder
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+def probes(scale=1.0):
+    """What a run of four blocks logs at STEPS; some values are missing or not finite."""
+    logged = {}
+    for n, step in enumerate(STEPS):
+        line = {"srank/early": 9.0 - n, "jacobian/alignment": 0.2 * (n + 1), "jacobian/ill_conditioned": n}
+        line |= {
+            "jacobian/product": scale * 10.0**n,
+            "jacobian/bound": None,
+            "jacobian/bound_4_2": [1e-77, 1e-5, 1e-9][n],
+        }
+        for i in range(4):
+            line |= {f"srank/{i}.{role}": scale * (i + 1) * (n + 1) for role in ("W_Q", "W_K", "W_V", "W_O")}
+            line |= {f"srank/{i}.W_up": 1e6, f"jacobian/sigma1/{i}": 10.0 ** (n - i)}
+            line |= {f"grad_norm/{i}.W_Q": 3.0 * scale, f"grad_norm/{i}.W_up": 4.0 * scale}
+        for i in range(3):
+            line |= {f"jacobian/alignment/{i}": (i + n) / 4 + 0.01, f"jacobian/ill_conditioned/{i}": float(i < n)}
+        logged[step] = line
+    del logged[50]["grad_norm/3.W_Q"], logged[50]["grad_norm/3.W_up"]
+    logged[100]["grad_norm/3.W_Q"] = None
+    logged[200]["jacobian/sigma1/2"] = 0.0  # what W&B makes of a layer's null
+    return logged
 
 
 @pytest.fixture
 def arms(tmp_path):
+    """AdamW, which collapses at step 150, MSign, and two arms that measured nothing."""
     on = dict(msign_period=100)
     folders = [
-        made_up(tmp_path / "adamw", [2.5] * 500 + [2.9] * 500),
-        made_up(tmp_path / "msign", [2.1] * 1000, **on),
+        made_up(tmp_path / "adamw", [2.5] * 149 + [None] + [2.5] * 100, probes=probes()),
+        made_up(tmp_path / "msign", [2.1] * 1000, probes=probes(10.0), **on),
         made_up(tmp_path / "mlp", [2.6] * 1000, spikes=(700, 800), **on, msign_targets="mlp"),
         made_up(tmp_path / "off", [2.4] * 1000, **on, msign_map="zero"),
     ]
     return [load_run(folder) for folder in folders]
 
 
-def test_verdicts(arms):
-    said = [str(v) for v in verdicts(arms)]
-    assert said[0].startswith("AdamW: collapsed at step 525 (5.2x): mean loss rose from 2.50")
-    assert said[1] == "MSign (attention): no collapse, final loss 2.10, 0.30 below attention-off: attention lives"
-    assert said[2].startswith("MSign (mlp): collapsed at step 700 (7.0x): 2 gradient norms beyond 10x")
-    assert said[3] == "attention off: no collapse, final loss 2.40"
+def lines(ax, label):
+    """Steps and values of the lines with this label."""
+    return [line.get_xydata().T.tolist() for line in ax.lines if line.get_label() == label]
 
 
-def test_surviving_without_attention_is_no_rescue(arms, tmp_path):
-    harmless = load_run(made_up(tmp_path / "harmless", [2.35] * 1000, msign_period=100))
-    (verdict,) = verdicts([harmless, arms[3]])[:1]
-    assert verdict.collapse is None
-    assert not verdict.rescued
-    assert "attention is of no use" in str(verdict)
-    (alone,) = verdicts([harmless])
-    assert not alone.rescued
+def collapses(ax):
+    return [line.get_xdata()[0] for line in ax.lines if line.get_label() == "collapse"]
 
 
-def test_the_floor_is_the_same_experiments_and_seeds(arms, tmp_path):
-    other = load_run(made_up(tmp_path / "other", [2.6] * 1000, spikes=(700,), seed=1))
-    assert verdicts([*arms, other])[-1].collapse is None
-
-
-def test_table(arms, tmp_path):
-    second = load_run(made_up(tmp_path / "adamw1", [2.5] * 600 + [2.7] * 400, seed=1))
-    rows = table([*arms, second]).splitlines()
-    assert len(rows) == 2 + 4
-    assert rows[2].startswith("| AdamW | 2 | 2 of 2 | 588 [525, 650] | 5.9 [5.2, 6.5] | 2.80 [2.70, 2.90] |")
-    assert rows[3].startswith("| MSign (attention) | 1 | 0 of 1 | – | – | 2.10 | 0.30 | 1.0 |")
-
-
-def test_values_that_are_not_finite_are_shown_as_such(tmp_path):
-    run = load_run(made_up(tmp_path / "bad", [2.5] * 300 + [None], grad=2.0))
-    (verdict,) = verdicts([run])
-    assert str(verdict) == "AdamW: collapsed at step 301 (3.0x): the loss is not finite"
-    assert "inf" in table([run])
-
-
-def test_figure_is_drawn_and_repeatable(arms, tmp_path):
+def test_overview_is_drawn_and_repeatable(arms, tmp_path):
     first = [p.read_bytes() for p in overview(arms, tmp_path / "figure")]
     assert [p.read_bytes() for p in overview(arms, tmp_path / "figure")] == first
     assert first[0].startswith(b"\x89PNG")
@@ -90,18 +73,182 @@ def test_figure_is_drawn_and_repeatable(arms, tmp_path):
     assert len(first[1]) > 5 * (tmp_path / "empty.svg").stat().st_size
 
 
-def test_packed_runs_read_the_same(arms, tmp_path):
-    pack_run(arms[0].folder, tmp_path / "packed")
-    again = load_run(tmp_path / "packed")
-    assert (again.lines, again.config) == (arms[0].lines, arms[0].config)
+def test_fig1_shows_stable_rank_and_alignment_against_gradient_norm(arms):
+    fig = fig1(arms)
+    srank, srank_msign, alignment, alignment_msign, *twins = fig.axes
+    assert [ax.get_title() for ax in fig.axes[:2]] == ["adamw", "msign"]  # not the arms that measured nothing
+    assert lines(srank, "stable rank") == [[[50, 100, 200], [9, 8, 7]]]
+    assert lines(alignment, "alignment") == [[[50, 100, 200], pytest.approx([0.2, 0.4, 0.6])]]
+    assert srank.get_ylabel().startswith("(a) stable rank")
+    assert alignment.get_ylabel().startswith("(b) adjacent alignment")
+    assert alignment.get_xlabel() == alignment_msign.get_xlabel() == "step"
+    assert len(twins) == 4
+    for twin in twins:
+        assert twin.get_yscale() == "log"
+        (((first, *_), norms),) = lines(twin, "gradient norm, largest of 10 steps")
+        assert first == 1
+        assert set(norms) == {1.0}
+    assert [twin.get_ylabel() for twin in twins] == ["", "gradient norm ‖∇‖₂"] * 2
+    assert [collapses(ax) for ax in (srank, alignment, srank_msign)] == [[150], [150], []]
 
 
-def test_what_is_not_a_run_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"no record\.json"):
-        load_run(tmp_path)
-    (made_up(tmp_path / "r", [1.0]) / "metrics.jsonl").write_text('{"iter": 1}\n{"it')
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: not JSON"):
-        load_run(tmp_path / "r")
+def test_fig1_shades_the_share_of_ill_conditioned_pairs(arms):
+    (band,) = fig1(arms[:1]).axes[1].collections
+    assert "ill-conditioned" in band.get_label()
+    corners = band.get_paths()[0].vertices
+    assert corners[:, 1].max() == pytest.approx(2 / 3)  # two of three pairs at step 200
+    assert set(np.round(corners[:, 1], 6)) == {0, 0.333333, 0.666667}
+
+
+def test_beyond_four_runs_the_first_of_each_arm_gets_a_column(arms, tmp_path):
+    more = [load_run(made_up(tmp_path / f"s{i}", [2.5] * 200, probes=probes(), seed=i)) for i in (1, 2, 3)]
+    assert [ax.get_title() for ax in fig1([*arms, *more[:2]]).axes[:4]] == ["adamw", "msign", "s1", "s2"]
+    assert [ax.get_title() for ax in fig1([*arms, *more]).axes[:3]] == ["adamw", "msign", ""]
+
+
+def test_fig2_gives_the_bounds_an_axis_and_says_what_lies_below_it(arms):
+    norms, norms_msign, bounds, _ = fig2(arms).axes
+    assert lines(norms, "product ‖J(L)···J(1)‖₂") == [[[50, 100, 200], [1, 10, 100]]]
+    assert lines(norms_msign, "product ‖J(L)···J(1)‖₂") == [[[50, 100, 200], [10, 100, 1000]]]
+    assert len(lines(norms, "gradient norm, largest of 10 steps")) == 1
+    assert lines(bounds, "Theorem 4.2's bound (aM)ᴸ/a") == [[[50, 100, 200], [1e-77, 1e-5, 1e-9]]]
+    assert (norms.get_yscale(), bounds.get_yscale()) == ("log", "log")
+    assert norms.get_ylim() == norms_msign.get_ylim()
+    assert bounds.get_ylim()[0] == pytest.approx(1e-78)
+    ((_, provable),) = lines(bounds, "provable bound")
+    assert np.isnan(provable).all()
+    assert "provable bound: ▾ below the axis\nat 3 of 3 measurements" in bounds.get_title()
+    assert "Theorem" not in bounds.get_title()
+    (feet,) = [line for line in bounds.lines if line.get_marker() == "v" and len(line.get_xdata())]
+    assert feet.get_xdata().tolist() == [50, 100, 200]
+    assert collapses(norms) == collapses(bounds) == [150]
+
+
+def test_fig3_has_a_line_per_run_and_a_colour_per_arm(arms, tmp_path):
+    second = load_run(made_up(tmp_path / "second", [2.3] * 1000, seed=1, msign_period=100))
+    fig = fig3([*arms, second])
+    loss, grad = fig.axes
+    curves = [line for line in loss.lines if len(line.get_xdata()) > 1]
+    colors = [
+        COLORS[arm] for arm in ("AdamW", "MSign (attention)", "MSign (mlp)", "attention off", "MSign (attention)")
+    ]
+    assert [to_hex(line.get_color()).upper() for line in curves] == colors
+    assert [to_hex(line.get_color()).upper() for line in grad.lines] == colors
+    assert curves[4].get_ydata()[-1] == pytest.approx(2.3)
+    assert grad.lines[2].get_ydata().max() == 50  # the spikes of the MLP arm
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == list(dict.fromkeys(r.arm for r in arms))
+    assert (loss.get_ylabel(), grad.get_ylabel(), grad.get_xlabel()) == ("nats per token", "‖∇‖₂", "step")
+    assert grad.get_yscale() == "log"
+    crosses = [line.get_xdata()[0] for line in loss.lines if line.get_marker() == "x"]
+    assert crosses[0] == 150
+
+
+def test_fig4_has_a_colour_per_period(arms, tmp_path):
+    ten = [load_run(made_up(tmp_path / f"ten{i}", [2.0] * 300, msign_period=10, seed=i)) for i in (0, 1)]
+    loss, grad = fig4([*arms, *ten]).axes
+    labels = [text.get_text() for text in loss.get_legend().get_texts()]
+    assert labels == ["P = 10, MSign (attention)", "P = 100, MSign (attention)", "P = ∞ (AdamW)"]
+    colors = [to_hex(line.get_color()) for line in grad.lines]
+    assert len(colors) == 4  # neither the MLP arm nor the one without attention
+    assert colors[0] == colors[1]
+    assert len(set(colors)) == 3
+    brightness = [np.dot(plt.matplotlib.colors.to_rgb(c), (0.3, 0.6, 0.1)) for c in colors[1:]]
+    assert brightness == sorted(brightness, reverse=True)  # in order even without colour
+
+
+def test_heatmaps_show_the_logged_values_where_and_when_they_were_measured(arms):
+    fig = heatmaps(arms)
+    meshes = [ax.collections[0] for ax in fig.axes[:8]]
+    srank, jacobian, alignment, grad = meshes[::2]
+    layer, n = np.arange(4)[:, None], np.arange(3)
+    np.testing.assert_allclose(srank.get_array(), (layer + 1.0) * (n + 1))
+    np.testing.assert_allclose(jacobian.get_array(), np.ma.array(10.0 ** (n - layer), mask=(layer == 2) & (n == 2)))
+    assert np.argwhere(jacobian.get_array().mask).tolist() == [[2, 2]]
+    np.testing.assert_allclose(alignment.get_array(), (layer[:3] + n) / 4 + 0.01)
+    np.testing.assert_allclose(grad.get_array(), np.full((4, 3), 5.0))
+    assert grad.get_array().mask.tolist() == [[False] * 3] * 3 + [[True, True, False]]  # missing, not finite
+    np.testing.assert_allclose(srank.get_coordinates()[0, :, 0], [25, 75, 150, 250])
+    np.testing.assert_allclose(srank.get_coordinates()[:, 0, 1], [-0.5, 0.5, 1.5, 2.5, 3.5])
+    np.testing.assert_allclose(alignment.get_coordinates()[:, 0, 1], [0, 1, 2, 3])  # between layers
+    assert [ax.get_title() for ax in fig.axes[:2]] == ["adamw", "msign"]
+    assert [ax.get_ylabel() for ax in fig.axes[:8]] == ["layer", ""] * 4
+    assert [ax.get_xlabel() for ax in fig.axes[6:8]] == ["step"] * 2
+    bars = [ax.get_ylabel().split()[0] for ax in fig.axes[8:]]
+    assert bars == ["stable", "Jacobian", "alignment", "gradient"]
+    assert {mesh.get_cmap().name for mesh in meshes} == {"viridis"}
+
+
+def test_heatmaps_share_a_colour_scale_set_by_all_but_the_first_block(arms):
+    meshes = [ax.collections[0] for ax in heatmaps(arms).axes[:8]]
+    for left, right in zip(meshes[::2], meshes[1::2], strict=True):
+        assert left.get_clim() == right.get_clim()
+    assert meshes[0].get_clim() == pytest.approx((1, 120))
+    assert meshes[2].get_clim() == pytest.approx((1e-3, 10))  # block 0 reaches 100
+    assert meshes[4].get_clim() == (0, 1)
+    assert meshes[6].get_clim() == pytest.approx((5, 50))
+    assert [type(mesh.norm).__name__ for mesh in meshes[::2]] == ["LogNorm", "LogNorm", "Normalize", "LogNorm"]
+
+
+def test_heatmaps_mark_the_collapse_and_dot_ill_conditioned_pairs(arms):
+    axes = heatmaps(arms).axes[:8]
+    assert [collapses(ax) for ax in axes] == [[150], []] * 4
+    dots = {i: ax.collections[1].get_offsets().tolist() for i, ax in enumerate(axes) if len(ax.collections) > 1}
+    assert dots == {i: [[100, 0.5], [200, 0.5], [200, 1.5]] for i in (4, 5)}
+
+
+def test_heatmaps_of_what_is_partly_there(tmp_path):
+    few = {
+        10: {"jacobian/sigma1/0": 2.0, "jacobian/alignment/0": 0.5},  # a single step, an older run without flags
+    }
+    fig = heatmaps([load_run(made_up(tmp_path / "r", [2.0] * 20, probes=few))])
+    said = [[text.get_text() for text in ax.texts] for ax in fig.axes[:4]]
+    assert said == [["not logged"], [], [], ["not logged"]]
+    assert fig.axes[1].collections[0].get_array().tolist() == [[2.0]]
+    save(fig, tmp_path / "figure")
+
+
+def test_figures_repeat_to_the_byte(arms, tmp_path):
+    for draw in (fig1, heatmaps):
+        first = [path.read_bytes() for path in save(draw(arms), tmp_path / "figure")]
+        assert [path.read_bytes() for path in save(draw(arms), tmp_path / "figure")] == first
+
+
+@pytest.mark.parametrize(
+    ("draw", "needs"),
+    [
+        (fig1, "needs a run that logs srank/early and jacobian/alignment"),
+        (fig2, "needs a run that logs jacobian/product"),
+        (fig4, "needs runs with at least two different msign_period"),
+        (heatmaps, "needs a run that logs srank/<layer> or jacobian/sigma1/<layer> or "),
+    ],
+)
+def test_what_a_figure_lacks_is_said(tmp_path, draw, needs):
+    with pytest.raises(UserError, match=needs):
+        draw([load_run(made_up(tmp_path / "r", [2.0] * 200))])
+
+
+def test_a_mean_loss_needs_a_hundred_steps(tmp_path):
+    short = [load_run(made_up(tmp_path / f"r{p}", [2.0] * 99, msign_period=p)) for p in (0, 10)]
+    for draw in (fig3, fig4):
+        with pytest.raises(UserError, match="needs a run of at least 100 steps"):
+            draw(short)
+
+
+def test_recorded_runs_are_drawn():
+    runs = [load_run(path.parent) for path in sorted((ROOT / "results/ramp").glob("*/record.json"))]
+    loss, grad = fig3(runs).axes
+    assert len(grad.lines) == len(runs) == 12
+    crosses = [line for line in loss.lines if line.get_marker() == "x"]
+    assert {to_hex(line.get_color()).upper() for line in crosses} == {COLORS["AdamW"], COLORS["MSign (mlp)"]}
+    loss, grad = fig4(runs).axes
+    assert len(grad.lines) == 6
+    assert loss.get_legend().get_texts()[0].get_text() == "P = 100, MSign (attention)"  # whatever the order of the runs
+    np.testing.assert_array_equal(fig3(runs).axes[0].lines[0].get_ydata(), smooth(runs[0].series("train/loss"))[::5])
+
+
+def test_edges_lie_halfway():
+    assert edges(np.array([10, 20, 40])).tolist() == [5, 15, 30, 50]
+    assert edges(np.array([7])).tolist() == [6.5, 7.5]
 
 
 def test_peaks_keep_every_spike():

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from figures import load_run, verdicts
+from runs import load_run, verdicts
 from tests.conftest import ROOT, command, run
 
 README = (ROOT / "README.md").read_text()
@@ -28,7 +28,7 @@ SHORT = {
         "--block_size=16",
         "--wandb=off",
         "--eval_every=0",
-        "--srank_every=1",
+        "--probe_every=1",
     ],
     "scripts/reproduce.py": ["--max_steps=3", "--seeds", "0"],
     "scripts/bench.py": ["--rounds=1"],

@@ -85,8 +85,8 @@ def test_a_run_leaves_its_whole_record(in_process):
     assert [line["iter"] for line in lines if "val/loss" in line] == [10, 20]
     assert [line["iter"] for line in lines if "srank/1.W_V" in line] == [10, 20]
     roles = [[lines[9][f"{key}/{i}.W_V"] for i in range(2)] for key in ("srank", "sigma1")]
-    assert lines[9]["srank/W_V"] == pytest.approx((roles[0][0] * roles[0][1]) ** 0.5)
-    assert lines[9]["sigma1/W_V"] == pytest.approx((roles[1][0] * roles[1][1]) ** 0.5)
+    assert lines[9]["srank/W_V"] == pytest.approx((roles[0][0] * roles[0][1]) ** 0.5, rel=1e-4)
+    assert lines[9]["sigma1/W_V"] == pytest.approx((roles[1][0] * roles[1][1]) ** 0.5, rel=1e-4)
     assert lines[9]["srank/early"] > 0
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["status"], summary["steps"], summary["collapse"]) == ("finished", 20, None)
@@ -160,10 +160,12 @@ def test_instruments_are_logged_at_their_cadences(in_process):
             assert line["update_norm/W_V"] > 0
             assert 0 <= line["precision/error"] < 1e-4
     last = logged[-1]
-    assert math.hypot(last["grad_norm/0.W_V"], last["grad_norm/1.W_V"]) == pytest.approx(last["grad_norm/W_V"])
+    assert math.hypot(last["grad_norm/0.W_V"], last["grad_norm/1.W_V"]) == pytest.approx(
+        last["grad_norm/W_V"], rel=1e-4
+    )
     for name in ("sigma1", "product", "ratio", "residual", "sigma1/0", "sigma1/1", "alignment/0", "token_sigma1/mean"):
         assert last[f"jacobian/{name}"] >= 0
-    assert last["jacobian/alignment"] == pytest.approx(last["jacobian/alignment/0"])
+    assert last["jacobian/alignment"] == pytest.approx(last["jacobian/alignment/0"], rel=1e-4)
     assert last["jacobian/ill_conditioned"] == last["jacobian/ill_conditioned/0"]
     assert last["jacobian/token_sigma1/max"] >= last["jacobian/token_sigma1/mean"]
     # Lemma B.1 and submultiplicativity, on what was logged for this two-block model
@@ -184,7 +186,7 @@ def test_update_norms_are_of_the_whole_step(in_process):
         for role, part in (("W_V", "attn"), ("W_up", "mlp")):
             name = f"blocks.{i}.{part}.{role}.weight"
             moved = (after[name] - dict(model.named_parameters())[name]).norm().item()
-            assert line[f"update_norm/{i}.{role}"] == pytest.approx(moved, rel=1e-5)
+            assert line[f"update_norm/{i}.{role}"] == pytest.approx(moved, rel=1e-4)
 
 
 def test_measured_right_before_and_after_msign_on_request(in_process):

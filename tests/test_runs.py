@@ -1,0 +1,163 @@
+import json
+
+import numpy as np
+import pytest
+
+from config import UserError
+from runs import geometric_mean, load_run, pack_run, table, verdicts
+
+
+def made_up(folder, losses, grad=1.0, spikes=(), seed=0, probes=None, **config):
+    """A run folder with these losses, gradient norms of `grad` but for 50 · grad at `spikes`, and at the steps of
+    `probes` ({step: {key: value}}) more keys."""
+    folder.mkdir(parents=True)
+    settings = {
+        "name": folder.name,
+        "msign_period": 0,
+        "msign_map": "sign",
+        "msign_targets": "attention",
+        "wandb_group": "e",
+        "lr": 1.0,
+        "seed": seed,
+        "d_model": 48,
+        "n_layer": 4,
+    }
+    (folder / "record.json").write_text(json.dumps({"config": settings | config}))
+    with open(folder / "metrics.jsonl", "w") as f:
+        for i, loss in enumerate(losses, 1):
+            line = {"iter": i, "train/loss": loss, "grad_norm": 50 * grad if i in spikes else grad, "lr": i / 100}
+            if i % 25 == 0:
+                line["srank/attention"] = 5.0
+            f.write(json.dumps(line | (probes or {}).get(i, {})) + "\n")
+    return folder
+
+
+@pytest.fixture
+def arms(tmp_path):
+    on = dict(msign_period=100)
+    folders = [
+        made_up(tmp_path / "adamw", [2.5] * 500 + [2.9] * 500),
+        made_up(tmp_path / "msign", [2.1] * 1000, **on),
+        made_up(tmp_path / "mlp", [2.6] * 1000, spikes=(700, 800), **on, msign_targets="mlp"),
+        made_up(tmp_path / "off", [2.4] * 1000, **on, msign_map="zero"),
+    ]
+    return [load_run(folder) for folder in folders]
+
+
+def test_verdicts(arms):
+    said = [str(v) for v in verdicts(arms)]
+    assert said[0].startswith("AdamW: collapsed at step 525 (5.2x): mean loss rose from 2.50")
+    assert said[1] == "MSign (attention): no collapse, final loss 2.10, 0.30 below attention-off: attention lives"
+    assert said[2].startswith("MSign (mlp): collapsed at step 700 (7.0x): 2 gradient norms beyond 10x")
+    assert said[3] == "attention off: no collapse, final loss 2.40"
+
+
+def test_surviving_without_attention_is_no_rescue(arms, tmp_path):
+    harmless = load_run(made_up(tmp_path / "harmless", [2.35] * 1000, msign_period=100))
+    (verdict,) = verdicts([harmless, arms[3]])[:1]
+    assert verdict.collapse is None
+    assert not verdict.rescued
+    assert "attention is of no use" in str(verdict)
+    (alone,) = verdicts([harmless])
+    assert not alone.rescued
+
+
+def test_the_floor_is_the_same_experiments_and_seeds(arms, tmp_path):
+    other = load_run(made_up(tmp_path / "other", [2.6] * 1000, spikes=(700,), seed=1))
+    assert verdicts([*arms, other])[-1].collapse is None
+
+
+def test_table(arms, tmp_path):
+    second = load_run(made_up(tmp_path / "adamw1", [2.5] * 600 + [2.7] * 400, seed=1))
+    rows = table([*arms, second]).splitlines()
+    assert len(rows) == 2 + 4
+    assert rows[2].startswith("| AdamW | 2 | 2 of 2 | 588 [525, 650] | 5.9 [5.2, 6.5] | 2.80 [2.70, 2.90] |")
+    assert rows[3].startswith("| MSign (attention) | 1 | 0 of 1 | – | – | 2.10 | 0.30 | 1.0 |")
+
+
+def test_values_that_are_not_finite_are_shown_as_such(tmp_path):
+    run = load_run(made_up(tmp_path / "bad", [2.5] * 300 + [None], grad=2.0))
+    (verdict,) = verdicts([run])
+    assert str(verdict) == "AdamW: collapsed at step 301 (3.0x): the loss is not finite"
+    assert "inf" in table([run])
+
+
+def test_packed_runs_read_the_same(arms, tmp_path):
+    pack_run(arms[0].folder, tmp_path / "packed")
+    again = load_run(tmp_path / "packed")
+    assert (again.lines, again.config) == (arms[0].lines, arms[0].config)
+
+
+def test_what_is_not_a_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no record\.json"):
+        load_run(tmp_path)
+    (made_up(tmp_path / "r", [1.0]) / "metrics.jsonl").write_text('{"iter": 1}\n{"it')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: not JSON"):
+        load_run(tmp_path / "r")
+
+
+def test_a_line_without_what_every_step_logs_is_refused(tmp_path):
+    folder = made_up(tmp_path / "r", [1.0])
+    (folder / "metrics.jsonl").write_text('{"iter": 1, "train/loss": 2.0, "lr": 0.1}\n')
+    with pytest.raises(UserError, match=r"not a run of train\.py \(a line without grad_norm\)"):
+        load_run(folder)
+    (folder / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="no step was recorded"):
+        load_run(folder)
+
+
+def lines(*steps, loss=2.0):
+    return [{"iter": step, "train/loss": loss, "grad_norm": 1.0, "lr": 0.1} for step in steps]
+
+
+def offline(folder, monkeypatch, parts):
+    """Empty files <part>.wandb, in which read_wandb is made to find the lines of {part: lines}."""
+    for part in parts:
+        path = folder / f"{part}.wandb"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    def read_wandb(path):
+        return {"name": path.stem, "seed": 3}, parts[path.relative_to(folder).with_suffix("").as_posix()]
+
+    monkeypatch.setattr("runlog.read_wandb", read_wandb)
+
+
+def test_an_offline_wandb_run_is_a_run(tmp_path, monkeypatch):
+    offline(tmp_path / "w", monkeypatch, {"a/x": lines(1, 2)})
+    for path in (tmp_path / "w", tmp_path / "w/a", tmp_path / "w/a/x.wandb"):
+        run = load_run(path)
+        assert (run.lines, run.config, run.name) == (lines(1, 2), {"name": "x", "seed": 3}, "x")
+
+
+def test_the_parts_of_a_resumed_wandb_run_are_one_run(tmp_path, monkeypatch):
+    offline(tmp_path, monkeypatch, {"a/x": lines(1, 2, 3), "b/x": lines(3, 4, loss=7.0)})
+    assert load_run(tmp_path).lines == lines(1, 2) + lines(3, 4, loss=7.0)
+    with pytest.raises(UserError, match="a part of a run cannot be judged"):
+        load_run(tmp_path / "b")
+
+
+def test_a_folder_of_two_wandb_runs_is_refused(tmp_path, monkeypatch):
+    offline(tmp_path, monkeypatch, {"a/x": lines(1), "b/y": lines(1)})
+    with pytest.raises(UserError, match=r"not a run \(no record\.json, and x\.wandb, y\.wandb in it\)"):
+        load_run(tmp_path)
+
+
+def test_by_layer_gathers_the_roles_of_a_layer(tmp_path):
+    probes = {
+        2: {"fro/0.W_Q": 3.0, "fro/0.W_up": 4.0, "fro/2.W_Q": 1.0, "fro/W_Q": 9.0, "before_msign/fro/1.W_Q": 9.0},
+        5: {"fro/0.W_Q": None, "fro/0.W_up": 2.0, "fro/1.W_Q": 6.0, "fro/10.W_up": 8.0, "sfro/3.W_Q": 9.0},
+    }
+    run = load_run(made_up(tmp_path / "r", [2.0] * 6, probes=probes))
+    steps, values = run.by_layer("fro", np.linalg.norm)
+    assert steps.tolist() == [2, 5]
+    assert values.shape == (11, 2)
+    np.testing.assert_equal(values[[0, 1, 2, 10]], [[5, np.nan], [np.nan, 6], [1, np.nan], [np.nan, 8]])
+    np.testing.assert_equal(run.by_layer("fro", roles=("W_Q",))[1], [[3, np.nan], [np.nan, 6], [1, np.nan]])
+    steps, values = run.by_layer("jacobian/sigma1")
+    assert (steps.size, values.shape) == (0, (0, 0))
+
+
+def test_geometric_mean_leaves_out_what_has_no_logarithm():
+    assert geometric_mean(np.array([2.0, 8.0, 0.0, np.nan])) == pytest.approx(4.0)
+    assert np.isnan(geometric_mean(np.array([0.0, np.nan])))
