@@ -1,6 +1,6 @@
 """Figures of recorded runs: the overview, the paper's Figures 1 to 4, and heat maps of layers against steps.
 
-All but `overview` return the matplotlib Figure (`save` writes it) and raise UserError when no run logged what they need.
+Each returns the matplotlib Figure (`save` writes it) and raises UserError when no run logged what it needs.
 """
 
 from collections.abc import Callable, Sequence
@@ -99,8 +99,8 @@ def save(fig: Figure, stem: Path) -> list[Path]:
     return paths
 
 
-def overview(runs: Sequence[Run], stem: Path) -> list[Path]:
-    """The headline figure: loss, gradient norm, stable rank and learning rate against step. Writes <stem>.png and .svg."""
+def overview(runs: Sequence[Run]) -> Figure:
+    """The headline figure: loss, gradient norm, stable rank and learning rate against step."""
     fig, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharex=True, constrained_layout=True)
     loss, grad, srank, rate = axes.flat
     shown = by_arm(verdicts(runs), lw=1.2)
@@ -117,7 +117,7 @@ def overview(runs: Sequence[Run], stem: Path) -> list[Path]:
     srank.set(title="Stable rank of the attention matrices, geometric mean", ylabel="‖W‖²_F / ‖W‖²₂", xlabel="step")
     rate.set(title="Learning rate (before μP's multipliers)", ylabel="lr", xlabel="step")
     plain(srank, rate)
-    return save(fig, stem)
+    return fig
 
 
 def side_by_side(judged: Sequence[Verdict], needs: str) -> Sequence[Verdict]:
@@ -337,4 +337,34 @@ def heatmaps(runs: Sequence[Run]) -> Figure:
         ax.set_title(verdict.run.name, fontsize=10)
     for ax in axes[-1]:
         ax.set_xlabel("step")
+    return fig
+
+
+def theorems(run: Run) -> Figure:
+    """Both sides of Theorems 4.5, 4.6, 4.8 and 4.10, layer by layer, at the last step at which the run logged them."""
+    needs = ("4.5/measured", "4.6/measured", "4.8/log10_measured", "4.10/srank_hidden")
+    steps = run.by_layer(f"theory/{needs[0]}")[0]
+    if not len(steps):
+        raise UserError("needs a run that logs theory/… (theory_every)")
+
+    def last(name: str) -> np.ndarray:
+        return run.by_layer(f"theory/{name}")[1][:, -1]
+
+    fig, axes = plt.subplots(2, 2, figsize=(9, 6.2), sharex=True, constrained_layout=True)
+    layers = np.arange(len(last(needs[0])))
+    for ax, theorem, what in zip(axes.flat, ("4.5", "4.6"), ("attention", "MLP"), strict=False):
+        ax.plot(layers, last(f"{theorem}/bound"), "v-", color=VERMILLION, ms=4, label="upper bound")
+        ax.plot(layers, last(f"{theorem}/measured"), "o-", color=GREEN, ms=4, label="measured")
+        ax.set(title=f"Theorem {theorem}: {what}'s Jacobian", ylabel="‖∂Y/∂H‖₂", yscale="log")
+    gradients, ranks = axes[1]
+    gradients.plot(layers, last("4.8/log10_measured"), "o-", color=GREEN, ms=4, label="measured")
+    gradients.plot(layers, last("4.8/log10_bound"), "^-", color=BLUE, ms=4, label="lower bound")
+    gradients.set(title="Theorem 4.8: gradient of W_down", ylabel="log₁₀ ‖∂L/∂W‖_F", xlabel="layer")
+    ranks.plot(layers, last("4.10/srank_hidden"), "s-", color=PURPLE, ms=4, label="hidden states H")
+    ranks.plot(layers, last("4.10/srank_cohidden"), "D-", color=BLACK, ms=4, label="co-hidden states ∂L/∂Y")
+    ranks.set(title="Theorem 4.10: what the gradients inherit", ylabel="stable rank", xlabel="layer", ylim=(1, None))
+    for ax in axes.flat:
+        ax.legend(fontsize=9, frameon=False)
+    plain(*axes.flat)
+    fig.suptitle(f"{run.name}, step {steps[-1]}", fontsize=10)
     return fig

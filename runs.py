@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from collapse import CLEARLY, Collapse, final_loss, find_collapse
+from collapse import CLEARLY, SIGNALS, Collapse, final_loss, find_collapse, find_onsets
 from config import UserError
 from runlog import read_metrics
 
@@ -188,6 +188,87 @@ def table(runs: Sequence[Run]) -> str:
             f"| {spread(gaps) if gaps and arm != 'attention off' else '–'} "
             f"| {spread([v.run.max_grad_norm() for v in group], 1)} |"
         )
+    return "\n".join(out) + "\n"
+
+
+def onsets_table(runs: Sequence[Run]) -> str:
+    """Markdown, a row per run that logged a signal: when each of collapse.SIGNALS moved; the first to move in bold.
+
+    With its lead over the gradient norm, in steps, when both moved. Up to the collapse, or over the whole run if it has none.
+    """
+    out = [
+        f"| run | collapse | {' | '.join(SIGNALS)} | gradient norm |",
+        "|---|---|" + "---|" * (len(SIGNALS) + 1),
+    ]
+    for verdict in verdicts(runs):
+        run = verdict.run
+        if not any(run.sparse(key)[0] for key, _ in SIGNALS.values()):
+            continue
+        collapse = verdict.collapse.step if verdict.collapse else None
+        onsets = find_onsets(run.lines, collapse)
+        cells = []
+        for name, step in onsets.signals.items():
+            if step is None:
+                cells.append("–" if run.sparse(SIGNALS[name][0])[0] else "not logged")
+                continue
+            lead = onsets.lead(name)
+            cell = f"{step}" + ("" if lead is None else f" ({lead:+d})")
+            cells.append(f"**{cell}**" if name in onsets.first else cell)
+        out.append(f"| {run.name} | {collapse or '–'} | {' | '.join(cells)} | {onsets.grad_norm or '–'} |")
+    return "\n".join(out) + "\n"
+
+
+# what a theorem's row says: the logged shares and how to word them
+THEOREMS = {
+    "4.4": "‖W‖₂ = ‖W‖_F / √srank(W), every matrix",
+    "4.5": "attention's Jacobian below its bound",
+    "4.6": "MLP's Jacobian below its bound",
+    "4.8": "gradient of W_down above its bound",
+    "4.9": "sum of squared gradients above its bound",
+    "4.10": "attention gradients of rank ≤ hidden and co-hidden states'",
+    "4.12": "condition for a falling stable rank",
+}
+
+
+def theory_table(run: Run) -> str:
+    """Markdown, a row per theorem, over all measurements of a run: where it holds, how loose it is, where it is empty.
+
+    Looseness in powers of ten, mean [smallest, largest] over measurements. Raises UserError if the run did not log theory/….
+    """
+    logged = [line for line in run.lines if "theory/4.4/error" in line]
+    if not logged:
+        raise UserError(f"{run.folder}: did not log both sides of the theorems (theory_every)")
+
+    def mean(key: str) -> float:
+        return float(
+            np.mean([line[f"theory/{key}"] for line in logged if line[f"theory/{key}"] is not None] or [np.nan])
+        )
+
+    def spread(values: Sequence[float]) -> str:
+        return f"{np.nanmean(values):.1f} [{np.nanmin(values):.1f}, {np.nanmax(values):.1f}]"
+
+    def looseness(theorem: str) -> str:
+        if theorem in ("4.5", "4.6"):
+            return spread([line[f"theory/{theorem}/looseness"] for line in logged])
+        if theorem == "4.9":
+            sides = [[line[f"theory/4.9/log10_{side}"] for side in ("measured", "bound")] for line in logged]
+            return spread([measured - bound for measured, bound in sides])
+        if theorem == "4.8":
+            measured, bound = (run.by_layer(f"theory/4.8/log10_{side}")[1] for side in ("measured", "bound"))
+            return spread((measured - bound).ravel())
+        return "–"
+
+    remarks = {
+        "4.4": f"largest relative error {max(line['theory/4.4/error'] for line in logged):.0e}",
+        "4.5": f"empty (χ = 1) in {mean('4.5/vacuous'):.0%} of blocks",
+        "4.8": f"smallest alignment a = {min(line['theory/4.8/a'] for line in logged):.0e}; Jacobian ill-conditioned in {mean('4.8/ill_conditioned'):.0%} of blocks",
+        "4.10": f"empty (both of full rank) in {mean('4.10/vacuous'):.0%} of blocks; true of stable ranks in {mean('4.10/srank_holds'):.0%}",
+        "4.12": f"the stable rank falls in {mean('4.12/falls'):.0%} of matrices, as the first-order formula says in {mean('4.12/agrees'):.0%}",
+    }  # fmt: skip
+    out = ["| theorem | statement | holds in | looseness, powers of ten | |", "|---|---|---|---|---|"]
+    for theorem, statement in THEOREMS.items():
+        holds = "identity" if theorem == "4.4" else f"{mean(f'{theorem}/holds'):.0%}"
+        out.append(f"| {theorem} | {statement} | {holds} | {looseness(theorem)} | {remarks.get(theorem, '')} |")
     return "\n".join(out) + "\n"
 
 

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from config import Parser, UserError, run_cli
-from figures import overview
-from runs import load_run, table, verdicts
+from figures import heatmaps, overview, save
+from runs import load_run, onsets_table, table, theory_table, verdicts
 
 RESULTS = ROOT / "results"
 
@@ -29,8 +29,8 @@ def recorded(experiment: str):
 
 
 def filled(text: str) -> str:
-    """`text` with every block between <!-- KIND NAME --> and <!-- end --> made anew: the table or the seed-0 verdicts
-    of an experiment's logs, or a recorded file results/NAME.md."""
+    """`text` with every block between <!-- KIND NAME --> and <!-- end --> made anew: an experiment's table, seed-0
+    verdicts, onsets, seed-0 AdamW's theorems; or a recorded file results/NAME.md."""
 
     def block(match: re.Match) -> str:
         kind, name = match[1], match[2]
@@ -38,13 +38,17 @@ def filled(text: str) -> str:
             body = (RESULTS / f"{name}.md").read_text()
         elif kind == "table":
             body = table(recorded(name))
+        elif kind == "onsets":
+            body = onsets_table(recorded(name))
+        elif kind == "theorems":
+            body = theory_table(recorded(name)[0])
         else:
             body = "".join(
                 f"    {verdict}\n" for verdict in verdicts(recorded(name)) if verdict.run.config["seed"] == 0
             )
         return f"<!-- {kind} {name} -->\n\n{body}\n<!-- end -->"
 
-    return re.sub(r"<!-- (table|verdicts|file) (\w+) -->.*?<!-- end -->", block, text, flags=re.DOTALL)
+    return re.sub(r"<!-- (table|verdicts|onsets|theorems|file) (\w+) -->.*?<!-- end -->", block, text, flags=re.DOTALL)
 
 
 def main() -> int:
@@ -60,7 +64,10 @@ def main() -> int:
     readme.write_text(text)
     for folder in sorted(p for p in RESULTS.iterdir() if p.is_dir()):
         runs = recorded(folder.name)
-        print(*overview(runs, RESULTS / folder.name))
+        print(*save(overview(runs), RESULTS / folder.name))
+        first = [run for run in runs if run.config["seed"] == 0]
+        if any("jacobian/sigma1/0" in line for run in first for line in run.lines):
+            print(*save(heatmaps(first), RESULTS / f"{folder.name}_heatmaps"))
     return 0
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from config import Parser, UserError, read_config_file, run_cli
 from data import stdlib
-from figures import overview
+from figures import overview, save
 from runs import load_run, pack_run, table, verdicts
 
 PERIOD = 100
@@ -125,7 +125,7 @@ def main() -> int:
         for job in jobs:
             pack_run(job.folder, Path(args.record) / args.experiment / job.name)
     stem = Path(args.runs_dir) / args.experiment
-    figures = overview(runs, stem)
+    figures = save(overview(runs), stem)
     stem.with_suffix(".md").write_text(table(runs))
     print(f"\n{table(runs)}\n" + "\n".join(str(v) for v in verdicts(runs)))
     print(f"\n{time.perf_counter() - began:.0f} s; " + ", ".join(str(p) for p in [*figures, stem.with_suffix(".md")]))

@@ -4,10 +4,10 @@ import pytest
 from matplotlib.colors import to_hex
 
 from config import UserError
-from figures import COLORS, edges, fig1, fig2, fig3, fig4, heatmaps, overview, peaks, save, smooth
+from figures import COLORS, edges, fig1, fig2, fig3, fig4, heatmaps, overview, peaks, save, smooth, theorems
 from runs import load_run
 from tests.conftest import ROOT
-from tests.test_runs import made_up
+from tests.test_runs import logged_theory, made_up
 
 STEPS = (50, 100, 200)  # at an uneven cadence
 
@@ -64,8 +64,8 @@ def collapses(ax):
 
 
 def test_overview_is_drawn_and_repeatable(arms, tmp_path):
-    first = [p.read_bytes() for p in overview(arms, tmp_path / "figure")]
-    assert [p.read_bytes() for p in overview(arms, tmp_path / "figure")] == first
+    first = [p.read_bytes() for p in save(overview(arms), tmp_path / "figure")]
+    assert [p.read_bytes() for p in save(overview(arms), tmp_path / "figure")] == first
     assert first[0].startswith(b"\x89PNG")
     assert first[1].count(b"<path") > 20
     empty = plt.figure()
@@ -260,3 +260,24 @@ def test_peaks_keep_every_spike():
 def test_smooth():
     assert np.isnan(smooth([1.0] * 3, 4)).all()
     assert smooth([1.0, 2.0, 3.0, None], 2)[1:3].tolist() == [1.5, 2.5]
+
+
+def test_theorems_show_both_sides_of_the_last_measurement(tmp_path):
+    sides = logged_theory()
+    run = load_run(made_up(tmp_path / "r", [2.0] * 120, probes={50: dict.fromkeys(sides, 7.0), 100: sides}))
+    fig = theorems(run)
+    attention, mlp, gradients, ranks = fig.axes
+    for ax, labels in (
+        (attention, {"upper bound": "4.5/bound", "measured": "4.5/measured"}),
+        (mlp, {"upper bound": "4.6/bound", "measured": "4.6/measured"}),
+        (gradients, {"lower bound": "4.8/log10_bound", "measured": "4.8/log10_measured"}),
+        (ranks, {"hidden states H": "4.10/srank_hidden", "co-hidden states ∂L/∂Y": "4.10/srank_cohidden"}),
+    ):
+        drawn = {line.get_label(): line.get_ydata() for line in ax.get_lines()}
+        assert drawn.keys() == labels.keys()
+        for label, name in labels.items():
+            np.testing.assert_array_equal(drawn[label], [sides[f"theory/{name}/{i}"] for i in range(3)])
+        assert ax.get_ylabel()
+    assert "step 100" in fig.get_suptitle()
+    with pytest.raises(UserError, match="theory_every"):
+        theorems(load_run(made_up(tmp_path / "none", [2.0] * 120)))

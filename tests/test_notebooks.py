@@ -4,21 +4,54 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run
 
-NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
+# what each has to show besides figures
+NOTEBOOKS = {
+    "replot_failures": ["collapsed at step", "| run | collapse | stable rank |", "attention lives"],
+    "theory": ["| 4.5 | attention's Jacobian below its bound |", "Theorem 4.2 promises 0.500; the product is 7"],
+    "your_run": ["collapsed at step", "jacobian/alignment/3", "fig4: needs"],
+}
 
 
-def test_they_are_there():
-    assert {path.stem for path in NOTEBOOKS} >= {"replot_failures", "your_run"}
+def executed(notebook, folder):
+    """Everything the notebook printed or displayed as text, and the number of figures."""
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}}).execute()
+    shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    texts = [output.get("text", "") + output.get("data", {}).get("text/markdown", "") for output in shown]
+    return "\n".join(texts), sum("image/png" in output.get("data", {}) for output in shown)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook_runs(path):
-    notebook = nbformat.read(path, as_version=4)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert all(not cell.outputs and cell.execution_count is None for cell in code)
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}).execute()
-    shown = [output for cell in code for output in cell.outputs]
-    assert any("image/png" in output.get("data", {}) for output in shown)
-    assert any("collapsed at step" in output.get("text", "") for output in shown)
+def opened(name):
+    return nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+
+
+def test_all_are_tested_and_stored_without_outputs():
+    assert {path.stem for path in ROOT.glob("notebooks/*.ipynb")} == set(NOTEBOOKS)
+    for name in NOTEBOOKS:
+        code = [cell for cell in opened(name).cells if cell.cell_type == "code"]
+        assert all(not cell.outputs and cell.execution_count is None for cell in code)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_runs(name):
+    text, figures = executed(opened(name), ROOT / "notebooks")
+    for said in NOTEBOOKS[name]:
+        assert said in text
+    assert figures >= 3
+
+
+def test_your_run_opens_a_run_folder_and_an_offline_wandb_run(config_file, tmp_path):
+    every = ["--max_steps=110", "--jacobian_every=50", "--theory_every=50"]
+    assert run("train.py", config_file, *every, "--wandb=offline", "--eval_every=0").returncode == 0
+    (written,) = (tmp_path / "runs").iterdir()
+    both = []
+    for folders in (written, written / "wandb"):
+        notebook = opened("your_run")
+        (cell,) = [cell for cell in notebook.cells if cell.source.startswith("folders = ")]
+        _, rest = cell.source.split("\n", 1)
+        cell.source = f"folders = [Path({str(folders)!r})]\n{rest}"
+        both.append(executed(notebook, ROOT / "notebooks"))
+    assert both[0] == both[1]
+    assert "AdamW: no collapse" in both[0][0]
+    assert both[0][1] == 6  # overview, figures 1 to 3, heat maps, theorems

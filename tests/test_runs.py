@@ -3,8 +3,10 @@ import json
 import numpy as np
 import pytest
 
+import theory
 from config import UserError
-from runs import geometric_mean, load_run, pack_run, table, verdicts
+from runs import THEOREMS, geometric_mean, load_run, onsets_table, pack_run, table, theory_table, verdicts
+from tests.test_theory import a_model
 
 
 def made_up(folder, losses, grad=1.0, spikes=(), seed=0, probes=None, **config):
@@ -30,6 +32,11 @@ def made_up(folder, losses, grad=1.0, spikes=(), seed=0, probes=None, **config):
                 line["srank/attention"] = 5.0
             f.write(json.dumps(line | (probes or {}).get(i, {})) + "\n")
     return folder
+
+
+def logged_theory():
+    """What train.py logs of the theorems, of a small model with three blocks."""
+    return {f"theory/{name}": value for name, value in theory.flat(*a_model()).items()}
 
 
 @pytest.fixture
@@ -161,3 +168,39 @@ def test_by_layer_gathers_the_roles_of_a_layer(tmp_path):
 def test_geometric_mean_leaves_out_what_has_no_logarithm():
     assert geometric_mean(np.array([2.0, 8.0, 0.0, np.nan])) == pytest.approx(4.0)
     assert np.isnan(geometric_mean(np.array([0.0, np.nan])))
+
+
+def test_onsets_table(tmp_path):
+    steps = range(100, 1001, 100)
+    moving = {s: {"srank/attention": 8.0 if s < 500 else 3.0, "log_z": 5.0 + (s >= 400)} for s in steps}
+    fallen = load_run(made_up(tmp_path / "fallen", [2.5] * 900 + [3.5] * 300, probes=moving))
+    still = load_run(made_up(tmp_path / "still", [2.5] * 1000, probes={s: {"log_z": 5.0} for s in steps}))
+    for i, line in enumerate(fallen.lines):
+        line["grad_norm"] = 1.0 if i < 600 else 5.0
+        if i + 1 not in moving:
+            line.pop("srank/attention", None)
+    head, _, *rows = onsets_table([fallen, still]).splitlines()
+    assert head.startswith("| run | collapse | stable rank | Jacobian alignment |")
+    assert rows == [
+        "| fallen | 910 | 500 (+150) | not logged | not logged | **400 (+250)** | not logged | not logged | 650 |",
+        "| still | – | – | not logged | not logged | – | not logged | not logged | – |",
+    ]
+
+
+def test_theory_table(tmp_path):
+    first, last = logged_theory(), logged_theory()
+    last |= {
+        "theory/4.5/holds": 0.5,
+        "theory/4.5/looseness": 9.0,
+        "theory/4.9/log10_bound": first["theory/4.9/log10_bound"] - 1,
+    }
+    run = load_run(made_up(tmp_path / "r", [2.0] * 120, probes={50: first, 100: last}))
+    rows = {row.split(" | ")[0].strip("| "): row for row in theory_table(run).splitlines()[2:]}
+    assert rows.keys() == THEOREMS.keys()
+    held, loose = first["theory/4.5/holds"], first["theory/4.5/looseness"]
+    assert f"| {(held + 0.5) / 2:.0%} | {(loose + 9) / 2:.1f} [{loose:.1f}, 9.0] |" in rows["4.5"]
+    gap = first["theory/4.9/log10_measured"] - first["theory/4.9/log10_bound"]
+    assert f"| {gap + 0.5:.1f} [{gap:.1f}, {gap + 1:.1f}] |" in rows["4.9"]
+    assert f"falls in {first['theory/4.12/falls']:.0%} of matrices" in rows["4.12"]
+    with pytest.raises(UserError, match="theory_every"):
+        theory_table(load_run(made_up(tmp_path / "none", [2.0] * 120)))
