@@ -73,8 +73,9 @@ def ill_conditioned(ratio: Tensor, residual: Tensor) -> Tensor:
 
     Either σ₂/σ₁ > 0.99, when a change of 1 % in the map can turn the vector into any other of the top two; or the
     vector found may be off by a sine of more than 0.1 (Wedin: residual / gap), because Lanczos was stopped.
+    A NaN is not to be trusted either.
     """
-    return (ratio > 0.99) | (residual > 0.1 * (1 - ratio))
+    return ~((ratio <= 0.99) & (residual <= 0.1 * (1 - ratio)))
 
 
 @torch.no_grad()
@@ -101,9 +102,9 @@ def top_triples(
         for _ in range(2 if k else 0):  # once is not enough when x lies almost in the span
             x = x - (x.unsqueeze(1) @ basis[:, :k].mT @ basis[:, :k]).squeeze(1)
         norm = x.norm(dim=-1, keepdim=True)
-        norm = torch.where(norm > 100 * torch.finfo(x.dtype).eps * before, norm, 0.0)  # the space is exhausted
+        norm = torch.where(norm <= 100 * torch.finfo(x.dtype).eps * before, 0.0, norm)  # the space is exhausted
         basis[:, k] = torch.where(norm > 0, x / norm, 0.0)
-        return norm.squeeze(-1).double()
+        return norm.squeeze(-1).cpu().double()
 
     def product(apply, x: Tensor) -> Tensor:
         return apply(x.reshape(len(live), B, -1), live).flatten(0, 1)
@@ -111,7 +112,7 @@ def top_triples(
     steps = min(steps, n)
     live, maps = list(range(G)), torch.arange(G * B)
     V, U = start.new_zeros(G * B, steps + 1, n), None
-    bidiagonal = torch.zeros(G * B, steps, steps + 1, dtype=torch.float64, device=start.device)
+    bidiagonal = torch.zeros(G * B, steps, steps + 1, dtype=torch.float64)  # small, on the CPU: MPS has no fp64
     found = [None] * (G * B)
     add(start.flatten(0, 1), V, 0)
     for k in range(steps):
@@ -121,22 +122,24 @@ def top_triples(
             U = x.new_zeros(G * B, steps, x.shape[-1])
         bidiagonal[:, k, k] = add(x, U, k)
         bidiagonal[:, k, k + 1] = add(product(rmatvec, U[:, k]), V, k + 1)
-        P, S, Qh = torch.linalg.svd(bidiagonal[:, : k + 1, : k + 1])
-        sigma, second = S[:, 0], S[:, min(k, 1)] * (k > 0)
+        C = bidiagonal[:, : k + 1, : k + 1]
+        P, S, Qh = torch.linalg.svd(C.nan_to_num(0, 0, 0))
+        sigma = torch.where(C.isfinite().all(-1).all(-1), S[:, 0], math.nan)
+        second = S[:, min(k, 1)] * (k > 0)
         ratio, residual = second / sigma, bidiagonal[:, k, k + 1] * P[:, -1, 0].abs() / sigma
         error = torch.minimum(residual, residual**2 / (1 - ratio))
-        # two steps at least, or a map whose second value has not been seen yet looks well separated
+        # three steps at least, or a map whose second value has not been seen yet looks well separated
         done = (k + 1 == steps) | ((k > 1) & ~(error > tolerance).view(-1, B).any(-1))
         if not done.any():
             continue
         done = done.expand(len(live)).repeat_interleave(B)
-        u = (P[:, None, :, 0].to(x.dtype) @ U[:, : k + 1]).squeeze(1)
-        v = (Qh[:, :1].to(x.dtype) @ V[:, : k + 1]).squeeze(1)
+        u = (P[:, None, :, 0].to(x) @ U[:, : k + 1]).squeeze(1)
+        v = (Qh[:, :1].to(x) @ V[:, : k + 1]).squeeze(1)
         for i in done.nonzero().flatten().tolist():
             found[maps[i]] = sigma[i], ratio[i], residual[i], u[i], v[i]
         if done.all():
             break
-        maps, V, U, bidiagonal = maps[~done.cpu()], V[~done], U[~done], bidiagonal[~done]
+        maps, V, U, bidiagonal = (kept[(~done).to(kept.device)] for kept in (maps, V, U, bidiagonal))
         live = [g for g, ready in zip(live, done[::B].tolist(), strict=True) if not ready]
     return Triples(*map(torch.stack, zip(*found, strict=True)))
 
@@ -400,10 +403,10 @@ def activations(model: nn.Module, tokens: Tensor) -> Activations:
                 errors.append(not_finite(i, block))
         rms.append(x.square().mean().sqrt())
         log_z = model.logits(x).float().logsumexp(-1).mean().item()
-    return Activations(*(torch.stack(v).double().cpu() for v in (rms, max_logit, entropy)), log_z, x, tuple(errors))
+    return Activations(*(torch.stack(v).cpu().double() for v in (rms, max_logit, entropy)), log_z, x, tuple(errors))
 
 
 @torch.no_grad()
 def norms(tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    """‖·‖_F of every tensor, by name."""
-    return dict(zip(tensors, torch.stack(torch._foreach_norm(list(tensors.values()))).tolist(), strict=True))
+    """‖·‖_F of every tensor, by name; one transfer from the device for all."""
+    return dict(zip(tensors, torch.stack([x.norm() for x in tensors.values()]).tolist(), strict=True))

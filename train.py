@@ -21,7 +21,7 @@ import checkpoint
 import measure
 import mup
 import theory
-from collapse import Watch, final_loss
+from collapse import Watch, final_loss, find_onsets
 from config import Config, UserError, load_config, run_cli
 from data import stdlib
 from data.reader import TokenFiles, is_prepared
@@ -281,7 +281,8 @@ def train(cfg: Config) -> int:
         "status": "finished" if watch.finite else "stopped: not finite",
         "steps": step,
         "collapse": watch.collapse and dataclasses.asdict(watch.collapse)
-        | {"lr_multiple": cfg.lr_at(watch.collapse.step) / cfg.lr, "last_healthy_checkpoint": healthy},
+        | {"lr_multiple": cfg.lr_at(watch.collapse.step) / cfg.lr, "last_healthy_checkpoint": healthy,
+           "onsets": str(find_onsets(lines, watch.collapse.step))},
         "train/loss": final_loss([line["train/loss"] for line in lines]),
         "val/loss": next((line["val/loss"] for line in reversed(lines) if "val/loss" in line), None),
         "max_grad_norm": max(line["grad_norm"] or float("inf") for line in lines),

@@ -108,6 +108,15 @@ def test_lanczos_stops_group_by_group_and_is_right_when_it_does():
     assert (sine[sure] < 0.1).all()
 
 
+def test_a_map_that_is_not_finite_is_nan_and_the_others_are_right():
+    J = random_maps(3, 6, 6)
+    J[1, 2, 2] = math.inf
+    top = lanczos(J, steps=6)
+    assert top.sigma[1].isnan()
+    assert ill_conditioned(top.ratio, top.residual)[1]
+    torch.testing.assert_close(top.sigma[[0, 2]], torch.linalg.svdvals(J[[0, 2]])[:, 0], rtol=1e-4, atol=0)
+
+
 def test_a_small_gap_is_flagged():
     J = torch.diag_embed(torch.tensor([[1, 0.5, 0.1], [1, 0.995, 0.1]], dtype=torch.float64))
     top = lanczos(J, steps=3)
