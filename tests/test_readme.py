@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
+from collapse import find_onsets
 from runs import load_run, verdicts
 from tests.conftest import ROOT, command, run
 
@@ -32,6 +34,7 @@ SHORT = {
     ],
     "scripts/reproduce.py": ["--max_steps=3", "--seeds", "0"],
     "scripts/bench.py": ["--rounds=1"],
+    "scripts/plot.py": [],
     "scripts/coord_check.py": ["--widths", "48", "96", "--steps=1", "--seeds=1"],
     "data.openwebtext": ["--help"],
 }
@@ -74,6 +77,9 @@ def test_python_commands_run(line, tmp_path):
     if module == "scripts/bench.py":
         words = [w for w in words if not w.startswith("--out")]
         short += [f"--out={tmp_path}/bench.md"]
+    if module == "scripts/plot.py":
+        words = [w for w in words if not w.startswith("--out")]
+        short += [f"--out={tmp_path}"]
     if module == "scripts/coord_check.py":
         short += [f"--out={tmp_path}/check.png"]
     if words[0] == "-m":
@@ -81,6 +87,8 @@ def test_python_commands_run(line, tmp_path):
     else:
         done = run(*words, *short)
     assert done.returncode == 0, done.stderr
+    if module == "scripts/plot.py":
+        assert {path.stem for path in tmp_path.iterdir()} == {"fig1", "fig2", "fig3", "fig4", "heatmaps"}
     if module == "scripts/reproduce.py":
         assert done.stdout.count("no collapse") == 4
         (experiment,) = re.findall(r"--experiment=(\w+)", line)
@@ -169,3 +177,46 @@ def test_recorded_runs_say_what_the_readme_says():
             else:
                 assert verdict.run.final_loss() > verdict.floor
                 assert verdict.collapse or experiment == "constant"
+
+
+def test_the_recorded_mechanism_is_what_the_readme_says():
+    """The chain in numbers, every seed: what moved first, alignment, Jacobian norms, what an application of MSign does."""
+    runs = [load_run(path.parent) for path in sorted((ROOT / "results" / "ramp").glob("*/record.json"))]
+    leads, grown = [], 0
+    for verdict in verdicts(runs):
+        run, onsets = verdict.run, find_onsets(verdict.run.lines, verdict.collapse and verdict.collapse.step)
+        if verdict.collapse:
+            assert onsets.first == ["attention logits"]
+            assert onsets.signals["first-block gain"] > onsets.signals["attention logits"]
+            leads.append(verdict.collapse.step - onsets.signals["attention logits"])
+            grown += onsets.grad_norm is not None
+        elif run.arm == "MSign (attention)":
+            assert onsets.signals["attention logits"] is onsets.signals["first-block gain"] is None
+        else:
+            assert min(onsets.signals["attention logits"], onsets.signals["first-block gain"]) >= 1900
+        steps, alignment = run.by_layer("jacobian/alignment")
+        flagged = run.by_layer("jacobian/ill_conditioned")[1]
+        assert 0.025 < alignment[:, steps >= 1000].mean() < 0.055
+        assert alignment[:, steps <= 400].mean() > 0.3
+        assert flagged[:, steps <= 400].mean() > 0.73
+        norms = run.by_layer("jacobian/sigma1")[1][:, steps >= 1000]
+        product = np.median([v for step, v in zip(*run.sparse("jacobian/product"), strict=True) if step >= 1000])
+        inner, first = np.exp(np.log(norms[1:]).mean()), np.median(norms[0])
+        srank = dict(zip(*run.sparse("srank/attention"), strict=True))
+        if run.arm == "AdamW":
+            assert (round(inner, 1), srank[25] > 7.5, 2.9 < srank[500] < 3.2) == (
+                pytest.approx(3.6, abs=0.11),
+                True,
+                True,
+            )
+            assert 1e4 < first < 2.5e4 < 4e4 < product < 7e4
+        if run.arm == "MSign (attention)":
+            assert 1.75 < inner < 1.95
+            assert 3.9e3 < first < 5e3 < 7e3 < product < 8.5e3
+    assert (len(leads), min(leads), max(leads), grown) == (6, 732, 1613, 1)
+    msign = load_run(ROOT / "results/ramp/ramp-msign-seed0")
+    for key, before, after in (
+        ("srank/attention", 6, 48), ("jacobian/sigma1", 2.7, 1.9), ("attention/max_logit", 296, 46),
+    ):  # fmt: skip
+        medians = [np.median(msign.sparse(f"{when}_msign/{key}")[1]) for when in ("before", "after")]
+        assert medians == pytest.approx([before, after], rel=0.06)
