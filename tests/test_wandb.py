@@ -80,7 +80,7 @@ def test_what_wandb_shows(recorded):
     inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json"]
     said = subprocess.run([*inspect, *recorded.rglob("*.wandb")], capture_output=True, timeout=60).stdout
     shown = json.loads(said)["summary"]
-    assert shown["layers/srank.W_Q"] == {"_type": "histogram", "values": [0.666666667, 0, 3], "bins": [0, 1, 2, 3]}
+    assert shown["layers/srank.W_Q"] == {"_type": "histogram", "values": [0.66667, 0, 3], "bins": [0, 1, 2, 3]}
     assert {key for key in shown if "srank" in key} == {"srank/W_Q", "layers/srank.W_Q", "layers/srank.W_up"}
     assert (shown["val/loss"], shown["grad_norm"], shown["jacobian/sigma1"]) == ({"min": 1}, {"max": 3e9}, {"max": 7})
     assert (shown["final"]["val/loss"], shown["final"]["status"]) == (5, "finished")
