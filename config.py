@@ -63,8 +63,8 @@ class Config:
     # optimizer
     lr: float = opt(6e-4, "optimizer", "learning rate of parameters whose multiplier is 1")
     lr_scale: float = opt(1.0, "optimizer", "peak of the schedule as a multiple of lr")
-    schedule: Literal["linear", "constant", "ramp"] = opt("linear", "optimizer", "after warm-up: linear decay | constant; or ramp = 0 to the peak over max_steps")
-    warmup_steps: int = opt(2000, "optimizer", "linear warm-up (not with ramp)")
+    schedule: Literal["linear", "constant"] = opt("linear", "optimizer", "after warm-up: linear decay | constant")
+    warmup_steps: int = opt(2000, "optimizer", "linear warm-up")
     min_lr_ratio: float = opt(0.1, "optimizer", "end of the linear decay as a share of the peak")
     max_steps: int = opt(50_000, "optimizer", "steps of the run, and horizon of the schedule")
     beta1: float = opt(0.9, "optimizer", "AdamW β₁")
@@ -160,8 +160,6 @@ class Config:
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a 1-indexed step, before the μP multipliers."""
-        if self.schedule == "ramp":
-            return self.peak_lr * step / self.max_steps
         if step <= self.warmup_steps:
             return self.peak_lr * step / self.warmup_steps
         if self.schedule == "constant":

@@ -111,7 +111,7 @@ def print_plan(cfg: Config, model: GPT, optimizer, train: TokenFiles, device: to
     print(
         f"  {cfg.max_steps:,} steps, {cfg.schedule} schedule, peak lr {cfg.peak_lr:g} = {cfg.lr_scale:g} × {cfg.lr:g}"
     )
-    if cfg.schedule != "ramp" and cfg.warmup_steps >= cfg.max_steps:
+    if cfg.warmup_steps >= cfg.max_steps:
         print(f"  NOTE: the warm-up ({cfg.warmup_steps:,} steps) outlasts the run; the peak rate is never held")
     if cfg.msign_period:
         what = "MSign" if cfg.msign_map == "sign" else "set to zero"

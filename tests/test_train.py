@@ -258,7 +258,7 @@ def test_the_last_healthy_checkpoint_outlives_a_collapse(in_process, monkeypatch
         return losses[-1] + (len(losses) > 30)
 
     monkeypatch.setattr(GPT, "loss", loss_that_rises)
-    _, folder = in_process("--schedule=ramp", "--max_steps=60", "--ckpt_every=3", "--eval_every=0")
+    _, folder = in_process("--warmup_steps=60", "--max_steps=60", "--ckpt_every=3", "--eval_every=0")
     summary = json.loads((folder / "summary.json").read_text())
     collapse = summary["collapse"]
     assert summary["status"] == "finished"  # a finite collapse is watched to the end
