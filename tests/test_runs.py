@@ -194,13 +194,18 @@ def test_theory_table(tmp_path):
         "theory/4.5/looseness": 9.0,
         "theory/4.9/log10_bound": first["theory/4.9/log10_bound"] - 1,
     }
+    first |= {"jacobian/product": 1e4, "jacobian/bound_4_2": 1e-10}
+    last |= {"jacobian/product": 1e4, "jacobian/bound_4_2": 1e6}
     run = load_run(made_up(tmp_path / "r", [2.0] * 120, probes={50: first, 100: last}))
     rows = {row.split(" | ")[0].strip("| "): row for row in theory_table(run).splitlines()[2:]}
     assert rows.keys() == THEOREMS.keys()
+    assert "| 50% | 6.0 [-2.0, 14.0] | at 2 measurements" in rows["4.2"]
     held, loose = first["theory/4.5/holds"], first["theory/4.5/looseness"]
     assert f"| {(held + 0.5) / 2:.0%} | {(loose + 9) / 2:.1f} [{loose:.1f}, 9.0] |" in rows["4.5"]
     gap = first["theory/4.9/log10_measured"] - first["theory/4.9/log10_bound"]
     assert f"| {gap + 0.5:.1f} [{gap:.1f}, {gap + 1:.1f}] |" in rows["4.9"]
     assert f"falls in {first['theory/4.12/falls']:.0%} of matrices" in rows["4.12"]
+    bare = theory_table(load_run(made_up(tmp_path / "bare", [2.0] * 120, probes={50: logged_theory()})))
+    assert "| 4.2 |" not in bare
     with pytest.raises(UserError, match="theory_every"):
         theory_table(load_run(made_up(tmp_path / "none", [2.0] * 120)))
