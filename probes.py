@@ -243,6 +243,11 @@ class _Measured(TorchFunctionMode):
         return _LayerNorm.apply(input, normalized_shape, weight, bias, eps)
 
 
+def leaf(x: Tensor) -> Tensor:
+    """x, cut from its graph, to differentiate with respect to."""
+    return x.detach().clone().requires_grad_()
+
+
 class _Linearised:
     """Products with the Jacobians of several functions at fixed points, all in single autograd calls.
 
@@ -251,16 +256,35 @@ class _Linearised:
     """
 
     def __init__(self, functions: Sequence[Callable[[Tensor], Tensor]], points: Sequence[Tensor]):
-        self.shape = points[0].shape
         with torch.enable_grad(), _Measured():
-            self.z = [z.detach().clone().requires_grad_() for z in points]
+            self.z = [leaf(z) for z in points]
             self.y = [f(z) for f, z in zip(functions, self.z, strict=True)]
+        self._transpose()
+
+    @classmethod
+    def along(cls, blocks: Sequence[nn.Module], x: Tensor) -> tuple["_Linearised", str | None]:
+        """The blocks at the residual stream that begins with x, up to one whose output is not finite; what to say of that one."""
+        self, error = cls([], []), None
+        with torch.enable_grad(), _Measured():
+            for i, block in enumerate(blocks):
+                z = leaf(x)
+                x = block(z)
+                if not torch.isfinite(x).all():
+                    error = not_finite(i, block)
+                    break
+                self.z.append(z)
+                self.y.append(x)
+        self._transpose()
+        return self, error
+
+    def _transpose(self):
+        with torch.enable_grad(), _Measured():
             self.u = [torch.zeros_like(y, requires_grad=True) for y in self.y]
-            self.g = torch.autograd.grad(self.y, self.z, self.u, create_graph=True)
+            self.g = torch.autograd.grad(self.y, self.z, self.u, create_graph=True) if self.y else ()
 
     def _apply(self, outputs, inputs, x: Tensor, live: list[int]) -> Tensor:
         """x: (functions, rows, T · d)."""
-        weights = x.view(len(live), *self.shape).unbind()
+        weights = x.view(len(live), *self.z[0].shape).unbind()
         out = torch.autograd.grad([outputs[i] for i in live], [inputs[i] for i in live], weights, retain_graph=True)
         return torch.stack(out).view(x.shape)
 
@@ -290,7 +314,7 @@ class _Linearised:
 
     def _start(self, functions: int, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)  # drawn on the CPU: the same on every device
-        return torch.randn(functions, self.shape[0], self.shape[1:].numel(), generator=generator).to(self.z[0])
+        return torch.randn(functions, self.z[0].shape[0], self.z[0][0].numel(), generator=generator).to(self.z[0])
 
 
 def refuse_wrapped(module: nn.Module):
@@ -335,24 +359,18 @@ def jacobians(
 
 
 def _jacobians(blocks, x: Tensor, positions: Sequence[int], steps: int, seed: int) -> Jacobians:
-    points, errors = [x.detach()], []
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        for i, block in enumerate(blocks):
-            points.append(block(points[-1]))
-            if not torch.isfinite(points[-1]).all():
-                errors.append(not_finite(i, block))
-                break
-    measured = len(points) - 1 - len(errors)
-    functions, points = list(blocks[:measured]), points[:measured]
-    if len(positions):
-        functions = [partial(_at_positions, f, z, positions) for f, z in zip(functions, points, strict=True)]
-        points = [z[:, list(positions)].flatten(0, 1) for z in points]
+    linearised, error = _Linearised.along(blocks, x)
+    measured = len(linearised.z)
+    if measured and len(positions):
+        functions = [
+            partial(_at_positions, f, z.detach(), positions) for f, z in zip(blocks, linearised.z, strict=False)
+        ]
+        linearised = _Linearised(functions, [z[:, list(positions)].flatten(0, 1) for z in linearised.z])
     L, N = len(blocks), x.shape[0] * max(1, len(positions))
     nan = torch.full((L, N), math.nan, dtype=torch.float64)
     sigma, ratio, residual = nan.clone(), nan.clone(), nan.clone()
     alignment, product = nan[1:].clone(), nan[0].clone()
     if measured:
-        linearised = _Linearised(functions, points)
         top = linearised.triples(steps, seed)
         for into, values in ((sigma, top.sigma), (ratio, top.ratio), (residual, top.residual)):
             into[:measured] = values.view(measured, N).cpu()
@@ -361,7 +379,7 @@ def _jacobians(blocks, x: Tensor, positions: Sequence[int], steps: int, seed: in
         if measured == L and not len(positions):
             product = linearised.product(steps, seed).sigma.cpu()
     bad = ill_conditioned(ratio, residual)
-    return Jacobians(sigma, ratio, residual, alignment, bad[1:] | bad[:-1], product, tuple(errors))
+    return Jacobians(sigma, ratio, residual, alignment, bad[1:] | bad[:-1], product, (error,) if error else ())
 
 
 def _at_positions(block: Callable[[Tensor], Tensor], x: Tensor, positions: Sequence[int], h: Tensor) -> Tensor:
