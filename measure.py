@@ -109,8 +109,8 @@ def jacobians(
 
     jacobian/sigma1: geometric mean of ‖J(ℓ)‖₂; alignment: mean over adjacent pairs, as in Fig 1; ill_conditioned: how many of these pairs
     have an alignment not to be trusted; product: ‖J(L)···J(1)‖₂; bound_4_2 and bound: its two lower bounds (see
-    probes.product_bounds); ratio and residual: the largest ones. Of each layer sigma1, of each pair alignment and
-    ill_conditioned. With `positions`, also that many single tokens' own Jacobians: jacobian/token_sigma1/mean and /max
+    probes.product_bounds); ratio and residual: the largest ones. Of each layer sigma1, and of its sequences the largest
+    ratio and residual; of each pair alignment and ill_conditioned. With `positions`, also that many single tokens' own Jacobians: jacobian/token_sigma1/mean and /max
     over tokens and blocks, token_alignment likewise.
     """
     with torch.no_grad():
@@ -141,6 +141,8 @@ def jacobians(
     if each_layer:
         for family, values in (
             ("sigma1", J.sigma.mean(1)),
+            ("ratio", J.ratio.amax(1)),
+            ("residual", J.residual.amax(1)),
             ("alignment", J.alignment.mean(1)),
             ("ill_conditioned", flagged),
         ):

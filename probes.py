@@ -270,7 +270,7 @@ class _Linearised:
                 z = leaf(x)
                 x = block(z)
                 if not torch.isfinite(x).all():
-                    error = not_finite(i, block)
+                    error = not_finite(i, block, z)
                     break
                 self.z.append(z)
                 self.y.append(x)
@@ -328,10 +328,11 @@ def refuse_wrapped(module: nn.Module):
         raise TypeError(f"{kind} holds shards (DTensor): gather its parameters and measure that copy")
 
 
-def not_finite(i: int, block: nn.Module) -> str:
-    """What to say of block i, whose output is not finite: the parameter to blame, or none."""
+def not_finite(i: int, block: nn.Module, x: Tensor) -> str:
+    """What to say of block i, whose output for the input x is not finite: what is to blame."""
     bad = [name for name, p in block.named_parameters() if not torch.isfinite(p).all()]
-    return f"block {i}: its {bad[0] if bad else 'output'} is not finite"
+    what = bad[0] if bad else "output" if torch.isfinite(x).all() else "input"
+    return f"block {i}: its {what} is not finite"
 
 
 def jacobians(
@@ -418,9 +419,9 @@ def activations(model: nn.Module, tokens: Tensor) -> Activations:
             logits = block.attn.logits(block.attn_norm(x))
             max_logit.append(logits.amax())
             entropy.append(torch.special.entr(torch.softmax(logits, -1)).sum(-1).mean())
-            x = block(x)
+            before, x = x, block(x)
             if not errors and not torch.isfinite(x).all():
-                errors.append(not_finite(i, block))
+                errors.append(not_finite(i, block, before))
         rms.append(x.square().mean().sqrt())
         log_z = model.logits(x).float().logsumexp(-1).mean().item()
     return Activations(*(torch.stack(v).cpu().double() for v in (rms, max_logit, entropy)), log_z, x, tuple(errors))

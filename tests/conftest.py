@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+import mup
 from config import Config
+from model import GPT
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
@@ -22,6 +24,17 @@ SMALL = dict(
 
 def small(**overrides) -> Config:
     return Config(**{**SMALL, **overrides})
+
+
+def noisy_model(**overrides) -> GPT:
+    """A small model none of whose parameters is at its initial zero or one."""
+    cfg = small(**overrides)
+    model = GPT(cfg)
+    mup.init_weights(model, cfg)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    return model
 
 
 @pytest.fixture

@@ -6,23 +6,15 @@ import pytest
 import torch
 
 import measure
-import mup
-from model import GPT
 from probes import activations, jacobians, spectra
-from tests.conftest import small
+from tests.conftest import noisy_model
 
 TOKENS = torch.arange(16).view(2, 8)
 
 
 @pytest.fixture
 def model():
-    cfg = small(n_layer=8)
-    model = GPT(cfg)
-    mup.init_weights(model, cfg)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
-    return model
+    return noisy_model(n_layer=8)
 
 
 def no_warning(text):
@@ -64,6 +56,8 @@ def test_jacobians(model):
     got = measure.jacobians(model, TOKENS, True, no_warning, positions=4)
     found = jacobians(model.blocks, model.embed(TOKENS))
     assert got["jacobian/sigma1/5"] == pytest.approx(found.sigma[5].mean().item())
+    assert got["jacobian/ratio/5"] == pytest.approx(found.ratio[5].max().item())
+    assert got["jacobian/residual"] == max(got[f"jacobian/residual/{i}"] for i in range(8))
     assert got["jacobian/alignment/6"] == pytest.approx(found.alignment[6].mean().item())
     assert got["jacobian/alignment"] == pytest.approx(found.alignment.mean().item())
     assert got["jacobian/ill_conditioned"] == sum(got[f"jacobian/ill_conditioned/{i}"] for i in range(7))

@@ -11,7 +11,7 @@ import mup
 from config import Config
 from model import GPT
 from probes import activations, geometric_mean, ill_conditioned, jacobians, norms, product_bounds, spectra, top_triples
-from tests.conftest import small
+from tests.conftest import noisy_model, small
 
 
 def test_spectra_are_their_definitions():
@@ -271,12 +271,8 @@ def test_sharded_modules_are_refused_by_name(tmp_path):
 
 
 def test_activations_are_their_definitions():
-    cfg = small(n_layer=3)
-    model = GPT(cfg)
-    mup.init_weights(model, cfg)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    model = noisy_model(n_layer=3)
+    cfg = model.cfg
     tokens = torch.arange(16).view(2, 8)
     got = activations(model, tokens)
     x, T = model.embed(tokens), 8
@@ -312,6 +308,11 @@ def test_activations_name_a_block_that_is_not_finite():
     assert torch.equal(got.residual_rms[:2], whole.residual_rms[:2])
     assert got.residual_rms[2].isnan()
     assert torch.equal(got.entropy[:1], whole.entropy[:1])
+    with torch.no_grad():
+        model.blocks[1].attn.W_V.weight[0, 0] = 0
+        model.tok_emb.weight[tokens[0, 0]] = math.inf
+    for measured in (activations(model, tokens), jacobians(model.blocks, model.embed(tokens))):
+        assert measured.errors == ("block 0: its input is not finite",)
     with pytest.raises(TypeError, match="OptimizedModule"):
         activations(torch.compile(model), tokens)
 
