@@ -11,8 +11,63 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import LinearCrossEntropyOptions
 
 from config import Config
+
+ROWS = 64  # queries a chunk of small_head_attention
+LOGITS = 2**24  # the loss makes the logits in chunks of about this many, and never more of them at once
+
+
+def uses_small_head(kernel: str, d_head: int, device: torch.device) -> bool:
+    """Whether attention runs on `small_head_attention`; "auto" takes it where it was measured to be the fastest."""
+    return kernel == "small_head" or (kernel == "auto" and device.type == "cpu" and d_head <= 16)
+
+
+class _Scores(torch.autograd.Function):
+    """A (G, k, M), B (G, k, N) -> Aᵀ B + bias, (G, M, N); and `_Weigh`, V (G, k, N), P (G, M, N) -> V Pᵀ, (G, k, M).
+
+    Each is the other's derivative, so that gradients of every order are made of the same three products. With k ≪ T
+    these run several times as fast on a CPU as the products that autograd would write down, P V and Pᵀ G.
+    """
+
+    @staticmethod
+    def forward(ctx, A, B, bias):
+        ctx.save_for_backward(A, B)
+        return A.mT @ B if bias is None else torch.baddbmm(bias, A.mT, B)
+
+    @staticmethod
+    def backward(ctx, G):
+        A, B = ctx.saved_tensors
+        return _Weigh.apply(B, G), A @ G, None
+
+
+class _Weigh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, V, P):
+        ctx.save_for_backward(V, P)
+        return V @ P.mT
+
+    @staticmethod
+    def backward(ctx, G):
+        V, P = ctx.saved_tensors
+        return G @ P, _Scores.apply(G, V, None)
+
+
+def small_head_attention(qkv: Tensor) -> Tensor:
+    """Causal attention that stores its weights, for narrow heads on a CPU: (3, B, h, T, k), q scaled -> (B, T, d).
+
+    Queries go in chunks of ROWS, each against the keys it can see, so that almost half of T × T is never computed.
+    """
+    _, B, h, T, k = qkv.shape
+    q, k_, v = qkv.mT.reshape(3, B * h, k, T).unbind()
+    future = q.new_full((T, T), -math.inf).triu(1)
+    out = []
+    for start in range(0, T, ROWS):
+        end = min(start + ROWS, T)
+        scores = _Scores.apply(q[..., start:end], k_[..., :end], future[start:end, :end])
+        out.append(_Weigh.apply(v[..., :end], torch.softmax(scores, -1).to(v.dtype)))
+    return (torch.cat(out, -1) if len(out) > 1 else out[0]).view(B, h * k, T).mT
 
 
 class Attention(nn.Module):
@@ -22,30 +77,32 @@ class Attention(nn.Module):
         super().__init__()
         d = cfg.d_model
         self.n_head = cfg.n_head
+        self.kernel = cfg.attn_kernel
         self.scale = (d // cfg.n_head) ** -cfg.attn_scale_power
         self.W_Q = nn.Linear(d, d, bias=False)
         self.W_K = nn.Linear(d, d, bias=False)
         self.W_V = nn.Linear(d, d, bias=False)
         self.W_O = nn.Linear(d, d, bias=False)
 
-    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each (B, h, T, k)."""
+    def qkv(self, x: Tensor) -> Tensor:
+        """Queries, multiplied by the scale of the logits, keys and values: (3, B, h, T, k)."""
         B, T, d = x.shape
         # three parameters, one product: a third of the calls, which is what small widths pay for
-        qkv = F.linear(x, torch.cat([self.W_Q.weight, self.W_K.weight, self.W_V.weight]))
-        return qkv.view(B, T, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4).unbind()
+        qkv = F.linear(x, torch.cat([self.W_Q.weight * self.scale, self.W_K.weight, self.W_V.weight]))
+        return qkv.view(B, T, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
 
     def logits(self, x: Tensor) -> Tensor:
         """What the softmax sees, (B, h, T, T), -inf above the diagonal; for measuring, `forward` never stores them."""
         q, k, _ = self.qkv(x)
         future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
-        return (q @ k.mT * self.scale).masked_fill(future, -math.inf)
+        return (q @ k.mT).masked_fill(future, -math.inf)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, T, d = x.shape
-        q, k, v = self.qkv(x)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
-        return self.W_O(y.transpose(1, 2).reshape(B, T, d))
+        qkv = self.qkv(x)
+        if uses_small_head(self.kernel, qkv.shape[-1], x.device):
+            return self.W_O(small_head_attention(qkv))
+        y = F.scaled_dot_product_attention(*qkv, is_causal=True, scale=1.0)
+        return self.W_O(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -111,8 +168,13 @@ class GPT(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats; `tokens` and `targets` (B, T), targets one position ahead."""
-        logits = self.forward(tokens)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        x = self.hidden(tokens)
+        if tokens.numel() * self.cfg.vocab_size <= LOGITS:
+            return F.cross_entropy(self.logits(x).flatten(0, 1).float(), targets.flatten())
+        x = self.final_norm(x).flatten(0, 1) * self.logit_scale
+        rows = max(1, LOGITS // self.cfg.vocab_size)
+        options = LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
+        return F.linear_cross_entropy(x, self.head.weight, targets.flatten(), options=options)
 
     def flops_per_token(self) -> int:
         """Forward and backward FLOPs of a token: 6 per matmul weight and 12·L·d·T for attention (PaLM, app. B)."""

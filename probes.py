@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -221,17 +222,26 @@ class _LayerNormVJP(torch.autograd.Function):
         return out if gain is None else out * gain, *[None] * 5
 
 
+@contextmanager
+def uncompiled():
+    """Inside, PyTorch's attention runs on the math kernel and modules compiled in place run as written: both can be
+    differentiated twice only so.
+    """
+    with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+        yield
+
+
 class _Measured(TorchFunctionMode):
-    """Inside, layer norm is the one above and attention runs on the math kernel, the only one with a double backward."""
+    """`uncompiled`, and layer norm is the one above."""
 
     def __enter__(self):
-        self.kernel = sdpa_kernel(SDPBackend.MATH)
-        self.kernel.__enter__()
+        self.plain = uncompiled()
+        self.plain.__enter__()
         return super().__enter__()
 
     def __exit__(self, *exc):
         super().__exit__(*exc)
-        self.kernel.__exit__(*exc)
+        self.plain.__exit__(*exc)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.layer_norm:
@@ -322,8 +332,6 @@ def refuse_wrapped(module: nn.Module):
     kind = type(module).__name__
     if kind in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule"):
         raise TypeError(f"{kind}: measure the module inside the wrapper")
-    if module._compiled_call_impl is not None:
-        raise TypeError(f"{kind}, compiled in place: has no double backward; measure an uncompiled copy")
     if any(type(p).__name__ == "DTensor" for p in module.parameters()):
         raise TypeError(f"{kind} holds shards (DTensor): gather its parameters and measure that copy")
 
@@ -412,7 +420,7 @@ def activations(model: nn.Module, tokens: Tensor) -> Activations:
     """One forward pass of a `model.GPT` on tokens (B, T), in the parameters' precision, attention on the math kernel."""
     refuse_wrapped(model)
     rms, max_logit, entropy, errors = [], [], [], []
-    with sdpa_kernel(SDPBackend.MATH):
+    with uncompiled():
         x = model.embed(tokens)
         for i, block in enumerate(model.blocks):
             rms.append(x.square().mean().sqrt())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from msign import ATTENTION
 from mup import role_of
-from probes import _Linearised, ill_conditioned, refuse_wrapped, spectra
+from probes import _Linearised, ill_conditioned, refuse_wrapped, spectra, uncompiled
 
 # L_φ = sup |φ'|, rounded up; the paper's 1.13 (GELU) and 1.1 (SiLU) are upper bounds of them
 LIPSCHITZ = {"gelu": 1.12891, "gelu_tanh": 1.12900, "silu": 1.09984}
@@ -67,10 +67,10 @@ class Pass(NamedTuple):
 
 
 def observe(model: nn.Module, tokens: Tensor, targets: Tensor) -> Pass:
-    """The `Pass` of a `model.GPT` over tokens and targets (N, T). Raises TypeError for a wrapped or compiled model."""
+    """The `Pass` of a `model.GPT` over tokens and targets (N, T). Raises TypeError for a wrapped model."""
     refuse_wrapped(model)
     seen = defaultdict(list)
-    with ExitStack() as stack, torch.enable_grad():
+    with ExitStack() as stack, torch.enable_grad(), uncompiled():
         for block in model.blocks:
             for name, module in (
                 ("block", block), ("attn", block.attn), ("mlp", block.mlp), ("down", block.mlp.W_down),

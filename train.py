@@ -6,18 +6,16 @@
 Every run is a folder below runs/ (see runlog.py). `--dry_run` prints the plan and stops.
 """
 
-import contextlib
 import dataclasses
 import os
 import platform
-import resource
 import signal
 import sys
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import checkpoint
+import machine
 import measure
 import mup
 import theory
@@ -29,38 +27,7 @@ from model import GPT
 from msign import MSign, NonFiniteWeightError, zero
 from runlog import RunLog, read_metrics
 
-KERNELS = {
-    "math": SDPBackend.MATH,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-}
 ARCHITECTURE = ("n_layer", "d_model", "n_head", "d_ff", "vocab_size", "block_size")
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of cfg.device. Raises UserError naming those that are there."""
-    here = ["cpu"]
-    if torch.cuda.is_available():
-        here = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + here
-    if torch.backends.mps.is_available():
-        here = ["mps", *here]
-    if name == "auto":
-        return torch.device(here[0])
-    if name not in here and not (name == "cuda" and here[0].startswith("cuda")):
-        raise UserError(f"device = {name!r}: not on this machine; there is {', '.join(here)}")
-    return torch.device(name)
-
-
-def attention_kernel(cfg: Config, device: torch.device) -> str:
-    """The name of the kernel that PyTorch takes for this model's attention, "auto" resolved, for the record."""
-    if cfg.attn_kernel != "auto":
-        return cfg.attn_kernel
-    dtype = torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32
-    shape = (1, cfg.n_head, cfg.block_size, cfg.d_model // cfg.n_head)
-    q = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
-    chosen = SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True))
-    return next((name for name, backend in KERNELS.items() if backend == chosen), chosen.name)
 
 
 def open_data(cfg: Config) -> tuple[TokenFiles, TokenFiles | None, list[str]]:
@@ -145,7 +112,7 @@ def train(cfg: Config) -> int:
         raise UserError(f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: must be 1; this driver runs as a single process")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    device = pick_device(cfg.device)
+    device = machine.pick_device(cfg.device)
     train_data, val_data, notes = open_data(cfg)
     model = GPT(cfg)
     mup.init_weights(model, cfg)
@@ -156,11 +123,18 @@ def train(cfg: Config) -> int:
         print(f"WARNING {note}", file=sys.stderr)
     if cfg.dry_run:
         return 0
+    arithmetic = machine.set_arithmetic(device, [p for p in model.parameters() if p.ndim == 2])
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+    loss_of, compilation, announced = machine.compiled(cfg, model, device, autocast)
+    for note in announced:
+        print(f"WARNING {note}", file=sys.stderr)
+    notes += announced
 
     log = RunLog(cfg, {
         "data": {"folder": train_data.folder.name, "fingerprint": train_data.fingerprint(), "notes": notes, **train_data.meta},
         "machine": {"device": str(device), "threads": torch.get_num_threads(), "processor": platform.machine(),
-                    "attention_kernel": attention_kernel(cfg, device), "dtype": cfg.dtype,
+                    "attention_kernel": machine.attention_kernel(cfg, device), "dtype": cfg.dtype,
+                    **arithmetic, **compilation,
                     "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None},
         "parameters": sum(p.numel() for p in model.parameters()),
     })  # fmt: skip
@@ -199,9 +173,6 @@ def train(cfg: Config) -> int:
         checkpoint.prune(log.folder, keep={healthy, step})
 
     # --- the loop ---
-    loss_of = torch.compile(model.loss) if cfg.compile else model.loss
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
-    kernel = sdpa_kernel(KERNELS[cfg.attn_kernel]) if cfg.attn_kernel != "auto" else contextlib.nullcontext()
     accumulate = cfg.batch_size // cfg.micro_batch
     probe, probe_targets = (t.to(device) for t in (val_data or train_data).fixed_windows(cfg.probe_batch))
 
@@ -219,7 +190,7 @@ def train(cfg: Config) -> int:
 
     if cfg.msign_probe:
         optimizer.observe = around_msign
-    with kernel, Signals() as signals:
+    with machine.chosen_kernel(cfg), Signals() as signals:
         while step < cfg.max_steps and signals.received is None:
             step += 1
             metrics = {}
@@ -287,7 +258,7 @@ def train(cfg: Config) -> int:
         "val/loss": next((line["val/loss"] for line in reversed(lines) if "val/loss" in line), None),
         "max_grad_norm": max(line["grad_norm"] or float("inf") for line in lines),
         "tokens_per_second": log.tokens_per_second(step),
-        "peak_memory_gib": peak_memory(device) / 2**30,
+        "peak_memory_gib": machine.peak_memory(device) / 2**30,
     }  # fmt: skip
     log.close(summary)
     print(
@@ -305,14 +276,6 @@ def evaluate(cfg: Config, loss_of, autocast, data: TokenFiles, device: torch.dev
         with autocast:
             total += loss_of(xs.to(device), ys.to(device)).item()
     return total / cfg.eval_batches
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the device's peak on CUDA, the process's elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":

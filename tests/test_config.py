@@ -13,9 +13,9 @@ def write(tmp_path, text):
 
 
 def test_file_then_command_line(tmp_path):
-    cfg = load_config([write(tmp_path, "lr = 1e-3\nn_layer = 3  # why\n"), "--n_layer=5", "--lr=2", "--compile"])
-    assert (cfg.lr, cfg.n_layer, cfg.compile, cfg.name) == (2.0, 5, True, "experiment")
-    assert load_config([write(tmp_path, "compile = True"), "--compile=false"]).compile is False
+    cfg = load_config([write(tmp_path, "lr = 1e-3\nn_layer = 3  # why\n"), "--n_layer=5", "--lr=2", "--dry_run"])
+    assert (cfg.lr, cfg.n_layer, cfg.dry_run, cfg.name) == (2.0, 5, True, "experiment")
+    assert load_config([write(tmp_path, "dry_run = True"), "--dry_run=false"]).dry_run is False
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_file_then_command_line(tmp_path):
         ("", ["--max_stps=3"], "nearest is max_steps"),
         ("", ["--max_steps=1e3"], "max_steps = '1e3': must be a whole number"),
         ("", ["--max_steps"], "expected one argument"),
-        ("", ["--compile=maybe"], "compile = 'maybe': must be True or False"),
+        ("", ["--dry_run=maybe"], "dry_run = 'maybe': must be True or False"),
         ("", ["--n_head=5"], "n_head = 5: must be a divisor of d_model=48, such as 4"),
         ("", ["--micro_batch=7"], "micro_batch = 7: must be a divisor of batch_size=480"),
         ("", ["--lr=-1"], "lr = -1.0: must be a number above 0"),

@@ -1,10 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mup
 from config import ROOT, load_config
-from model import GPT
+from model import GPT, small_head_attention, uses_small_head
 from tests.conftest import small
 
 
@@ -61,6 +62,60 @@ def test_logits_equal_the_formula(options):
         torch.testing.assert_close(model(tokens), reference_logits(model, tokens), rtol=1e-9, atol=1e-9)
         expected = F.cross_entropy(model(tokens).float().flatten(0, 1), tokens.flatten())
         assert model.loss(tokens, tokens) == expected
+
+
+@pytest.mark.parametrize("T", [1, 7, 64, 150])
+def test_small_head_attention_and_its_two_derivatives_equal_pytorchs(T):
+    """Below one chunk, exactly one, and several with a rest."""
+    generator = torch.Generator().manual_seed(T)
+    qkv, u, v = (torch.randn(3, 2, 3, T, 4, dtype=torch.float64, generator=generator) for _ in range(3))
+
+    def derivatives(f):
+        x = qkv.clone().requires_grad_()
+        y = f(x)
+        weights = u[0].transpose(1, 2).flatten(2).clone().requires_grad_()
+        (g,) = torch.autograd.grad(y, x, weights, create_graph=True)
+        return y, g, *torch.autograd.grad(g, (x, weights), v)
+
+    def pytorchs(x):
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(*x, is_causal=True, scale=1.0).transpose(1, 2).flatten(2)
+
+    for got, expected in zip(derivatives(small_head_attention), derivatives(pytorchs), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_small_head_attention_is_for_narrow_heads_on_a_cpu():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [uses_small_head("auto", d_head, cpu) for d_head in (8, 16, 32, 64)] == [True, True, False, False]
+    assert not uses_small_head("auto", 8, cuda)
+    assert not uses_small_head("flash", 8, cpu)
+    assert uses_small_head("small_head", 64, cuda)
+
+
+def test_the_kernel_named_in_the_config_is_the_one_that_runs(monkeypatch):
+    tokens = torch.zeros(1, 8, dtype=torch.long)
+    monkeypatch.setattr("model.small_head_attention", lambda qkv: pytest.fail("small_head"))
+    built(small(attn_kernel="flash"))(tokens)
+    with pytest.raises(pytest.fail.Exception):
+        built(small(attn_kernel="small_head"))(tokens)
+
+
+@pytest.mark.parametrize("options", [{}, dict(logit_power=1.0)])
+def test_loss_in_chunks_equals_the_plain_one(monkeypatch, options):
+    model = built(small(**options)).double()
+    tokens = torch.randint(256, (3, 8), generator=torch.Generator().manual_seed(1))
+    plain = model.loss(tokens, tokens)
+    expected = torch.autograd.grad(plain, list(model.parameters()))
+    monkeypatch.setattr("model.LOGITS", 5 * 256)  # 24 rows in chunks of 5
+    largest = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: largest.append(x.numel()) or x, lambda x: x):
+        loss = model.loss(tokens, tokens)
+    got = torch.autograd.grad(loss, list(model.parameters()))
+    torch.testing.assert_close(loss.float(), plain, rtol=1e-6, atol=0)  # the plain one casts its logits to fp32
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+    assert max(largest) < tokens.numel() * 256
 
 
 def test_no_position_sees_the_future():
