@@ -97,7 +97,7 @@ class Config:
     seed: int = opt(0, "run", "of the initial weights and of the batches")
     device: str = opt("auto", "run", "auto | cpu | cuda | cuda:N | mps")
     dtype: Literal["float32", "bfloat16"] = opt("float32", "run", "bfloat16 = autocast")
-    attn_kernel: Literal["auto", "small_head", "math", "flash", "efficient", "cudnn"] = opt("auto", "run", "attention: model.py's for narrow heads on a CPU | PyTorch's by name")
+    attn_kernel: Literal["auto", "chunked", "math", "flash", "efficient", "cudnn"] = opt("auto", "run", "auto = chunked, model.py's own, for heads up to 64 on a CPU, else PyTorch's choice")
     compile: Literal["off", "blocks", "whole"] = opt("off", "run", "torch.compile each block (fast to start) | the whole loss, with CUDA graphs on a GPU")
     threads: int = opt(0, "run", "CPU threads; 0 = PyTorch's choice")
     wandb: Literal["auto", "online", "offline", "off"] = opt("auto", "run", "auto = online when logged in, else offline")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from config import Config, UserError
-from model import GPT, uses_small_head
+from model import GPT, uses_chunked
 
 KERNELS = {
     "math": SDPBackend.MATH,
@@ -49,8 +49,8 @@ def processor() -> str:
 
 def attention_kernel(cfg: Config, device: torch.device) -> str:
     """The name of the kernel that this model's attention runs on, "auto" resolved, for the record."""
-    if uses_small_head(cfg.attn_kernel, cfg.d_model // cfg.n_head, device):
-        return "small_head"
+    if uses_chunked(cfg.attn_kernel, cfg.d_model // cfg.n_head, device):
+        return "chunked"
     if cfg.attn_kernel != "auto":
         return cfg.attn_kernel
     dtype = torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32
@@ -104,15 +104,17 @@ def compiled(cfg: Config, model: GPT, device: torch.device, autocast) -> tuple[C
         return model.loss, {}, []
     loss_of = model.loss
     if cfg.compile == "whole":
-        loss_of = torch.compile(model.loss, mode="reduce-overhead" if device.type == "cuda" else None)
+        mode = "reduce-overhead" if device.type == "cuda" else None
+        loss_of = torch.compile(model.loss, mode=mode, dynamic=False)
     else:
         for block in model.blocks:
-            block.compile()
-    tokens = torch.zeros(cfg.micro_batch, cfg.block_size, dtype=torch.long, device=device)
+            block.compile(dynamic=False)  # or the first other batch size would slow every later step down
+    windows = torch.zeros(cfg.micro_batch, cfg.block_size + 1, dtype=torch.long)
+    x, y = windows[:, :-1].to(device), windows[:, 1:].to(device)  # strides as the data's, or it is compiled twice
     began = time.perf_counter()
     try:
         with autocast, chosen_kernel(cfg):
-            loss_of(tokens, tokens).backward()
+            loss_of(x, y).backward()
     except torch._dynamo.exc.TorchDynamoException as error:
         for block in model.blocks:
             block._compiled_call_impl = None
@@ -127,5 +129,10 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the device's peak on CUDA, the process's elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would begin with the peak of the process that started this one
+        peak = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
+        if peak:
+            return int(peak.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -91,7 +91,7 @@ def activations(
         "log_z": found.log_z,
     }
     if autocast is not None:
-        with autocast:
+        with autocast, torch.compiler.set_stance("force_eager"):  # not worth a compilation for this batch size
             hidden = model.hidden(tokens)
         metrics["precision/error"] = ((hidden.float() - found.hidden).norm() / found.hidden.norm()).item()
     if each_layer:

@@ -174,10 +174,19 @@ def train(cfg: Config) -> int:
 
     # --- the loop ---
     accumulate = cfg.batch_size // cfg.micro_batch
+    parameters = dict(model.named_parameters())
     probe, probe_targets = (t.to(device) for t in (val_data or train_data).fixed_windows(cfg.probe_batch))
 
     def due(every: int) -> bool:
         return bool(every) and step % every == 0
+
+    def draw(step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The micro-batches of a step, on their way to the device."""
+        x, y = train_data.batch(cfg.seed, step, cfg.batch_size)
+        if device.type == "cuda":
+            x, y = x.pin_memory(), y.pin_memory()
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        return list(zip(x.split(cfg.micro_batch), y.split(cfg.micro_batch), strict=True))
 
     def warn(text: str):
         log.event("not measured", step=step, why=text)
@@ -190,6 +199,7 @@ def train(cfg: Config) -> int:
 
     if cfg.msign_probe:
         optimizer.observe = around_msign
+    batch = draw(step + 1)
     with machine.chosen_kernel(cfg), Signals() as signals:
         while step < cfg.max_steps and signals.received is None:
             step += 1
@@ -207,18 +217,20 @@ def train(cfg: Config) -> int:
             lr = cfg.lr_at(step)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_mult"]
-            x, y = train_data.batch(cfg.seed, step, cfg.batch_size)
             loss = torch.zeros((), device=device)
-            for xs, ys in zip(x.split(cfg.micro_batch), y.split(cfg.micro_batch), strict=True):
+            for xs, ys in batch:
                 with autocast:
-                    part = loss_of(xs.to(device), ys.to(device)) / accumulate
+                    part = loss_of(xs, ys) / accumulate
                 part.backward()
                 loss += part.detach()
+            batch = draw(step + 1)  # while a GPU is still at work
             if probing:
-                metrics |= measure.norms("grad_norm", {n: p.grad for n, p in model.named_parameters()}, each_layer)
-                before = {n: p.detach().clone() for n, p in model.named_parameters()}
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or float("inf"))
-            metrics = {"train/loss": loss.item(), "grad_norm": grad_norm.item(), "lr": lr, **metrics}
+                metrics |= measure.norms("grad_norm", {n: p.grad for n, p in parameters.items()}, each_layer)
+                before = {n: p.detach().clone() for n, p in parameters.items()}
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), cfg.grad_clip or float("inf"))
+            # the one moment of a step in which the host waits for the device
+            values = torch.stack([loss, grad_norm]).tolist()
+            metrics = {"train/loss": values[0], "grad_norm": values[1], "lr": lr, **metrics}
             watch.add(metrics["train/loss"], metrics["grad_norm"])
             if watch.finite:
                 try:
@@ -227,7 +239,7 @@ def train(cfg: Config) -> int:
                     watch.not_finite(str(error))
                 optimizer.zero_grad(set_to_none=True)
                 if probing:
-                    moved = {n: p.detach() - before[n] for n, p in model.named_parameters()}
+                    moved = {n: p.detach() - before[n] for n, p in parameters.items()}
                     metrics |= measure.norms("update_norm", moved, each_layer)
                 if val_data and (step % cfg.eval_every == 0 or step == cfg.max_steps):
                     metrics["val/loss"] = evaluate(cfg, loss_of, autocast, val_data, device)

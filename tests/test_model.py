@@ -5,7 +5,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mup
 from config import ROOT, load_config
-from model import GPT, small_head_attention, uses_small_head
+from model import GPT, chunked_attention, uses_chunked
 from tests.conftest import small
 
 
@@ -65,7 +65,7 @@ def test_logits_equal_the_formula(options):
 
 
 @pytest.mark.parametrize("T", [1, 7, 64, 150])
-def test_small_head_attention_and_its_two_derivatives_equal_pytorchs(T):
+def test_chunked_attention_and_its_two_derivatives_equal_pytorchs(T):
     """Below one chunk, exactly one, and several with a rest."""
     generator = torch.Generator().manual_seed(T)
     qkv, u, v = (torch.randn(3, 2, 3, T, 4, dtype=torch.float64, generator=generator) for _ in range(3))
@@ -81,24 +81,24 @@ def test_small_head_attention_and_its_two_derivatives_equal_pytorchs(T):
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(*x, is_causal=True, scale=1.0).transpose(1, 2).flatten(2)
 
-    for got, expected in zip(derivatives(small_head_attention), derivatives(pytorchs), strict=True):
+    for got, expected in zip(derivatives(chunked_attention), derivatives(pytorchs), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_small_head_attention_is_for_narrow_heads_on_a_cpu():
+def test_chunked_attention_is_for_heads_up_to_64_on_a_cpu():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert [uses_small_head("auto", d_head, cpu) for d_head in (8, 16, 32, 64)] == [True, True, False, False]
-    assert not uses_small_head("auto", 8, cuda)
-    assert not uses_small_head("flash", 8, cpu)
-    assert uses_small_head("small_head", 64, cuda)
+    assert [uses_chunked("auto", d_head, cpu) for d_head in (8, 64, 128)] == [True, True, False]
+    assert not uses_chunked("auto", 8, cuda)
+    assert not uses_chunked("flash", 8, cpu)
+    assert uses_chunked("chunked", 64, cuda)
 
 
 def test_the_kernel_named_in_the_config_is_the_one_that_runs(monkeypatch):
     tokens = torch.zeros(1, 8, dtype=torch.long)
-    monkeypatch.setattr("model.small_head_attention", lambda qkv: pytest.fail("small_head"))
+    monkeypatch.setattr("model.chunked_attention", lambda qkv: pytest.fail("chunked"))
     built(small(attn_kernel="flash"))(tokens)
     with pytest.raises(pytest.fail.Exception):
-        built(small(attn_kernel="small_head"))(tokens)
+        built(small(attn_kernel="chunked"))(tokens)
 
 
 @pytest.mark.parametrize("options", [{}, dict(logit_power=1.0)])

@@ -76,7 +76,7 @@ def test_a_run_leaves_its_whole_record(in_process):
     assert record["code"]["sha256"]
     assert record["versions"]["torch"] == torch.__version__
     assert record["machine"]["threads"] == 1
-    assert record["machine"]["attention_kernel"] == "small_head"
+    assert record["machine"]["attention_kernel"] == "chunked"
     assert record["machine"]["fp32_matmul"] in ("default", "oneDNN")
     assert record["machine"]["denormals"] in ("flushed", "kept")
     assert record["machine"]["dtype"] == "float32"
