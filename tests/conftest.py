@@ -22,6 +22,14 @@ SMALL = dict(
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def default_arithmetic():
+    """What machine.set_arithmetic chooses holds for the whole process; no test leaves it to the next."""
+    yield
+    torch.set_flush_denormal(False)
+    torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
 def small(**overrides) -> Config:
     return Config(**{**SMALL, **overrides})
 

@@ -1,16 +1,16 @@
+import contextlib
+import subprocess
+import sys
+
 import pytest
 import torch
 
 import machine
+import probes
+from model import GPT
+from tests.conftest import ROOT, small
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def restored():
-    yield
-    torch.set_flush_denormal(False)
-    torch.backends.mkldnn.matmul.fp32_precision = "none"
 
 
 def test_denormals_are_flushed():
@@ -52,3 +52,29 @@ def test_product_error_sees_bf16(monkeypatch):
 
 def test_nothing_is_chosen_on_a_gpu():
     assert machine.set_arithmetic(torch.device("cuda"), []) == {}
+
+
+def test_peak_memory_is_the_processs_own():
+    """Linux lets a child begin with its parent's peak, as getrusage tells it."""
+    ballast = torch.ones(150_000_000)  # 0.6 GB
+    code = "import torch, machine; print(machine.peak_memory(torch.device('cpu')))"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert 5e7 < int(said) < machine.peak_memory(CPU)
+    assert machine.peak_memory(CPU) > ballast.nbytes
+
+
+def test_a_block_compiles_for_the_shapes_of_training_only():
+    """Another batch size (the probes', say) must not make later steps run code for batches of any size."""
+    cfg = small(compile="blocks")
+    model = GPT(cfg)
+    loss_of, record, notes = machine.compiled(cfg, model, CPU, contextlib.nullcontext())
+    assert record["compile"] == "blocks"
+    assert not notes
+    assert all(p.grad is None for p in model.parameters())
+    tokens = torch.zeros(cfg.micro_batch, cfg.block_size + 1, dtype=torch.long)
+    compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    loss_of(tokens[:, :-1], tokens[:, 1:]).backward()
+    probes.activations(model, tokens[:2, :-1])
+    probes.jacobians(model.blocks, model.embed(tokens[:2, :-1]))
+    loss_of(tokens[:, :-1], tokens[:, 1:]).backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations
