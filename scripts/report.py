@@ -1,7 +1,7 @@
-"""Regenerate every table and figure of the README and of results/ from the logs recorded there.
+"""Regenerate every table and figure of README.md and results/REPORT.md from the logs recorded there.
 
 python scripts/report.py            # writes; `make figures` does the same
-python scripts/report.py --check    # writes nothing; exit code 1 when the README's tables are out of date
+python scripts/report.py --check    # writes nothing; exit code 1 when a table is out of date
 """
 
 import argparse
@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 from config import Parser, UserError, run_cli
 from figures import heatmaps, overview, save
 from runs import load_run, onsets_table, table, theory_table, verdicts
+from scripts.cost import table as cost_table
 
 RESULTS = ROOT / "results"
 
@@ -30,12 +31,16 @@ def recorded(experiment: str):
 
 def filled(text: str) -> str:
     """`text` with every block between <!-- KIND NAME --> and <!-- end --> made anew: an experiment's table, seed-0
-    verdicts, onsets, seed-0 AdamW's theorems; or a recorded file results/NAME.md."""
+    verdicts, onsets, seed-0 AdamW's theorems; a recorded file results/NAME.md, or of it only the first table, the
+    targets; or what MSign costs on a cluster."""
 
     def block(match: re.Match) -> str:
         kind, name = match[1], match[2]
-        if kind == "file":
+        if kind in ("file", "targets"):
             body = (RESULTS / f"{name}.md").read_text()
+            body = body.split("\n\n")[0] + "\n" if kind == "targets" else body
+        elif kind == "cost":
+            body = cost_table() + "\n"
         elif kind == "table":
             body = table(recorded(name))
         elif kind == "onsets":
@@ -48,20 +53,29 @@ def filled(text: str) -> str:
             )
         return f"<!-- {kind} {name} -->\n\n{body}\n<!-- end -->"
 
-    return re.sub(r"<!-- (table|verdicts|onsets|theorems|file) (\w+) -->.*?<!-- end -->", block, text, flags=re.DOTALL)
+    return re.sub(
+        r"<!-- (table|verdicts|onsets|theorems|file|targets|cost) (\w+) -->.*?<!-- end -->",
+        block,
+        text,
+        flags=re.DOTALL,
+    )
 
 
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = filled(readme.read_text())
+    pages = {path: filled(path.read_text()) for path in (ROOT / "README.md", RESULTS / "REPORT.md")}
     if args.check:
-        same = text == readme.read_text()
-        print("README.md agrees with results/" if same else "README.md differs from results/: run scripts/report.py")
-        return 0 if same else 1
-    readme.write_text(text)
+        stale = [path.name for path, text in pages.items() if text != path.read_text()]
+        print(
+            f"{', '.join(stale)}: differs from results/; run scripts/report.py"
+            if stale
+            else "the tables agree with results/"
+        )
+        return 1 if stale else 0
+    for path, text in pages.items():
+        path.write_text(text)
     for folder in sorted(p for p in RESULTS.iterdir() if p.is_dir()):
         runs = recorded(folder.name)
         print(*save(overview(runs), RESULTS / folder.name))

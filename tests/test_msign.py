@@ -12,10 +12,14 @@ from tests.conftest import small
 EPS32 = torch.finfo(torch.float32).eps
 
 
+def cutoff(W):
+    return 4 * math.sqrt(max(W.shape[-2:])) * EPS32
+
+
 def oracle(W):
     """UVᵀ from an fp64 SVD, the rank counted with the documented cut-off."""
     U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
-    keep = S[..., :1] * max(W.shape[-2:]) * EPS32 < S
+    keep = S[..., :1] * cutoff(W) < S
     return (U * keep.unsqueeze(-2)) @ Vh
 
 
@@ -42,17 +46,17 @@ def test_sign_against_fp64_over_condition_numbers(shape, log_kappa):
 
 
 def test_eigh_is_at_least_as_accurate_as_svd_up_to_1e6():
-    for log_kappa in (2, 4, 5, 6):
-        s = torch.logspace(0, -log_kappa, 8, dtype=torch.float64)  # 8 wide: the cut-off lies at 9.5e-7 < 1/κ
+    for log_kappa in (2, 4, 5, 5.8):
+        s = torch.logspace(0, -log_kappa, 8, dtype=torch.float64)  # 8 wide: the cut-off lies at 1.35e-6 < 1/κ
         W = with_spectrum(8, 8, s, batch=(16,))
         assert error(msign(W, "eigh"), oracle(W)) <= max(error(msign(W, "svd"), oracle(W)), 3e-7)
         assert error(msign(W, "eigh"), oracle(W)) < 1e-4
 
 
 def test_the_rank_cutoff_is_the_stated_one():
-    cutoff = 48 * EPS32
+    edge = cutoff(torch.empty(48, 48))
     for factor, rank in ((2.0, 2), (0.5, 1)):
-        W = with_spectrum(48, 48, torch.tensor([1.0, factor * cutoff], dtype=torch.float64)).double()
+        W = with_spectrum(48, 48, torch.tensor([1.0, factor * edge], dtype=torch.float64)).double()
         for backend in ("svd", "eigh"):
             assert torch.linalg.matrix_norm(msign(W, backend)).item() ** 2 == pytest.approx(rank, abs=1e-3)
 
@@ -86,6 +90,14 @@ def test_frobenius_norm_is_kept(backend, scale):
         W = scale * torch.randn(5, *shape, generator=torch.Generator().manual_seed(1))
         norms = [torch.linalg.matrix_norm(M.double()) for M in (W, restored_sign(W, backend))]
         torch.testing.assert_close(norms[1], norms[0], rtol=1e-6, atol=0)
+
+
+def test_products_computed_in_fp32_stay_far_below_the_cutoff():
+    g = torch.Generator().manual_seed(0)
+    for n in (48, 192, 512):
+        product = torch.randn(n, n // 2, generator=g) @ torch.randn(n // 2, n, generator=g)
+        s = torch.linalg.svdvals(product.double())
+        assert s[n // 2] < s[0] * cutoff(product) / 20
 
 
 def test_dtype_and_input_are_kept():
