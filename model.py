@@ -173,6 +173,8 @@ class GPT(nn.Module):
             return F.cross_entropy(self.logits(x).flatten(0, 1).float(), targets.flatten())
         x = self.final_norm(x).flatten(0, 1) * self.logit_scale
         rows = max(1, LOGITS // self.cfg.vocab_size)
+        if x.device.type == "cpu":  # a chunk's logits as large as W itself, both of which then stay in the cache
+            rows = min(rows, self.cfg.d_model)
         options = LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
         return F.linear_cross_entropy(x, self.head.weight, targets.flatten(), options=options)
 

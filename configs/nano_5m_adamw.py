@@ -29,3 +29,4 @@ beta2 = 0.95
 eps = 1e-8
 weight_decay = 0.1
 grad_clip = 1.0
+compile = "blocks"  # a tenth faster on a CPU

@@ -29,6 +29,7 @@ beta2 = 0.95
 eps = 1e-8
 weight_decay = 0.1
 grad_clip = 1.0
+compile = "blocks"  # a tenth faster on a CPU
 
 msign_period = 100
 msign_targets = "attention"  # W_Q, W_K, W_V, W_O, each its own matrix
