@@ -46,9 +46,20 @@ class Config:
     n_layer: int = opt(24, "model", "blocks")
     d_model: int = opt(48, "model", "width of the residual stream")
     n_head: int = opt(6, "model", "attention heads; must divide d_model")
-    d_ff: int = opt(192, "model", "hidden width of the MLP")
+    d_ff: int = opt(192, "model", "hidden width of the MLP, or of each expert's")
     vocab_size: int = opt(50304, "model", "rows of the embedding and of the untied head")
     block_size: int = opt(256, "model", "context length in tokens")
+    norm: Literal["layernorm", "rmsnorm"] = opt("layernorm", "model", "of every block and of the output, with gains")
+    mlp: Literal["gelu", "swiglu"] = opt("gelu", "model", "plain MLP with GELU | gated with SiLU, three matrices")
+    position: Literal["learned", "rope", "none"] = opt("learned", "model", "an embedding | rotated queries and keys | none")
+    rope_theta: float = opt(10_000.0, "model", "base of RoPE's wavelengths")
+    attention: Literal["mha", "mla", "alternating"] = opt("mha", "model", "multi-head | latent | MHA in even blocks, MLA in odd ones")
+    n_kv_head: int = opt(0, "model", "heads of keys and values in MHA; 0 = n_head; must divide n_head")
+    mla_rank: int = opt(0, "model", "MLA's latent dimensions")
+    mla_rope_dim: int = opt(0, "model", "MLA's rotary dimensions with position = rope; 0 = no positions in MLA")
+    n_experts: int = opt(0, "model", "experts of the MLP; 0 = a dense one")
+    top_k: int = opt(4, "model", "experts that a token goes to")
+    balance_coef: float = opt(0.01, "model", "of the experts' load-balancing loss")
     # parameterisation
     init_std: float = opt(0.02, "parameterisation", "initial standard deviation before multipliers")
     base_width: int = opt(768, "parameterisation", "width at which μP's multipliers are 1; 0 = standard parameterisation")
@@ -57,7 +68,7 @@ class Config:
     attn_scale_power: float = opt(0.5, "parameterisation", "attention logits ÷ d_head^this; paper 0.5, practice 1")
     # data
     dataset: str = opt("openwebtext", "data", "a folder below data/, or a path to a folder of .bin files")
-    fallback: str = opt("", "data", "corpus to use, with a warning, when dataset is not prepared")
+    fallback: str = opt("", "data", "corpora to use, with a warning, when dataset is not prepared: the first that is, comma-separated")
     batch_size: int = opt(480, "data", "sequences a step")
     micro_batch: int = opt(12, "data", "sequences a forward pass; must divide batch_size")
     # optimizer
@@ -76,7 +87,7 @@ class Config:
     # MSign
     msign_period: int = opt(0, "MSign", "apply every so many steps; 0 = never (plain AdamW)")
     msign_targets: str = opt("attention", "MSign", "attention | mlp | blocks | matrix names or patterns, comma-separated (W_V,W_O)")
-    msign_backend: Literal["eigh", "svd"] = opt("eigh", "MSign", "eigh = fp64 Gram matrix | svd = fp32, the paper's letter")
+    msign_backend: Literal["auto", "eigh", "svd", "polar"] = opt("auto", "MSign", "auto = polar on CUDA, else eigh | eigh = fp64 Gram matrix | svd = fp32, the paper's letter | polar = fp32 products")
     msign_map: Literal["sign", "zero"] = opt("sign", "MSign", "replace W by its norm-restored sign | by 0, the attention-off control")
     # measurements
     probe_every: int = opt(50, "measurements", "steps between spectra, norms of gradients and updates, activations; 0 = never")
@@ -99,6 +110,8 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = opt("float32", "run", "bfloat16 = autocast")
     attn_kernel: Literal["auto", "chunked", "math", "flash", "efficient", "cudnn"] = opt("auto", "run", "auto = chunked, model.py's own, for heads up to 64 on a CPU, else PyTorch's choice")
     compile: Literal["off", "blocks", "whole"] = opt("off", "run", "torch.compile each block (fast to start) | the whole loss, with CUDA graphs on a GPU")
+    parallel: Literal["auto", "ddp", "fsdp"] = opt("auto", "run", "with several processes: ddp = a whole model on each | fsdp = shards | auto = ddp where it fits")
+    recompute: bool = opt(False, "run", "keep only the blocks' inputs, compute them again in the backward pass")
     threads: int = opt(0, "run", "CPU threads; 0 = PyTorch's choice")
     wandb: Literal["auto", "online", "offline", "off"] = opt("auto", "run", "auto = online when logged in, else offline")
     wandb_project: str = opt("msign", "run", "W&B project")
@@ -110,11 +123,11 @@ class Config:
             check_type(f, getattr(self, f.name))
         positive = (
             "n_layer d_model n_head d_ff vocab_size block_size batch_size micro_batch max_steps eval_batches probe_batch"
-            " lr lr_scale eps init_std"
+            " lr lr_scale eps init_std top_k rope_theta"
         )
         not_negative = (
             "base_width warmup_steps weight_decay grad_clip msign_period probe_every layers_every jacobian_every theory_every eval_every ckpt_every seed"
-            " threads min_lr_ratio"
+            " threads min_lr_ratio n_kv_head mla_rank mla_rope_dim n_experts balance_coef"
         )
         for name in positive.split():
             self._require(getattr(self, name) > 0, name, "a number above 0")
@@ -127,6 +140,22 @@ class Config:
             fits = [h for h in range(1, self.d_model + 1) if self.d_model % h == 0]
             near = min(fits, key=lambda h: abs(h - self.n_head))
             self._require(False, "n_head", f"a divisor of d_model={self.d_model}, such as {near}")
+        if self.n_kv_head:
+            self._require(self.n_head % self.n_kv_head == 0, "n_kv_head", f"a divisor of n_head={self.n_head}")
+        if self.attention != "mha":
+            self._require(self.mla_rank > 0, "mla_rank", f"above 0 with attention={self.attention!r}")
+            self._require(self.mla_rope_dim % 2 == 0, "mla_rope_dim", "even")
+        if self.position == "rope" and self.attention != "mla":
+            d_head = self.d_model // self.n_head
+            self._require(d_head % 2 == 0, "n_head", f"such that heads have an even width for RoPE, not {d_head}")
+        if self.n_experts:
+            self._require(self.n_experts >= self.top_k, "n_experts", f"at least top_k={self.top_k}, or 0")
+        if self.theory_every:
+            as_stated = (self.norm, self.mlp, self.attention, self.n_experts) == ("layernorm", "gelu", "mha", 0)
+            as_stated = as_stated and self.position != "rope" and not self.n_kv_head
+            self._require(
+                as_stated, "theory_every", "0 for anything but the dense model with LayerNorm, GELU, MHA, no RoPE"
+            )
         self._require(
             self.batch_size % self.micro_batch == 0, "micro_batch", f"a divisor of batch_size={self.batch_size}"
         )

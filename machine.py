@@ -94,18 +94,21 @@ def product_error(n: int, k: int) -> float:
     return ((X @ W.T - exact).norm() / exact.norm()).item()
 
 
-def compiled(cfg: Config, model: GPT, device: torch.device, autocast) -> tuple[Callable, dict, list[str]]:
-    """The loss function, compiled as cfg.compile says; what to record; and what has to be announced.
+def compiled(
+    cfg: Config, model: GPT, device: torch.device, autocast, run: Callable | None = None
+) -> tuple[Callable, dict, list[str]]:
+    """The loss function `run` (the model itself, or what spreads it over processes), compiled as cfg.compile says; what to
+    record; and what has to be announced.
 
     It is tried on one micro-batch here, so that what cannot be compiled (PyTorch needs a C++ compiler on a CPU) runs
     uncompiled from the first step on, and compilation is not counted as a step.
     """
+    loss_of = run = run or model
     if cfg.compile == "off":
-        return model.loss, {}, []
-    loss_of = model.loss
+        return run, {}, []
     if cfg.compile == "whole":
         mode = "reduce-overhead" if device.type == "cuda" else None
-        loss_of = torch.compile(model.loss, mode=mode, dynamic=False)
+        loss_of = torch.compile(run, mode=mode, dynamic=False)
     else:
         for block in model.blocks:
             block.compile(dynamic=False)  # or the first other batch size would slow every later step down
@@ -119,7 +122,7 @@ def compiled(cfg: Config, model: GPT, device: torch.device, autocast) -> tuple[C
         for block in model.blocks:
             block._compiled_call_impl = None
         reason = str(error).strip().splitlines()[0]
-        return model.loss, {}, [f"COMPILE: {cfg.compile!r} failed, running uncompiled: {reason}"]
+        return run, {}, [f"COMPILE: {cfg.compile!r} failed, running uncompiled: {reason}"]
     finally:
         model.zero_grad(set_to_none=True)
     return loss_of, {"compile": cfg.compile, "compile_seconds": round(time.perf_counter() - began, 1)}, []

@@ -1,8 +1,8 @@
-"""The GPT of the paper's NanoGPT-5M in a single file: pre-norm blocks, no biases, untied head.
+"""Every model of the paper's Table 4 in a single file, from one set of blocks: pre-norm, no biases, untied head.
 
-Shapes: B sequences, T tokens, d = d_model, h = n_head, k = d // h, V = vocab_size. Every weight
-matrix is its own `nn.Linear`, named as in the paper (W_Q, W_K, W_V, W_O, W_up, W_down): a fused qkv
-matrix would change what the matrix sign does. Initialisation belongs to `mup.py`.
+Shapes: B sequences, T tokens, d = d_model, h = n_head, k = d // h, V = vocab_size, E = n_experts. Every weight
+matrix is its own parameter, named as in the paper (W_Q, W_K, W_V, W_O, W_up, W_down; W_gate of a gated MLP): a fused
+qkv matrix would change what the matrix sign does. Initialisation belongs to `mup.py`.
 """
 
 import math
@@ -12,9 +12,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import LinearCrossEntropyOptions
+from torch.utils.checkpoint import checkpoint
 
 from config import Config
 
+NORM_EPS = 1e-5
 ROWS = 64  # queries a chunk of chunked_attention
 LOGITS = 2**24  # the loss makes the logits in chunks of about this many, and never more of them at once
 
@@ -54,78 +56,205 @@ class _Weigh(torch.autograd.Function):
         return G @ P, _Scores.apply(G, V, None)
 
 
-def chunked_attention(qkv: Tensor) -> Tensor:
-    """Causal attention that stores its weights, for a CPU: (3, B, h, T, k), queries scaled -> (B, T, d).
+def chunked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention that stores its weights, for a CPU: scaled q, k (B, h, T, k), v (B, h, T, k') -> (B, T, h·k').
 
     Queries go in chunks of ROWS, each against the keys it can see, so that almost half of T × T is never computed.
     """
-    _, B, h, T, k = qkv.shape
-    q, k_, v = qkv.mT.reshape(3, B * h, k, T).unbind()
+    B, h, T, _ = q.shape
+    q, k, v = (x.mT.reshape(B * h, -1, T) for x in (q, k, v))
     future = q.new_full((T, T), -math.inf).triu(1)
     out = []
     for start in range(0, T, ROWS):
         end = min(start + ROWS, T)
-        scores = _Scores.apply(q[..., start:end], k_[..., :end], future[start:end, :end])
+        scores = _Scores.apply(q[..., start:end], k[..., :end], future[start:end, :end])
         out.append(_Weigh.apply(v[..., :end], torch.softmax(scores, -1).to(v.dtype)))
-    return (torch.cat(out, -1) if len(out) > 1 else out[0]).view(B, h * k, T).mT
+    return (torch.cat(out, -1) if len(out) > 1 else out[0]).view(B, -1, T).mT
+
+
+def rotate(x: Tensor, theta: float) -> Tensor:
+    """RoPE (arXiv 2104.09864): position t turns the pair (i, i + k/2) of x (..., T, k) by t · theta^(−2i/k)."""
+    T, k = x.shape[-2:]
+    frequency = theta ** (-torch.arange(0, k, 2, dtype=torch.float32, device=x.device) / k)
+    angle = torch.arange(T, device=x.device)[:, None] * frequency
+    cos, sin = angle.cos(), angle.sin()
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention, (B, T, d) -> (B, T, d)."""
+    """Causal self-attention with n_kv_head heads of keys and values (all of them by default), (B, T, d) -> (B, T, d)."""
 
     def __init__(self, cfg: Config):
         super().__init__()
-        d = cfg.d_model
-        self.n_head = cfg.n_head
+        d, self.n_head = cfg.d_model, cfg.n_head
+        self.n_kv_head = cfg.n_kv_head or cfg.n_head
+        self.d_v = d // cfg.n_head
+        self.theta = cfg.rope_theta if cfg.position == "rope" else None
         self.kernel = cfg.attn_kernel
-        self.scale = (d // cfg.n_head) ** -cfg.attn_scale_power
         self.W_Q = nn.Linear(d, d, bias=False)
-        self.W_K = nn.Linear(d, d, bias=False)
-        self.W_V = nn.Linear(d, d, bias=False)
+        self.make_keys_and_values(cfg)
         self.W_O = nn.Linear(d, d, bias=False)
+        self.scale = self.d_qk**-cfg.attn_scale_power
 
-    def qkv(self, x: Tensor) -> Tensor:
-        """Queries, multiplied by the scale of the logits, keys and values: (3, B, h, T, k)."""
-        B, T, d = x.shape
+    def make_keys_and_values(self, cfg: Config):
+        self.d_qk = self.d_v
+        self.W_K = nn.Linear(cfg.d_model, self.n_kv_head * self.d_qk, bias=False)
+        self.W_V = nn.Linear(cfg.d_model, self.n_kv_head * self.d_v, bias=False)
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, multiplied by the scale of the logits, keys and values: (B, heads, T, k) each."""
         # three parameters, one product: a third of the calls, which is what small widths pay for
         qkv = F.linear(x, torch.cat([self.W_Q.weight * self.scale, self.W_K.weight, self.W_V.weight]))
-        return qkv.view(B, T, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
+        qkv = qkv.unflatten(-1, (-1, self.d_v)).transpose(1, 2)
+        q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], 1)
+        if self.theta is None:
+            return q, k, v
+        return rotate(q, self.theta), rotate(k, self.theta), v
 
     def logits(self, x: Tensor) -> Tensor:
         """What the softmax sees, (B, h, T, T), -inf above the diagonal; for measuring, `forward` never stores them."""
         q, k, _ = self.qkv(x)
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
         return (q @ k.mT).masked_fill(future, -math.inf)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x)
-        if uses_chunked(self.kernel, qkv.shape[-1], x.device):
-            return self.W_O(chunked_attention(qkv))
-        y = F.scaled_dot_product_attention(*qkv, is_causal=True, scale=1.0)
+        q, k, v = self.qkv(x)
+        groups = q.shape[1] // k.shape[1]
+        if uses_chunked(self.kernel, self.d_qk, x.device):
+            if groups > 1:
+                k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+            return self.W_O(chunked_attention(q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=groups > 1)
         return self.W_O(y.transpose(1, 2).flatten(2))
 
 
+class MLA(Attention):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), (B, T, d) -> (B, T, d).
+
+    Keys and values come from a normalised latent of mla_rank dimensions, W_UK n(W_DKV x) and W_UV n(W_DKV x). Position is in
+    mla_rope_dim further dimensions of every query and of one key for all heads, W_KR x; with none of them it has
+    no positions. Queries are not compressed. The paper states neither rank nor rotary part: these are our choice.
+    """
+
+    def make_keys_and_values(self, cfg: Config):
+        d, self.d_rope = cfg.d_model, cfg.mla_rope_dim if self.theta is not None else 0
+        self.d_qk = self.d_v + self.d_rope
+        self.W_Q = nn.Linear(d, self.n_head * self.d_qk, bias=False)
+        self.W_DKV = nn.Linear(d, cfg.mla_rank, bias=False)
+        self.kv_norm = norm(cfg, cfg.mla_rank)
+        self.W_UK = nn.Linear(cfg.mla_rank, d, bias=False)
+        self.W_UV = nn.Linear(cfg.mla_rank, d, bias=False)
+        if self.d_rope:
+            self.W_KR = nn.Linear(d, self.d_rope, bias=False)
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, c = F.linear(x, self.W_Q.weight * self.scale), self.kv_norm(self.W_DKV(x))
+        q, k, v = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in (q, self.W_UK(c), self.W_UV(c)))
+        if self.d_rope:
+            shared = rotate(self.W_KR(x), self.theta)[:, None].expand(-1, self.n_head, -1, -1)
+            content, position = q.split([self.d_v, self.d_rope], -1)
+            q, k = torch.cat([content, rotate(position, self.theta)], -1), torch.cat([k, shared], -1)
+        return q, k, v
+
+
 class MLP(nn.Module):
-    """W_down GELU(W_up x), (B, T, d) -> (B, T, d)."""
+    """W_down GELU(W_up x), or gated W_down (SiLU(W_gate x) ∘ W_up x); (B, T, d) -> (B, T, d)."""
 
     def __init__(self, cfg: Config):
         super().__init__()
         self.W_up = nn.Linear(cfg.d_model, cfg.d_ff, bias=False)
+        if cfg.mlp == "swiglu":
+            self.W_gate = nn.Linear(cfg.d_model, cfg.d_ff, bias=False)
         self.W_down = nn.Linear(cfg.d_ff, cfg.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if hasattr(self, "W_gate"):
+            return self.W_down(F.silu(self.W_gate(x)) * self.W_up(x))
         return self.W_down(F.gelu(self.W_up(x)))
+
+
+class Stack(nn.Module):
+    """One matrix for every expert, weight (E, m, n): inputs that are sorted by expert, (E, C, n) -> (E, C, m).
+
+    On a GPU in bf16 the inputs are (M, n) without padding, `ends` (E,) says where each expert's end.
+    """
+
+    def __init__(self, E: int, n: int, m: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(E, m, n))
+
+    def forward(self, x: Tensor, ends: Tensor | None) -> Tensor:
+        if ends is None:
+            return torch.bmm(x, self.weight.to(x.dtype).mT)
+        return F.grouped_mm(x, self.weight.to(x.dtype).mT, offs=ends)
+
+
+class MoE(nn.Module):
+    """Mixture of experts, each a gated (or plain) MLP; (B, T, d) -> (B, T, d).
+
+    A token goes to the top_k experts of its softmax over all, with these weights scaled to sum to 1, as in Mixtral (arXiv
+    2401.04088). No token is dropped: on a GPU in bf16 the products are over groups of any length, elsewhere every group
+    is padded to the longest. `balance` is the last forward pass's load-balancing loss, E Σₑ fₑ Pₑ (Switch, arXiv 2101.03961; fₑ is
+    the number of the e-th expert's tokens over all tokens, Pₑ the mean of its softmax), top_k when balanced.
+    """
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.top_k = cfg.top_k
+        self.router = nn.Linear(cfg.d_model, cfg.n_experts, bias=False)
+        self.W_up = Stack(cfg.n_experts, cfg.d_model, cfg.d_ff)
+        if cfg.mlp == "swiglu":
+            self.W_gate = Stack(cfg.n_experts, cfg.d_model, cfg.d_ff)
+        self.W_down = Stack(cfg.n_experts, cfg.d_ff, cfg.d_model)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and experts of tokens x (N, d), (N, top_k) each."""
+        share = torch.softmax(self.router(x), -1, torch.promote_types(x.dtype, torch.float32))
+        weight, expert = share.topk(self.top_k, -1)
+        load = F.one_hot(expert, share.shape[-1]).sum(1).to(share.dtype).mean(0)
+        self.balance = len(load) * (load * share.mean(0)).sum()
+        return weight / weight.sum(-1, keepdim=True), expert
+
+    def forward(self, x: Tensor) -> Tensor:
+        N, E = x.shape[0] * x.shape[1], self.router.out_features
+        flat = x.flatten(0, 1)
+        weight, expert = self.route(flat)
+        expert, order = expert.flatten().sort(stable=True)  # pairs of token and expert, by expert
+        ends = torch.searchsorted(expert, torch.arange(E, device=x.device), right=True)
+        gathered = flat[order // self.top_k]
+        if x.is_cuda and torch.is_autocast_enabled("cuda"):
+            y = self.experts(gathered.to(torch.get_autocast_dtype("cuda")), ends.int())
+        else:
+            begins = F.pad(ends, (1, -1))
+            longest = int((ends - begins).max())
+            slot = torch.arange(len(order), device=x.device) - begins[expert] + expert * longest
+            padded = gathered.new_zeros(E * longest, x.shape[-1]).index_copy(0, slot, gathered)
+            y = self.experts(padded.view(E, longest, -1), None).flatten(0, 1)[slot]
+        y = y[order.argsort()].view(N, self.top_k, -1)
+        return (y * weight.unsqueeze(-1).to(y.dtype)).sum(1).view(x.shape)
+
+    def experts(self, x: Tensor, ends: Tensor | None) -> Tensor:
+        if hasattr(self, "W_gate"):
+            return self.W_down(F.silu(self.W_gate(x, ends)) * self.W_up(x, ends), ends)
+        return self.W_down(F.gelu(self.W_up(x, ends)), ends)
+
+
+def norm(cfg: Config, d: int) -> nn.Module:
+    return nn.RMSNorm(d, eps=NORM_EPS) if cfg.norm == "rmsnorm" else nn.LayerNorm(d, eps=NORM_EPS, bias=False)
 
 
 class Block(nn.Module):
     """H(ℓ-1) -> H(ℓ), the map whose Jacobian the paper studies; (B, T, d) -> (B, T, d)."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, index: int):
         super().__init__()
-        self.attn_norm = nn.LayerNorm(cfg.d_model, bias=False)
-        self.attn = Attention(cfg)
-        self.mlp_norm = nn.LayerNorm(cfg.d_model, bias=False)
-        self.mlp = MLP(cfg)
+        mla = cfg.attention == "mla" or (cfg.attention == "alternating" and index % 2 == 1)
+        self.attn_norm = norm(cfg, cfg.d_model)
+        self.attn = (MLA if mla else Attention)(cfg)
+        self.mlp_norm = norm(cfg, cfg.d_model)
+        self.mlp = (MoE if cfg.n_experts else MLP)(cfg)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.attn_norm(x))
@@ -139,9 +268,10 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.d_model)
-        self.pos_emb = nn.Embedding(cfg.block_size, cfg.d_model)
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
-        self.final_norm = nn.LayerNorm(cfg.d_model, bias=False)
+        if cfg.position == "learned":
+            self.pos_emb = nn.Embedding(cfg.block_size, cfg.d_model)
+        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer))
+        self.final_norm = norm(cfg, cfg.d_model)
         self.head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
         self.logit_scale = cfg.width_mult**cfg.logit_power
 
@@ -150,26 +280,41 @@ class GPT(nn.Module):
         T = tokens.shape[1]
         if self.cfg.block_size < T:
             raise ValueError(f"{T} tokens: the context holds at most block_size={self.cfg.block_size}")
-        return self.tok_emb(tokens) + self.pos_emb.weight[:T]
+        x = self.tok_emb(tokens)
+        return x + self.pos_emb.weight[:T] if self.cfg.position == "learned" else x
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """H(L), the residual stream after the last block: (B, T) -> (B, T, d)."""
         x = self.embed(tokens)
         for block in self.blocks:
-            x = block(x)
+            if self.cfg.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
         """H(L) (B, T, d) -> logits (B, T, V)."""
         return self.head(self.final_norm(x)) * self.logit_scale
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.logits(self.hidden(tokens))
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V), or with targets, one position ahead of tokens, their mean cross-entropy in nats.
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats; `tokens` and `targets` (B, T), targets one position ahead."""
+        With experts, the gradient of that is also balance_coef times that of the load-balancing loss, mean over blocks; the
+        value is the cross-entropy alone.
+        """
         x = self.hidden(tokens)
-        if tokens.numel() * self.cfg.vocab_size <= LOGITS:
+        if targets is None:
+            return self.logits(x)
+        loss = self.cross_entropy(x, targets)
+        if self.cfg.n_experts and torch.is_grad_enabled():
+            balance = self.cfg.balance_coef * torch.stack([block.mlp.balance for block in self.blocks]).mean()
+            loss = loss + (balance - balance.detach())
+        return loss
+
+    def cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Of H(L) (B, T, d) and targets (B, T)."""
+        if targets.numel() * self.cfg.vocab_size <= LOGITS:
             return F.cross_entropy(self.logits(x).flatten(0, 1).float(), targets.flatten())
         x = self.final_norm(x).flatten(0, 1) * self.logit_scale
         rows = max(1, LOGITS // self.cfg.vocab_size)
@@ -178,16 +323,25 @@ class GPT(nn.Module):
         options = LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
         return F.linear_cross_entropy(x, self.head.weight, targets.flatten(), options=options)
 
+    def active(self, p: Tensor) -> int:
+        """How many entries of a parameter a token meets: all, but of n_experts only top_k."""
+        return p.numel() * self.cfg.top_k // self.cfg.n_experts if p.ndim == 3 else p.numel()
+
     def flops_per_token(self) -> int:
-        """Forward and backward FLOPs of a token: 6 per matmul weight and 12·L·d·T for attention (PaLM, app. B)."""
-        cfg = self.cfg
-        matmul = sum(p.numel() for n, p in self.named_parameters() if p.ndim == 2 and "_emb" not in n)
-        return 6 * matmul + 12 * cfg.n_layer * cfg.d_model * cfg.block_size
+        """Forward and backward FLOPs of a token: 6 per matmul weight it meets, and 6·T·h·(k + k') a layer for attention
+        (12·T·d when both are d/h; PaLM, app. B)."""
+        matmul = sum(self.active(p) for n, p in self.named_parameters() if p.ndim >= 2 and "_emb" not in n)
+        heads = sum(block.attn.n_head * (block.attn.d_qk + block.attn.d_v) for block in self.blocks)
+        return 6 * matmul + 6 * self.cfg.block_size * heads
 
     def activation_bytes(self, bytes_per_value: int = 4) -> int:
         """Estimate of what one micro-batch keeps for its backward pass (attention scores never stored)."""
         cfg = self.cfg
-        per_block = 10 * cfg.d_model + 2 * cfg.d_ff  # norms, q, k, v, attention, residuals; MLP before and after
-        logits = 3 * cfg.vocab_size  # logits, log-softmax, their gradient
+        mlp = (3 if cfg.mlp == "swiglu" else 2) * cfg.d_ff * (cfg.top_k if cfg.n_experts else 1)
+        per_block = 10 * cfg.d_model + mlp  # norms, q, k, v, attention, residuals; MLP before and after
+        blocks = cfg.n_layer * per_block
+        if cfg.recompute:
+            blocks = cfg.n_layer * cfg.d_model + per_block
         tokens = cfg.micro_batch * cfg.block_size
-        return tokens * (cfg.n_layer * per_block * bytes_per_value + logits * 4)
+        logits = 3 * min(tokens * cfg.vocab_size, LOGITS)  # logits, log-softmax, their gradient
+        return tokens * blocks * bytes_per_value + logits * 4

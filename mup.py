@@ -10,16 +10,20 @@ With m = base_width / d_model (16 for NanoGPT-5M: 768 / 48) and L = n_layer, the
 | embedding lr × 4 (= √m)                                | tok_emb, pos_emb: cfg.embed_lr_power |
 | decay on matrices and embeddings, none on norms        | column decay                         |
 
+Without μP (base_width = 0) every matrix has deviation init_std and multiplier 1.
+
 A role is the component of the parameter's name that the table holds ("blocks.3.attn.W_Q.weight" ->
 W_Q). Adding an architecture means adding its roles here; a parameter without a role is an error.
 """
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import sqrt
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 
 from config import Config
 from model import GPT
@@ -45,8 +49,15 @@ RULES = {
     "W_Q": Rule(std=0, lr_power=1),
     "W_K": _HIDDEN,
     "W_V": _HIDDEN,
+    "W_DKV": _HIDDEN,  # MLA: to the latent, from it to keys and values, the rotary key
+    "W_UK": _HIDDEN,
+    "W_UV": _HIDDEN,
+    "W_KR": _HIDDEN,
+    "kv_norm": _NORM,
     "W_O": _OUTPUT,
+    "router": _HIDDEN,
     "W_up": _HIDDEN,
+    "W_gate": _HIDDEN,
     "W_down": _OUTPUT,
     "attn_norm": _NORM,
     "mlp_norm": _NORM,
@@ -66,6 +77,8 @@ def role_of(name: str) -> str:
 
 
 def init_std(role: str, cfg: Config) -> float:
+    if not cfg.base_width:  # LLaMA-1B and -MoE-3B: one deviation for all
+        return cfg.init_std
     rule = RULES[role]
     depth = sqrt(2 * cfg.n_layer) if rule.depth else 1.0
     return rule.std * cfg.init_std * cfg.width_mult**rule.std_power / depth
@@ -77,8 +90,9 @@ def lr_mult(role: str, cfg: Config) -> float:
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, cfg: Config):
-    """Initialise in place. A parameter's values depend on (cfg.seed, its name) alone, not on order or device."""
+def init_weights(model: nn.Module, cfg: Config, fill: Callable[[Tensor, Tensor], object] = Tensor.copy_):
+    """Initialise in place. A parameter's values depend on (cfg.seed, its name) alone, not on order, device or shards:
+    `fill` puts a whole parameter's values into it, or into what there is of it."""
     for name, p in model.named_parameters():
         role = role_of(name)
         if RULES[role].ones:
@@ -86,7 +100,7 @@ def init_weights(model: nn.Module, cfg: Config):
             continue
         # PyTorch's CPU generator keeps only the low 32 bits of a seed, so run seed and name are hashed into those
         generator = torch.Generator().manual_seed(zlib.crc32(f"{cfg.seed}/{name}".encode()))
-        p.copy_(torch.randn(p.shape, generator=generator) * init_std(role, cfg))
+        fill(p, torch.randn(p.shape, generator=generator) * init_std(role, cfg))
 
 
 def param_groups(model: nn.Module, cfg: Config) -> list[dict]:
@@ -146,7 +160,7 @@ def coordinate_check(cfg: Config, widths: list[int], steps: int = 4, seeds: int 
             for step in range(steps):
                 for values in seen.values():
                     values.clear()
-                model.loss(x[:, :-1], x[:, 1:]).backward()
+                model(x[:, :-1], x[:, 1:]).backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 for kind, values in seen.items():

@@ -30,7 +30,19 @@ from tqdm import tqdm
 from config import FIELDS, ROOT, Config, UserError
 
 # fields that may differ between a run and its resumption; all others decide what is computed
-FREE_ON_RESUME = {"resume", "dry_run", "runs_dir", "device", "threads", "ckpt_every", "wandb", "wandb_project"}
+FREE_ON_RESUME = {
+    "resume",
+    "dry_run",
+    "runs_dir",
+    "device",
+    "threads",
+    "ckpt_every",
+    "wandb",
+    "wandb_project",
+    "parallel",
+    "recompute",
+    "micro_batch",
+}
 PER_LAYER = re.compile(r"(.+)/(\d+)((?:\.\w+)?)")  # a key of metrics.jsonl: family, layer, and .role or nothing
 # what W&B's table of runs shows of a metric where its last value says less
 SUMMARY = {
@@ -260,6 +272,15 @@ class RunLog:
             if summary is not None:
                 self._wandb.summary["final"] = summary  # below a name of its own: val/loss is the smallest, see SUMMARY
             self._wandb.finish()
+
+
+class NoLog:
+    """The record of a rank that keeps none: takes everything, writes nothing."""
+
+    finished, resumed = False, False
+
+    def __getattr__(self, name: str):
+        return lambda *args, **kwargs: None
 
 
 def wandb_payload(line: dict) -> tuple[dict, dict]:

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from msign import ATTENTION
 from mup import role_of
 from probes import _Linearised, ill_conditioned, refuse_wrapped, spectra, uncompiled
 
+ATTENTION = ("W_Q", "W_K", "W_V", "W_O")  # of multi-head attention, which the theorems are about
 # L_φ = sup |φ'|, rounded up; the paper's 1.13 (GELU) and 1.1 (SiLU) are upper bounds of them
 LIPSCHITZ = {"gelu": 1.12891, "gelu_tanh": 1.12900, "silu": 1.09984}
 
@@ -77,7 +77,7 @@ def observe(model: nn.Module, tokens: Tensor, targets: Tensor) -> Pass:
             ):  # fmt: skip
                 hook = module.register_forward_hook(lambda _, z, y, to=name: seen[to].append((z[0], y)))
                 stack.callback(hook.remove)
-        loss = model.loss(tokens, targets)
+        loss = model(tokens, targets)
     h, H, X, act = (torch.stack([z for z, _ in seen[name]]).detach() for name in ("block", "attn", "mlp", "down"))
     matrices = {n: p for n, p in model.blocks.named_parameters() if p.ndim == 2}
     L, N = len(h), len(tokens)

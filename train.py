@@ -2,6 +2,7 @@
 
     python train.py configs/nano_5m_msign.py [--max_steps=200 --device=cpu ...]
     python train.py configs/nano_5m_msign.py --resume
+    torchrun --nproc_per_node=8 train.py configs/gpt_3b.py
 
 Every run is a folder below runs/ (see runlog.py). `--dry_run` prints the plan and stops.
 """
@@ -11,23 +12,44 @@ import os
 import platform
 import signal
 import sys
+from pathlib import Path
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record
 
+import budget
 import checkpoint
 import machine
 import measure
 import mup
+import parallel
 import theory
 from collapse import Watch, final_loss, find_onsets
 from config import Config, UserError, load_config, run_cli
 from data import stdlib
 from data.reader import TokenFiles, is_prepared
 from model import GPT
-from msign import MSign, NonFiniteWeightError, zero
-from runlog import RunLog, read_metrics
+from msign import MSign, NonFiniteWeightError, counts, zero
+from runlog import NoLog, RunLog, read_metrics
 
-ARCHITECTURE = ("n_layer", "d_model", "n_head", "d_ff", "vocab_size", "block_size")
+ARCHITECTURE = [
+    "n_layer",
+    "d_model",
+    "n_head",
+    "d_ff",
+    "vocab_size",
+    "block_size",
+    "norm",
+    "mlp",
+    "position",
+    "rope_theta",
+    "attention",
+    "n_kv_head",
+    "mla_rank",
+    "mla_rope_dim",
+    "n_experts",
+    "top_k",
+]
 
 
 def open_data(cfg: Config) -> tuple[TokenFiles, TokenFiles | None, list[str]]:
@@ -36,8 +58,9 @@ def open_data(cfg: Config) -> tuple[TokenFiles, TokenFiles | None, list[str]]:
     if dataset in stdlib.CORPORA:
         stdlib.prepare(dataset)
     elif not is_prepared(dataset) and cfg.fallback:
-        notes.append(f"DATA: {dataset!r} is not prepared here; training on {cfg.fallback!r} instead")
-        dataset = cfg.fallback
+        names = [name.strip() for name in cfg.fallback.split(",")]
+        dataset = next((name for name in names if name in stdlib.CORPORA or is_prepared(name)), names[-1])
+        notes.append(f"DATA: {cfg.dataset!r} is not prepared here; training on {dataset!r} instead")
         if dataset in stdlib.CORPORA:
             stdlib.prepare(dataset)
     train = TokenFiles(dataset, "train", cfg.block_size, cfg.vocab_size)
@@ -45,7 +68,7 @@ def open_data(cfg: Config) -> tuple[TokenFiles, TokenFiles | None, list[str]]:
     return train, val, notes
 
 
-def build_optimizer(cfg: Config, model: GPT) -> torch.optim.Optimizer:
+def build_optimizer(cfg: Config, model: GPT, group=None) -> torch.optim.Optimizer:
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(mup.param_groups(model, cfg), betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=fused)
     if not cfg.msign_period:
@@ -53,27 +76,35 @@ def build_optimizer(cfg: Config, model: GPT) -> torch.optim.Optimizer:
     update = zero if cfg.msign_map == "zero" else None
     try:
         return MSign(
-            optimizer, model.named_parameters(), cfg.msign_period, cfg.msign_targets, cfg.msign_backend, update
+            optimizer, model.named_parameters(), cfg.msign_period, cfg.msign_targets, cfg.msign_backend, update, group
         )
     except ValueError as error:
         raise UserError(f"msign_targets = {cfg.msign_targets!r}: {error}") from error
 
 
-def print_plan(cfg: Config, model: GPT, optimizer, train: TokenFiles, device: torch.device):
-    print(f"{cfg.name}: {cfg.n_layer} layers, d {cfg.d_model}, {cfg.n_head} heads on {device}, {cfg.dtype}")
+def print_plan(cfg: Config, model: GPT, optimizer, train: TokenFiles, world: parallel.World, sharded: bool):
+    print(f"{cfg.name}: {cfg.n_layer} layers, d {cfg.d_model}, {cfg.n_head} heads on {world.device}, {cfg.dtype}")
+    if world.size > 1:
+        print(
+            f"  {world.size} processes, "
+            + ("the model sharded (FSDP2)" if sharded else "each with the whole model (DDP)")
+        )
     numel = {}
     for name, p in model.named_parameters():
         numel[mup.role_of(name)] = numel.get(mup.role_of(name), 0) + p.numel()
-    print(f"  parameters {sum(numel.values()):,}: " + ", ".join(f"{role} {n:,}" for role, n in numel.items()))
+    active = sum(map(model.active, model.parameters()))
+    of = f" ({active:,} a token)" if cfg.n_experts else ""
+    print(f"  parameters {sum(numel.values()):,}{of}: " + ", ".join(f"{role} {n:,}" for role, n in numel.items()))
     for group in optimizer.param_groups:
         print(f"  lr × {group['lr_mult']:<4g} decay {group['weight_decay']:<6g} {', '.join(group['roles'])}")
     print(f"  data {cfg.dataset if train.folder.name == cfg.dataset else train.folder}: {len(train):,} tokens")
-    accumulate = cfg.batch_size // cfg.micro_batch
+    accumulate = cfg.batch_size // cfg.micro_batch // world.size
+    ranks = f"{world.size} × " if world.size > 1 else ""
     flops = model.flops_per_token() * cfg.tokens_per_step
-    memory = 16 * sum(numel.values()) + model.activation_bytes()
     print(
-        f"  a step: {cfg.tokens_per_step:,} tokens = {accumulate} × {cfg.micro_batch} × {cfg.block_size}, {flops:.3g} FLOPs"
+        f"  a step: {cfg.tokens_per_step:,} tokens = {ranks}{accumulate} × {cfg.micro_batch} × {cfg.block_size}, {flops:.3g} FLOPs"
     )
+    memory = budget.Memory.of(cfg, world.size, sharded).total
     print(f"  memory ≈ {memory / 2**30:.2f} GiB (weights, gradients, moments, one micro-batch's activations)")
     print(
         f"  {cfg.max_steps:,} steps, {cfg.schedule} schedule, peak lr {cfg.peak_lr:g} = {cfg.lr_scale:g} × {cfg.lr:g}"
@@ -108,72 +139,77 @@ class Signals:
 def train(cfg: Config) -> int:
     """The whole run. Returns the exit code: 0, or 128 + n after signal n."""
     # --- set-up: everything that can be refused is refused before anything is written ---
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError(f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: must be 1; this driver runs as a single process")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    device = machine.pick_device(cfg.device)
     train_data, val_data, notes = open_data(cfg)
-    model = GPT(cfg)
-    mup.init_weights(model, cfg)
-    model.to(device)
-    optimizer = build_optimizer(cfg, model)
-    print_plan(cfg, model, optimizer, train_data, device)
-    for note in notes:
-        print(f"WARNING {note}", file=sys.stderr)
+    world = parallel.start(cfg)
+    device = world.device
+    how, announced = parallel.choose(cfg, world)
+    sharded = how == "fsdp" and world.size > 1
+    notes += announced
+    model = parallel.build(cfg, world, sharded)
+    optimizer = build_optimizer(cfg, model, world.group)
+    if world.main:
+        print_plan(cfg, model, optimizer, train_data, world, sharded)
     if cfg.dry_run:
         return 0
     arithmetic = machine.set_arithmetic(device, [p for p in model.parameters() if p.ndim == 2])
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
-    loss_of, compilation, announced = machine.compiled(cfg, model, device, autocast)
-    for note in announced:
-        print(f"WARNING {note}", file=sys.stderr)
+    replica = parallel.Replica(model, world, sharded)
+    loss_of, compilation, announced = machine.compiled(cfg, model, device, autocast, replica)
     notes += announced
+    for note in notes if world.main else []:
+        print(f"WARNING {note}", file=sys.stderr)
 
-    log = RunLog(cfg, {
-        "data": {"folder": train_data.folder.name, "fingerprint": train_data.fingerprint(), "notes": notes, **train_data.meta},
-        "machine": {"device": str(device), "threads": torch.get_num_threads(), "processor": platform.machine(),
-                    "attention_kernel": machine.attention_kernel(cfg, device), "dtype": cfg.dtype,
-                    **arithmetic, **compilation,
-                    "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None},
-        "parameters": sum(p.numel() for p in model.parameters()),
-    })  # fmt: skip
-    if log.finished:
-        print(f"{log.folder}: already finished; nothing to resume")
+    def open_log():
+        return RunLog(cfg, {
+            "data": {"folder": train_data.folder.name, "fingerprint": train_data.fingerprint(), "notes": notes, **train_data.meta},
+            "machine": {"device": str(device), "threads": torch.get_num_threads(), "processor": platform.machine(),
+                        "attention_kernel": machine.attention_kernel(cfg, device), "dtype": cfg.dtype,
+                        "processes": world.size, "parallel": how if world.size > 1 else None,
+                        **arithmetic, **compilation,
+                        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None},
+            "parameters": sum(p.numel() for p in model.parameters()),
+        })  # fmt: skip
+
+    log = world.on_main(open_log, otherwise=NoLog())
+    folder = Path(cfg.runs_dir) / cfg.name
+    if world.tell(log.finished):
+        log.say(f"{folder}: already finished; nothing to resume")
         return 0
     architecture = {k: getattr(cfg, k) for k in ARCHITECTURE}
-    step, metrics_bytes, saved = 0, 0, checkpoint.checkpoints(log.folder)
-    if log.resumed and saved:
-        state = checkpoint.load(saved[-1], architecture)
+    step, metrics_bytes, saved = 0, 0, world.tell(checkpoint.checkpoints(folder) if log.resumed else [])
+    if saved:
+        state = checkpoint.load(saved[-1], architecture, model, optimizer)
         step, metrics_bytes = state["step"], state["metrics_bytes"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        del state
     for note in notes:
         log.event("fallback", note=note)
     watch = Watch()
-    for line in log.start(step, metrics_bytes):
+    for line in world.tell(log.start(step, metrics_bytes)):
         watch.add(line["train/loss"], line["grad_norm"])
     if log.resumed:
         log.say(f"resumed after step {step}")
     healthy = checkpoint.step_of(saved[0]) if saved else 0  # at most two are kept: the last healthy one, the last
+    writer = checkpoint.Sharded() if sharded else None
 
     def save():
         nonlocal healthy
-        bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+        bad = world.agree([name for name, p in model.named_parameters() if not parallel.finite(p)])
         if bad:
             watch.not_finite(f"{bad[0]} is not finite")
             return
-        checkpoint.save(log.folder, step, {
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-            "architecture": architecture, "metrics_bytes": log.metrics_bytes(),
-        })  # fmt: skip
-        if not watch.suspicious:
-            healthy = step
-        checkpoint.prune(log.folder, keep={healthy, step})
+        healthy = healthy if watch.suspicious else step
+        about = {"architecture": architecture, "metrics_bytes": log.metrics_bytes()}
+        keep = {healthy, step}
+        if writer:
+            writer.save(folder, step, model, optimizer, about, lambda: checkpoint.prune(folder, keep))
+        elif world.main:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            checkpoint.save(folder, step, state | about)
+            checkpoint.prune(folder, keep)
 
     # --- the loop ---
-    accumulate = cfg.batch_size // cfg.micro_batch
+    accumulate = cfg.batch_size // cfg.micro_batch // world.size
     parameters = dict(model.named_parameters())
     probe, probe_targets = (t.to(device) for t in (val_data or train_data).fixed_windows(cfg.probe_batch))
 
@@ -181,8 +217,8 @@ def train(cfg: Config) -> int:
         return bool(every) and step % every == 0
 
     def draw(step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The micro-batches of a step, on their way to the device."""
-        x, y = train_data.batch(cfg.seed, step, cfg.batch_size)
+        """This rank's micro-batches of a step, on their way to the device."""
+        x, y = map(world.share, train_data.batch(cfg.seed, step, cfg.batch_size))
         if device.type == "cuda":
             x, y = x.pin_memory(), y.pin_memory()
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
@@ -192,57 +228,79 @@ def train(cfg: Config) -> int:
         log.event("not measured", step=step, why=text)
         log.say(f"step {step}: {text}")
 
+    def measured(each_layer: bool, every_block: bool, of_run: bool) -> dict[str, float]:
+        """What is measured on the whole model, by rank 0; the others wait."""
+        plain, found = parallel.whole(model, world), {}
+        try:
+            if plain is not None and not of_run:
+                found |= measure.weights(plain, False) | measure.activations(plain, probe, False, warn)
+                found |= measure.jacobians(plain, probe, False, warn)
+                return found
+            if plain is not None and due(cfg.probe_every):
+                found |= measure.weights(plain, each_layer)
+                found |= measure.activations(plain, probe, each_layer, warn, autocast)
+            if plain is not None and due(cfg.jacobian_every):
+                found |= measure.jacobians(plain, probe, True, warn, cfg.jacobian_positions)
+            if plain is not None and due(cfg.theory_every):
+                sides = theory.flat(plain, probe, probe_targets)
+                found |= {f"theory/{name}": value for name, value in sides.items()}
+        except torch.OutOfMemoryError as error:
+            warn(f"out of memory: {str(error).splitlines()[0]}")
+        return found
+
     def around_msign(when: str):
-        found = measure.weights(model, False) | measure.activations(model, probe, False, warn)
-        found |= measure.jacobians(model, probe, False, warn)
+        found = measured(False, False, False)
         metrics.update({f"{when}_msign/{k}": v for k, v in found.items()})
 
     if cfg.msign_probe:
         optimizer.observe = around_msign
-    batch = draw(step + 1)
+    batch, stop = draw(step + 1), False
     with machine.chosen_kernel(cfg), Signals() as signals:
-        while step < cfg.max_steps and signals.received is None:
+        while step < cfg.max_steps and not stop:
             step += 1
             metrics = {}
             # measured on the weights that this step's loss and gradient belong to, before they change
             probing, each_layer = due(cfg.probe_every), due(cfg.layers_every)
-            if probing:
-                metrics |= measure.weights(model, each_layer)
-                metrics |= measure.activations(model, probe, each_layer, warn, autocast)
-            if due(cfg.jacobian_every):
-                metrics |= measure.jacobians(model, probe, True, warn, cfg.jacobian_positions)
-            if due(cfg.theory_every):
-                sides = theory.flat(model, probe, probe_targets)
-                metrics |= {f"theory/{name}": value for name, value in sides.items()}
+            if probing or due(cfg.jacobian_every) or due(cfg.theory_every):
+                metrics |= measured(each_layer, True, True)
             lr = cfg.lr_at(step)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_mult"]
             loss = torch.zeros((), device=device)
-            for xs, ys in batch:
-                with autocast:
-                    part = loss_of(xs, ys) / accumulate
-                part.backward()
+            for i, (xs, ys) in enumerate(batch):
+                with replica.accumulating(last=i + 1 == accumulate):
+                    with autocast:
+                        part = loss_of(xs, ys) / accumulate
+                    part.backward()
                 loss += part.detach()
             batch = draw(step + 1)  # while a GPU is still at work
             if probing:
-                metrics |= measure.norms("grad_norm", {n: p.grad for n, p in parameters.items()}, each_layer)
+                grads = parallel.norms({n: p.grad for n, p in parameters.items()})
+                metrics |= measure.norms("grad_norm", grads, each_layer)
                 before = {n: p.detach().clone() for n, p in parameters.items()}
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), cfg.grad_clip or float("inf"))
-            # the one moment of a step in which the host waits for the device
-            values = torch.stack([loss, grad_norm]).tolist()
-            metrics = {"train/loss": values[0], "grad_norm": values[1], "lr": lr, **metrics}
+            grad_norm = parallel.clip_(list(parameters.values()), cfg.grad_clip or float("inf"))
+            # the one moment of a step in which the host waits for the device, and for the other ranks
+            signalled = torch.tensor(float(signals.received is not None), device=device)
+            values = [*world.sum(torch.stack([loss / world.size, signalled])), grad_norm]
+            values = torch.stack(values).tolist()
+            stop = values[1] > 0
+            metrics = {"train/loss": values[0], "grad_norm": values[2], "lr": lr, **metrics}
             watch.add(metrics["train/loss"], metrics["grad_norm"])
             if watch.finite:
+                fallbacks = counts["fallbacks"]
                 try:
                     optimizer.step()
                 except NonFiniteWeightError as error:
                     watch.not_finite(str(error))
+                if due(cfg.msign_period):
+                    here = torch.tensor(float(counts["fallbacks"] - fallbacks), device=device)
+                    metrics["msign/fallbacks"] = world.sum(here).item()
                 optimizer.zero_grad(set_to_none=True)
                 if probing:
-                    moved = {n: p.detach() - before[n] for n, p in parameters.items()}
+                    moved = parallel.norms({n: p.detach() - before[n] for n, p in parameters.items()})
                     metrics |= measure.norms("update_norm", moved, each_layer)
                 if val_data and (step % cfg.eval_every == 0 or step == cfg.max_steps):
-                    metrics["val/loss"] = evaluate(cfg, loss_of, autocast, val_data, device)
+                    metrics["val/loss"] = evaluate(cfg, loss_of, autocast, val_data, world)
             log.log(step, metrics)
             if watch.finite and (step == cfg.max_steps or (cfg.ckpt_every and step % cfg.ckpt_every == 0)):
                 save()
@@ -251,12 +309,19 @@ def train(cfg: Config) -> int:
                 log.say(f"{cfg.name}: {watch.collapse} (last healthy checkpoint: step {healthy})")
             if not watch.finite:
                 break
-        if signals.received and watch.finite and step < cfg.max_steps:
+        if stop and watch.finite and step < cfg.max_steps:
             save()
-            log.event("stopped", signal=signals.received.name, step=step)
-            log.say(f"{signals.received.name}: saved after step {step}; go on with --resume")
+            if writer:
+                writer.wait()
+            received = signals.received or signal.SIGTERM  # that another rank received
+            log.event("stopped", signal=received.name, step=step)
+            log.say(f"{received.name}: saved after step {step}; go on with --resume")
             log.close()
-            return 128 + signals.received
+            return 128 + received
+    if writer:
+        writer.wait()
+    if not world.main:
+        return 0
 
     # --- the end: finished, or collapsed to values that are not finite ---
     lines = read_metrics(log.folder)
@@ -280,15 +345,27 @@ def train(cfg: Config) -> int:
 
 
 @torch.no_grad()
-def evaluate(cfg: Config, loss_of, autocast, data: TokenFiles, device: torch.device) -> float:
-    """Mean loss over eval_batches micro-batches of fixed windows."""
+def evaluate(cfg: Config, loss_of, autocast, data: TokenFiles, world: parallel.World) -> float:
+    """Mean loss over eval_batches micro-batches of fixed windows, which the ranks share."""
     x, y = data.fixed_windows(cfg.eval_batches * cfg.micro_batch)
-    total = 0.0
-    for xs, ys in zip(x.split(cfg.micro_batch), y.split(cfg.micro_batch), strict=True):
+    batches = list(zip(x.split(cfg.micro_batch), y.split(cfg.micro_batch), strict=True))
+    total = torch.zeros((), device=world.device)
+    for i in range(0, cfg.eval_batches, world.size):
+        mine = i + world.rank
+        xs, ys = batches[min(mine, cfg.eval_batches - 1)]  # a sharded model needs all ranks to pass through it
         with autocast:
-            total += loss_of(xs.to(device), ys.to(device)).item()
-    return total / cfg.eval_batches
+            loss = loss_of(xs.to(world.device), ys.to(world.device))
+        total += loss if mine < cfg.eval_batches else 0
+    return world.sum(total).item() / cfg.eval_batches
+
+
+def main() -> int:
+    try:
+        return train(load_config(sys.argv[1:]))
+    finally:
+        parallel.finish()
 
 
 if __name__ == "__main__":
-    run_cli(lambda: train(load_config(sys.argv[1:])), "train.py")
+    # torchrun then shows the error of the rank that failed first
+    run_cli(record(main) if "TORCHELASTIC_RUN_ID" in os.environ else main, "train.py")

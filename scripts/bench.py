@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -162,11 +163,12 @@ def nanogpt(path: Path, cfg: Config, compiled: bool) -> Step:
 
 
 def alternate(work: dict[str, Callable[[], float]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
-    """Seconds of every contender in every round; a contender says itself how long it took."""
-    times = {name: [] for name in work}
+    """Seconds of every contender in every round, in which the order is drawn anew: how long one takes depends on what
+    the one before it did to the system's memory. A contender says itself how long it took."""
+    times, order = {name: [] for name in work}, random.Random(0)
     for round in range(warm_up + rounds):
-        for name, do in work.items():
-            seconds = do()
+        for name in order.sample(list(work), len(work)):
+            seconds = work[name]()
             if round >= warm_up:
                 times[name].append(seconds)
     return times
@@ -217,8 +219,14 @@ def table(rows: list[dict]) -> str:
 def steps(
     report: Report, section: str, contenders: dict[str, Step], rounds: int, warm_up: int = 2
 ) -> dict[str, list[float]]:
-    """Rows of a training step; the first contender is ours, the others' ratios are how many times as long they take."""
-    times = alternate(contenders, rounds, warm_up)
+    """Rows of a training step; the first contender is ours, the others' ratios are how many times as long they take.
+
+    A turn is two micro-batches, and the second is timed: the first pays for the memory that the contender before it
+    gave back to the system, which is a matter of the order and not of either.
+    """
+    times = alternate(
+        {name: lambda step=step: (step(), step())[1] for name, step in contenders.items()}, rounds, warm_up
+    )
     first = next(iter(times))
     for name, seconds in times.items():
         cfg, median = contenders[name].cfg, statistics.median(seconds)
@@ -297,7 +305,7 @@ def instruments(report: Report, step: Step, rounds: int):
 
     def norms():
         """Of gradients and updates, as in train.py."""
-        model.loss(tokens, tokens).backward()
+        model(tokens, tokens).backward()
         began = time.perf_counter()
         measure.norms("grad_norm", {n: p.grad for n, p in params.items()}, True)
         before = {n: p.detach().clone() for n, p in params.items()}

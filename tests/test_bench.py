@@ -58,8 +58,11 @@ def test_a_step_is_its_micro_batches_and_one_update(monkeypatch):
 def test_contenders_take_turns_and_the_warm_up_is_not_counted():
     order = []
     work = {name: lambda name=name: order.append(name) or float(len(order)) for name in "ab"}
-    assert bench.alternate(work, rounds=2, warm_up=1) == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
-    assert "".join(order) == "ababab"
+    times = bench.alternate(work, rounds=20, warm_up=1)
+    turns = ["".join(order[i : i + 2]) for i in range(0, len(order), 2)]
+    assert len(turns) == 21 and set(turns) == {"ab", "ba"}
+    assert sorted(times["a"] + times["b"]) == list(range(3, 43))
+    assert times["a"] == [float(3 + i) for i, name in enumerate(order[2:]) if name == "a"]
 
 
 def test_ratios_are_taken_round_by_round_against_the_fastest_rival():

@@ -9,20 +9,43 @@ from config import UserError
 ARCHITECTURE = {"n_layer": 2, "d_model": 16}
 
 
+def trained(steps=2):
+    """A model and an optimizer that has taken steps."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(100, 100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(steps):
+        model(torch.ones(1, 100)).square().sum().backward()
+        optimizer.step()
+    return model, optimizer
+
+
 def state(value=1.0):
-    return {
-        "model": {"w": torch.full((100, 100), value)}, "optimizer": {}, "architecture": ARCHITECTURE,
-        "metrics_bytes": 7,
-    }  # fmt: skip
+    model, optimizer = trained()
+    with torch.no_grad():
+        model.weight.fill_(value)
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "architecture": ARCHITECTURE, "metrics_bytes": 7}
+
+
+def load(path, architecture=ARCHITECTURE):
+    model, optimizer = trained(0)
+    before = model.weight.detach().clone()
+    try:
+        return checkpoint.load(path, architecture, model, optimizer), model, optimizer
+    except UserError:
+        assert torch.equal(model.weight, before) and not optimizer.state
+        raise
 
 
 def test_round_trip_and_order(tmp_path):
     for step in (5, 100, 20):
         checkpoint.save(tmp_path, step, state(float(step)))
     assert [checkpoint.step_of(p) for p in checkpoint.checkpoints(tmp_path)] == [5, 20, 100]
-    loaded = checkpoint.load(checkpoint.checkpoints(tmp_path)[-1], ARCHITECTURE)
+    loaded, model, optimizer = load(checkpoint.checkpoints(tmp_path)[-1])
     assert (loaded["step"], loaded["metrics_bytes"]) == (100, 7)
-    assert torch.equal(loaded["model"]["w"], torch.full((100, 100), 100.0))
+    assert torch.equal(model.weight, torch.full((100, 100), 100.0))
+    for ours, saved in zip(optimizer.state.values(), trained()[1].state.values(), strict=True):
+        assert all(torch.equal(ours[k], saved[k]) for k in ("step", "exp_avg", "exp_avg_sq"))
     (tmp_path / "ckpt_0000120.partial").write_bytes(b"cut")
     checkpoint.prune(tmp_path, keep={20, 100})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt_0000020.pt", "ckpt_0000100.pt"]
@@ -36,14 +59,14 @@ def test_damage_is_refused(tmp_path):
     for damaged in (whole[: len(whole) // 2], bytes(flipped), b"", b"text"):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="not a whole checkpoint"):
-            checkpoint.load(path, ARCHITECTURE)
+            load(path)
 
 
 def test_foreign_files_and_pickles_are_refused(tmp_path):
     path = tmp_path / "ckpt_0000001.pt"
     torch.save({"weights": torch.ones(2)}, path)
     with pytest.raises(UserError, match="missing entry 'architecture'"):
-        checkpoint.load(path, ARCHITECTURE)
+        load(path)
 
     class Evil:
         def __reduce__(self):
@@ -51,14 +74,14 @@ def test_foreign_files_and_pickles_are_refused(tmp_path):
 
     torch.save({"architecture": Evil()}, path)
     with pytest.raises(UserError, match="not a whole checkpoint"):
-        checkpoint.load(path, ARCHITECTURE)
+        load(path)
     assert not (tmp_path / "executed").exists()
 
 
 def test_another_architecture_is_refused(tmp_path):
     path = checkpoint.save(tmp_path, 3, state())
     with pytest.raises(UserError, match=r"n_layer = 2 there, 24 here"):
-        checkpoint.load(path, ARCHITECTURE | {"n_layer": 24})
+        load(path, ARCHITECTURE | {"n_layer": 24})
 
 
 def test_a_full_disk_leaves_the_previous_one(tmp_path):

@@ -61,7 +61,7 @@ def test_logits_equal_the_formula(options):
         tokens = torch.randint(256, (3, 8), generator=torch.Generator().manual_seed(1))
         torch.testing.assert_close(model(tokens), reference_logits(model, tokens), rtol=1e-9, atol=1e-9)
         expected = F.cross_entropy(model(tokens).float().flatten(0, 1), tokens.flatten())
-        assert model.loss(tokens, tokens) == expected
+        assert model(tokens, tokens) == expected
 
 
 @pytest.mark.parametrize("T", [1, 7, 64, 150])
@@ -81,7 +81,7 @@ def test_chunked_attention_and_its_two_derivatives_equal_pytorchs(T):
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(*x, is_causal=True, scale=1.0).transpose(1, 2).flatten(2)
 
-    for got, expected in zip(derivatives(chunked_attention), derivatives(pytorchs), strict=True):
+    for got, expected in zip(derivatives(lambda x: chunked_attention(*x)), derivatives(pytorchs), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -95,7 +95,7 @@ def test_chunked_attention_is_for_heads_up_to_64_on_a_cpu():
 
 def test_the_kernel_named_in_the_config_is_the_one_that_runs(monkeypatch):
     tokens = torch.zeros(1, 8, dtype=torch.long)
-    monkeypatch.setattr("model.chunked_attention", lambda qkv: pytest.fail("chunked"))
+    monkeypatch.setattr("model.chunked_attention", lambda q, k, v: pytest.fail("chunked"))
     built(small(attn_kernel="flash"))(tokens)
     with pytest.raises(pytest.fail.Exception):
         built(small(attn_kernel="chunked"))(tokens)
@@ -105,12 +105,12 @@ def test_the_kernel_named_in_the_config_is_the_one_that_runs(monkeypatch):
 def test_loss_in_chunks_equals_the_plain_one(monkeypatch, options):
     model = built(small(**options)).double()
     tokens = torch.randint(256, (3, 8), generator=torch.Generator().manual_seed(1))
-    plain = model.loss(tokens, tokens)
+    plain = model(tokens, tokens)
     expected = torch.autograd.grad(plain, list(model.parameters()))
     monkeypatch.setattr("model.LOGITS", 5 * 256)  # 24 rows in chunks of 5
     largest = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: largest.append(x.numel()) or x, lambda x: x):
-        loss = model.loss(tokens, tokens)
+        loss = model(tokens, tokens)
     got = torch.autograd.grad(loss, list(model.parameters()))
     torch.testing.assert_close(loss.float(), plain, rtol=1e-6, atol=0)  # the plain one casts its logits to fp32
     for a, b in zip(got, expected, strict=True):
@@ -142,7 +142,7 @@ def test_flops_agree_with_pytorchs_counter():
     model = built(cfg)
     tokens = torch.zeros(cfg.micro_batch, cfg.block_size, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
-        model.loss(tokens, tokens).backward()
+        model(tokens, tokens).backward()
     counted = counter.get_total_flops() / tokens.numel()
     # the counter may or may not see the fused attention kernel, so matmuls alone are the lower end
     attention = 12 * cfg.n_layer * cfg.d_model * cfg.block_size

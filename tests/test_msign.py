@@ -121,7 +121,7 @@ def train_steps(model, optimizer, steps, scheduler=None):
     g = torch.Generator().manual_seed(0)
     for _ in range(steps):
         x = torch.randint(256, (4, 9), generator=g)
-        model.loss(x[:, :-1], x[:, 1:]).backward()
+        model(x[:, :-1], x[:, 1:]).backward()
         optimizer.step()
         optimizer.zero_grad()
         if scheduler:
@@ -229,7 +229,7 @@ def test_schedulers_closures_hooks_and_groups_keep_working():
 
     def closure():
         model.zero_grad()
-        loss = model.loss(torch.zeros(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.long))
+        loss = model(torch.zeros(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.long))
         loss.backward()
         return loss
 
@@ -251,7 +251,7 @@ def test_gradient_scaler_skips_the_step_and_the_count():
     before = [p.detach().clone() for p in model.parameters()]
     x = torch.randint(256, (4, 9))
     for poison, steps in ((True, 0), (False, 1)):
-        scaler.scale(model.loss(x[:, :-1], x[:, 1:])).backward()
+        scaler.scale(model(x[:, :-1], x[:, 1:])).backward()
         if poison:
             model.head.weight.grad[0, 0] = math.inf
         scaler.step(optimizer)

@@ -46,8 +46,8 @@ def test_every_parameter_is_in_one_group():
 def test_a_parameter_without_a_role_is_named():
     cfg = small()
     model = GPT(cfg)
-    model.blocks[1].attn.W_gate = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"blocks\.1\.attn\.W_gate\.weight: 0 roles"):
+    model.blocks[1].attn.W_X = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn\.W_X\.weight: 0 roles"):
         mup.param_groups(model, cfg)
     with pytest.raises(ValueError, match="2 roles"):
         mup.role_of("head.W_Q.weight")

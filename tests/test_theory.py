@@ -199,7 +199,7 @@ def test_gradient_norms_are_those_of_each_sequence():
     seen = theory.observe(model, x, y)
     got = theory.gradient_norms(model.blocks, seen)
     for n in range(2):
-        loss = model.loss(x[n : n + 1], y[n : n + 1])
+        loss = model(x[n : n + 1], y[n : n + 1])
         weights = [block.mlp.W_down.weight for block in model.blocks]
         for i, G in enumerate(torch.autograd.grad(loss, weights)):
             assert 10 ** got.each.measured[i, n].item() == pytest.approx(G.norm().item(), rel=1e-4)
@@ -343,7 +343,7 @@ def test_observe_is_one_backward_pass_and_changes_nothing():
     assert torch.equal(state, torch.get_rng_state())
     assert all(p.grad is None and torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert not any(module._forward_hooks for module in model.modules())
-    model.loss(x, y).backward()
+    model(x, y).backward()
     for name, G in seen.grads.items():
         torch.testing.assert_close(G, dict(model.blocks.named_parameters())[name].grad)
     torch.testing.assert_close(seen.h[0], model.embed(x))

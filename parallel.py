@@ -1,0 +1,214 @@
+"""One process or many: the process group, how a model is spread over it, and what has to be brought together from it.
+
+torchrun tells every process its rank. DDP keeps the whole model on each; FSDP2 shards weights, gradients and moments by
+rows. What is logged does not depend on how many processes there are, but for rounding.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import budget
+import machine
+import mup
+from config import Config, UserError
+from model import GPT
+
+PATIENCE = timedelta(minutes=10)  # of a rank that waits for the others; rank 0 may be measuring meanwhile
+ROOM = 0.8  # of a GPU's memory that a replica may take; more is sharded
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the record."""
+        return self.rank == 0
+
+    @property
+    def group(self):
+        return dist.group.WORLD if self.size > 1 else None
+
+    def sum(self, values: Tensor) -> Tensor:
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def share(self, rows: Tensor) -> Tensor:
+        """This rank's part of rows, the same number for every rank."""
+        return rows.chunk(self.size)[self.rank]
+
+    def on_main(self, do: Callable, otherwise):
+        """do() on rank 0, `otherwise` elsewhere; a UserError there is raised on all ranks, which nobody then waits for."""
+        result, error = otherwise, None
+        if self.main:
+            try:
+                result = do()
+            except UserError as caught:
+                error = str(caught)
+        if error := self.tell(error):
+            raise UserError(error)
+        return result
+
+    def tell(self, what):
+        """Rank 0's `what`, on every rank."""
+        if self.size == 1:
+            return what
+        box = [what]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def agree(self, rows: list[str]) -> list[str]:
+        """Everybody's lines, on every rank."""
+        if self.size == 1:
+            return rows
+        all_rows = [None] * self.size
+        dist.all_gather_object(all_rows, rows)
+        return [row for rows in all_rows for row in rows]
+
+
+def start(cfg: Config) -> World:
+    """Join the processes that torchrun started, or be the only one. Raises UserError before anything can wait for another rank."""
+    try:
+        rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    except ValueError as error:
+        raise UserError(
+            f"RANK, WORLD_SIZE, LOCAL_RANK: must be whole numbers, as torchrun sets them ({error})"
+        ) from error
+    if cfg.batch_size % (cfg.micro_batch * size):
+        raise UserError(
+            f"micro_batch = {cfg.micro_batch}: times WORLD_SIZE={size} must divide batch_size={cfg.batch_size}"
+        )
+    device = machine.pick_device(cfg.device)
+    if size > 1 and device.type == "mps":
+        raise UserError(f"device = {cfg.device!r}: must be cpu or cuda with WORLD_SIZE={size}")
+    if size > 1 and device.type == "cuda":
+        if cfg.device not in ("auto", "cuda"):
+            raise UserError(f"device = {cfg.device!r}: must be auto, cuda or cpu with WORLD_SIZE={size}")
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"LOCAL_RANK = {local}: there are {torch.cuda.device_count()} GPUs; start as many processes"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if cfg.parallel == "fsdp" and cfg.compile == "whole":
+        raise UserError("compile = 'whole': must be blocks or off with parallel = 'fsdp'")
+    if size > 1 and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE, device_id=device if device.type == "cuda" else None)
+    return World(rank, size, device)
+
+
+def finish():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def choose(cfg: Config, world: World, total_memory: int | None = None) -> tuple[str, list[str]]:
+    """ "ddp" or "fsdp" for cfg.parallel, and what has to be announced."""
+    if world.size == 1:
+        return "ddp", ["PARALLEL: 'fsdp' with one process: nothing is sharded"] * (cfg.parallel == "fsdp")
+    if cfg.parallel != "auto":
+        return cfg.parallel, []
+    if world.device.type == "cuda":
+        total_memory = total_memory or torch.cuda.get_device_properties(world.device).total_memory
+    need = budget.Memory.of(cfg, world.size, sharded=False).total
+    return ("fsdp" if total_memory and need > ROOM * total_memory else "ddp"), []
+
+
+def build(cfg: Config, world: World, sharded: bool) -> GPT:
+    """The model on its device, with the same weights however many processes there are."""
+    with torch.device("meta"):
+        model = GPT(cfg)
+    if sharded:
+        mesh = init_device_mesh(world.device.type, (world.size,))
+        # the embedding and the read-out stay fp32, as under autocast; blocks leave the residual stream in fp32
+        half = torch.bfloat16 if cfg.dtype == "bfloat16" else None
+        policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh)
+    model.to_empty(device=world.device)
+    mup.init_weights(model, cfg, fill)
+    return model
+
+
+def finite(p: Tensor) -> bool:
+    """Whether what this rank has of p is finite."""
+    return bool(torch.isfinite(p.to_local() if isinstance(p, DTensor) else p).all())
+
+
+@torch.no_grad()
+def fill(p: Tensor, value: Tensor):
+    """p ← value, of which a DTensor keeps its own rows; value is the same on all ranks."""
+    if isinstance(p, DTensor):
+        value = distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+    p.copy_(value)
+
+
+class Replica:
+    """What a training step calls: the loss of this rank's micro-batches, and when gradients are averaged over ranks."""
+
+    def __init__(self, model: GPT, world: World, sharded: bool):
+        self.model, self.sharded = model, sharded
+        self.run: Callable = model
+        if world.size > 1 and not sharded:
+            ids = [world.device.index] if world.device.type == "cuda" else None
+            self.run = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.run(x, y)
+
+    def accumulating(self, last: bool):
+        """Context of one micro-batch's passes: only the last one's end averages the gradients over ranks."""
+        if self.sharded:
+            self.model.set_requires_gradient_sync(last)
+        elif self.run is not self.model and not last:
+            return self.run.no_sync()
+        return nullcontext()
+
+
+@torch.no_grad()
+def whole(model: GPT, world: World) -> GPT | None:
+    """The model as one process would hold it, for measuring: on rank 0; None elsewhere. All ranks have to call it."""
+    if not any(isinstance(p, DTensor) for p in model.parameters()):
+        return model if world.main else None
+    with torch.device("meta"):
+        copy = GPT(model.cfg) if world.main else None
+    state = {}
+    for name, p in model.named_parameters():
+        full = p.full_tensor()
+        if world.main:
+            state[name] = full
+    if world.main:
+        copy.load_state_dict(state, assign=True)
+    return copy
+
+
+def norms(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, DTensors replaced by one number each, their norm: probes.norms then needs no shards."""
+    if not any(isinstance(x, DTensor) for x in tensors.values()):
+        return dict(tensors)
+    squares = torch.stack([(x.to_local() if isinstance(x, DTensor) else x).norm().square() for x in tensors.values()])
+    dist.all_reduce(squares)
+    return dict(zip(tensors, squares.sqrt().unbind(), strict=True))
+
+
+def clip_(parameters: list[nn.Parameter], limit: float) -> Tensor:
+    """Clip the gradients' global norm to limit; what it was before, the same on all ranks."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

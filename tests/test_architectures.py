@@ -1,0 +1,335 @@
+"""The architectures of Table 4, each against an implementation that is not ours."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+from config import ROOT, Config, UserError, load_config
+from model import GPT, MLA, MoE, rotate
+from tests.conftest import noisy_model, small
+
+ROPE = dict(norm="rmsnorm", mlp="swiglu", position="rope")
+EXPERTS = dict(n_experts=4, top_k=2, d_ff=24)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def logits_of_transformers(model: GPT, tokens, theirs, names: dict[str, str]):
+    """theirs with our weights, looked up by {part of our name: their template, {} the layer}; every one of them is set."""
+    state = {}
+    for name, p in model.named_parameters():
+        layer, rest = name.split(".")[1], name.split(".", 2)[-1]
+        key = names[rest if name.startswith("blocks.") else name]
+        state[key.format(layer)] = p.detach()
+    return theirs.eval(), state
+
+
+@pytest.mark.parametrize("kernel", ["chunked", "math"])
+def test_nanogpt_is_transformers_gpt2(kernel):
+    model = noisy_model(attn_kernel=kernel)
+    cfg = model.cfg
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.d_model, n_layer=cfg.n_layer, n_head=cfg.n_head,
+        n_inner=cfg.d_ff, activation_function="gelu", layer_norm_epsilon=1e-5, tie_word_embeddings=False,
+        bos_token_id=0, eos_token_id=0,
+    )).eval()  # fmt: skip
+    zero = {n: torch.zeros_like(p) for n, p in gpt2.named_parameters() if n.endswith("bias")}
+    p = dict(model.named_parameters())
+    state = zero | {"transformer.wte.weight": p["tok_emb.weight"], "transformer.wpe.weight": p["pos_emb.weight"],
+                    "transformer.ln_f.weight": p["final_norm.weight"], "lm_head.weight": p["head.weight"]}  # fmt: skip
+    for i in range(cfg.n_layer):
+        a, b = f"blocks.{i}.", f"transformer.h.{i}."
+        state |= {f"{b}ln_1.weight": p[a + "attn_norm.weight"], f"{b}ln_2.weight": p[a + "mlp_norm.weight"],
+                  f"{b}attn.c_attn.weight": torch.cat([p[f"{a}attn.W_{w}.weight"] for w in "QKV"]).T,
+                  f"{b}attn.c_proj.weight": p[a + "attn.W_O.weight"].T,
+                  f"{b}mlp.c_fc.weight": p[a + "mlp.W_up.weight"].T,
+                  f"{b}mlp.c_proj.weight": p[a + "mlp.W_down.weight"].T}  # fmt: skip
+    assert not gpt2.load_state_dict(state, strict=False).missing_keys
+    tokens = torch.randint(256, (3, 8), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), gpt2(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+def llama_arguments(cfg: Config) -> dict:
+    return dict(
+        vocab_size=cfg.vocab_size, hidden_size=cfg.d_model, intermediate_size=cfg.d_ff, num_hidden_layers=cfg.n_layer,
+        num_attention_heads=cfg.n_head, num_key_value_heads=cfg.n_kv_head or cfg.n_head, max_position_embeddings=cfg.block_size,
+        rms_norm_eps=1e-5, rope_theta=cfg.rope_theta, tie_word_embeddings=False, attention_bias=False,
+        attn_implementation="eager",
+    )  # fmt: skip
+
+
+LLAMA = {
+    "tok_emb.weight": "model.embed_tokens.weight", "final_norm.weight": "model.norm.weight", "head.weight": "lm_head.weight",
+    "attn_norm.weight": "input_layernorm.weight", "mlp_norm.weight": "post_attention_layernorm.weight",
+    "attn.W_Q.weight": "self_attn.q_proj.weight", "attn.W_K.weight": "self_attn.k_proj.weight",
+    "attn.W_V.weight": "self_attn.v_proj.weight", "attn.W_O.weight": "self_attn.o_proj.weight",
+    "mlp.W_gate.weight": "mlp.gate_proj.weight", "mlp.W_up.weight": "mlp.up_proj.weight",
+    "mlp.W_down.weight": "mlp.down_proj.weight",
+}  # fmt: skip
+
+
+def renamed(model: GPT, names: dict[str, str]) -> dict:
+    state = {}
+    for name, p in model.named_parameters():
+        layer, _, rest = name.removeprefix("blocks.").partition(".") if name.startswith("blocks.") else ("", "", name)
+        if rest in names:
+            state[f"model.layers.{layer}.{names[rest]}" if layer else names[rest]] = p.detach()
+    return state
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(n_head=4, n_kv_head=2, rope_theta=500.0), dict(attn_kernel="math", n_head=4, n_kv_head=1)]
+)
+def test_llama_is_transformers_llama(options):
+    model = noisy_model(**ROPE, **options)
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama_arguments(model.cfg))).eval()
+    llama.load_state_dict(renamed(model, LLAMA))
+    tokens = torch.randint(256, (3, 8), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), llama(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_mixture_of_experts_is_transformers_mixtral():
+    """Logits, and the load-balancing loss, which transformers takes over all layers' tokens at once: one layer here."""
+    for n_layer in (1, 3):
+        model = noisy_model(**ROPE, **EXPERTS, n_layer=n_layer)
+        cfg = model.cfg
+        mixtral = transformers.MixtralForCausalLM(transformers.MixtralConfig(
+            **llama_arguments(cfg), num_local_experts=cfg.n_experts, num_experts_per_tok=cfg.top_k, sliding_window=None,
+            output_router_logits=True,
+        )).eval()  # fmt: skip
+        state = renamed(model, LLAMA | {f"mlp.W_{w}.weight": "" for w in ("gate", "up", "down")})
+        state = {k: v for k, v in state.items() if not k.endswith(".")}
+        for i, block in enumerate(model.blocks):
+            at = f"model.layers.{i}.mlp."
+            state |= {at + "gate.weight": block.mlp.router.weight, at + "experts.down_proj": block.mlp.W_down.weight,
+                      at + "experts.gate_up_proj": torch.cat([block.mlp.W_gate.weight, block.mlp.W_up.weight], 1)}  # fmt: skip
+        mixtral.load_state_dict(state)
+        tokens = torch.randint(256, (3, 8), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            theirs = mixtral(tokens)
+            torch.testing.assert_close(model(tokens), theirs.logits, rtol=1e-4, atol=1e-5)
+        if n_layer == 1:
+            balance = transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func(theirs.router_logits, 4, 2)
+            torch.testing.assert_close(model.blocks[0].mlp.balance, balance, rtol=1e-5, atol=0)
+
+
+def one_token_at_a_time(moe: MoE, x):
+    """The mixture written as a loop over tokens."""
+    out = []
+    for token in x.flatten(0, 1):
+        share = torch.softmax(moe.router.weight @ token, 0)
+        best = share.argsort(descending=True)[: moe.top_k]
+        y = 0
+        for e in best:
+            gate, up, down = (W.weight[e] for W in (moe.W_gate, moe.W_up, moe.W_down))
+            y = y + share[e] / share[best].sum() * (down @ (F.silu(gate @ token) * (up @ token)))
+        out.append(y)
+    return torch.stack(out).view_as(x)
+
+
+def mixture(**options) -> MoE:
+    moe = MoE(small(**ROPE, **{**EXPERTS, **options})).double()
+    with torch.no_grad():
+        for i, p in enumerate(moe.parameters()):
+            p.copy_(0.5 * randn(*p.shape, seed=i))
+    return moe
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_the_mixture_and_its_gradients_equal_a_loop_over_tokens(top_k):
+    moe, x = mixture(top_k=top_k), randn(2, 5, 16, seed=9).double().requires_grad_()
+    inputs = [x, *moe.parameters()]
+    y, expected = moe(x), one_token_at_a_time(moe, x)
+    torch.testing.assert_close(y, expected)
+    u = randn(*y.shape, seed=3).double()
+    for a, b in zip(
+        torch.autograd.grad(y, inputs, u, allow_unused=True),
+        torch.autograd.grad(expected, inputs, u, allow_unused=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(
+            a if a is not None else torch.zeros(1), b if b is not None else torch.zeros(1), check_dtype=False
+        )
+
+
+def test_no_token_is_dropped_when_all_go_to_one_expert():
+    moe = mixture(top_k=1)
+    with torch.no_grad():
+        moe.router.weight.zero_()
+        moe.router.weight[2] = 1.0
+        x = randn(2, 5, 16, seed=9).double().abs()
+        torch.testing.assert_close(moe(x), one_token_at_a_time(moe, x))
+        assert moe.balance > 3.9 * 0.9  # E · f · P = 4 · 1 · (nearly 1); balanced would be 1
+
+
+def test_the_path_without_padding_gives_the_same():
+    """What a GPU runs in bf16, here in fp32: groups of any length, none of them padded."""
+    moe = mixture().float()
+    x = randn(10, 16)
+    expert = torch.tensor([0, 0, 0, 2, 2, 3, 3, 3, 3, 3])
+    ends = torch.tensor([3, 3, 5, 10], dtype=torch.int32)
+    with torch.no_grad():
+        expected = torch.cat(
+            [
+                moe.W_down.weight[e] @ (F.silu(moe.W_gate.weight[e] @ t) * (moe.W_up.weight[e] @ t))
+                for e, t in zip(expert, x, strict=True)
+            ]
+        )
+        torch.testing.assert_close(moe.experts(x, ends).flatten(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_is_the_cross_entropy_and_its_gradient_balances_the_experts():
+    model = noisy_model(**ROPE, **EXPERTS)
+    tokens = torch.randint(256, (3, 8), generator=torch.Generator().manual_seed(1))
+    router = model.blocks[1].mlp.router.weight
+    loss = model(tokens, tokens)
+    assert loss.item() == pytest.approx(F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).item(), rel=1e-6)
+    (with_balance,) = torch.autograd.grad(loss, router)
+    model.cfg = replace(model.cfg, balance_coef=0.0)
+    (without,) = torch.autograd.grad(model(tokens, tokens), router)
+    model(tokens)
+    (balance,) = torch.autograd.grad(sum(block.mlp.balance for block in model.blocks) / len(model.blocks), router)
+    torch.testing.assert_close(with_balance - without, 0.01 * balance, rtol=1e-3, atol=1e-7)
+    assert balance.norm() > 1e-4
+
+
+def latent_attention(attn: MLA, x):
+    """Multi-head latent attention written out for one sequence, one head at a time."""
+    T, k, r = len(x), attn.d_v, attn.d_rope
+    c = attn.kv_norm(x @ attn.W_DKV.weight.T)
+    heads = []
+    for h in range(attn.n_head):
+        q = x @ attn.W_Q.weight[h * (k + r) : (h + 1) * (k + r)].T
+        keys, values = (c @ W.weight[h * k : (h + 1) * k].T for W in (attn.W_UK, attn.W_UV))
+        if r:
+            shared = rotate(x @ attn.W_KR.weight.T, attn.theta)
+            q = torch.cat([q[:, :k], rotate(q[:, k:], attn.theta)], -1)
+            keys = torch.cat([keys, shared], -1)
+        scores = (q @ keys.T / (k + r) ** 0.5).masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
+        heads.append(scores.softmax(-1) @ values)
+    return torch.cat(heads, -1) @ attn.W_O.weight.T
+
+
+@pytest.mark.parametrize("kernel", ["chunked", "math"])
+@pytest.mark.parametrize("rope_dim", [0, 4])
+def test_latent_attention_equals_the_formula(kernel, rope_dim):
+    attn = MLA(small(**ROPE, attention="mla", mla_rank=6, mla_rope_dim=rope_dim, attn_kernel=kernel)).double()
+    with torch.no_grad():
+        for i, p in enumerate(attn.parameters()):
+            p.copy_(0.5 * randn(*p.shape, seed=i))
+        x = randn(2, 8, 16).double()
+        torch.testing.assert_close(attn(x), torch.stack([latent_attention(attn, s) for s in x]))
+
+
+def test_rotations_depend_on_distance_alone_and_keep_norms():
+    q, k = rotate(randn(1, 8).expand(32, 8).double(), 100.0), rotate(randn(1, 8, seed=1).expand(32, 8).double(), 100.0)
+    scores = q @ k.T
+    for distance in (0, 3, 17):
+        along = scores.diagonal(distance)
+        torch.testing.assert_close(along, along[:1].expand_as(along), rtol=1e-5, atol=1e-5)
+    assert scores.diagonal(3)[0] != pytest.approx(scores.diagonal(0)[0].item(), rel=1e-3)
+    torch.testing.assert_close(q.norm(dim=-1), randn(1, 8).double().norm().expand(32))
+
+
+def test_alternating_attention_begins_with_mha():
+    model = GPT(small(**ROPE, attention="alternating", mla_rank=8, n_layer=4))
+    assert [isinstance(block.attn, MLA) for block in model.blocks] == [False, True, False, True]
+    assert [block.attn.d_qk for block in model.blocks] == [8] * 4  # no rotary part: positions in MHA only
+
+
+def test_without_positions_the_order_of_what_came_before_does_not_matter():
+    """Of a single block: the last token attends to a set."""
+    tokens = torch.randint(256, (1, 8), generator=torch.Generator().manual_seed(1))
+    swapped = tokens.clone()
+    swapped[0, [1, 4]] = swapped[0, [4, 1]]
+    for position, same in (("none", True), ("rope", False), ("learned", False)):
+        model = noisy_model(n_layer=1, position=position)
+        with torch.no_grad():
+            equal = torch.allclose(model(tokens)[0, -1], model(swapped)[0, -1], rtol=1e-5, atol=1e-6)
+        assert equal == same, position
+
+
+def test_recomputation_changes_no_gradient_and_keeps_less():
+    kept = {}
+    for recompute in (False, True):
+        model = noisy_model(recompute=recompute, **ROPE, **EXPERTS)
+        tokens = torch.randint(256, (3, 8), generator=torch.Generator().manual_seed(1))
+        numbers = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: numbers.append(x.numel()) or x, lambda x: x):
+            loss = model(tokens, tokens)
+        kept[recompute] = sum(numbers), torch.autograd.grad(loss, list(model.parameters()))
+    for a, b in zip(kept[False][1], kept[True][1], strict=True):
+        torch.testing.assert_close(a, b)
+    assert kept[True][0] < 0.5 * kept[False][0]
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (dict(n_experts=2, top_k=4), "n_experts = 2: must be at least top_k=4"),
+        (dict(n_kv_head=3), "n_kv_head = 3: must be a divisor of n_head=2"),
+        (dict(attention="mla"), "mla_rank = 0: must be above 0"),
+        (dict(attention="mla", mla_rank=4, mla_rope_dim=3), "mla_rope_dim = 3: must be even"),
+        (dict(position="rope", d_model=6, n_head=2), "n_head = 2: must be such that heads have an even width"),
+        (dict(theory_every=5, mlp="swiglu"), "theory_every = 5: must be 0 for"),
+    ],
+)
+def test_contradictions_are_refused(options, says):
+    with pytest.raises(UserError) as error:
+        small(**options)
+    assert says in str(error.value)
+
+
+PAPER = {  # parameters, those that a token meets, what the paper calls it
+    "nano_5m": (5_507_376, 5_507_376, 5e6),
+    "sigma_40m": (39_378_944, 39_378_944, 40e6),
+    "llama_1b": (1_328_613_376, 1_328_613_376, 1e9),
+    "llama_moe_3b": (2_933_458_944, 1_329_137_664, 3e9),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_parameter_counts_are_the_papers(name):
+    total, active, called = PAPER[name]
+    for optimizer in ("adamw", "msign"):
+        cfg = load_config([f"{ROOT}/configs/{name}_{optimizer}.py"])
+        with torch.device("meta"):
+            model = GPT(cfg)
+        assert sum(p.numel() for p in model.parameters()) == total
+        assert sum(map(model.active, model.parameters())) == active
+        assert 0.9 < total / called < 1.35
+        text = (ROOT / "configs" / f"{name}_adamw.py").read_text()
+        assert f"{total:,}".replace(",", " ") in text
+
+
+def test_the_ladder_has_the_sizes_its_comments_derive_and_one_base_width():
+    sizes = {}
+    for path in (ROOT / "configs").glob("gpt_*.py"):
+        cfg = load_config([str(path)])
+        with torch.device("meta"):
+            model = GPT(cfg)
+        total = sum(p.numel() for p in model.parameters())
+        assert f"= {total:,}".replace(",", " ") in path.read_text(), path.name
+        assert cfg.base_width == 768 and cfg.batch_size % (8 * cfg.micro_batch) == 0
+        sizes[path.stem] = (
+            total - cfg.vocab_size * cfg.d_model
+        )  # as their names count, with embedding and read-out tied
+    assert sorted(sizes, key=sizes.get) == [
+        "gpt_5m",
+        "gpt_15m",
+        "gpt_60m",
+        "gpt_124m",
+        "gpt_350m",
+        "gpt_760m",
+        "gpt_1b",
+        "gpt_3b",
+    ]
+    assert round(sizes["gpt_124m"] / 1e6) in (124, 125)
+    assert round(sizes["gpt_3b"] / 1e9, 1) in (2.6, 2.7)
