@@ -241,8 +241,15 @@ class MoE(nn.Module):
         return self.W_down(F.gelu(self.W_up(x, ends)), ends)
 
 
+class RMSNorm(nn.RMSNorm):
+    """PyTorch's, whose fast kernel wants gains of the input's precision: mixed ones meet it with another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def norm(cfg: Config, d: int) -> nn.Module:
-    return nn.RMSNorm(d, eps=NORM_EPS) if cfg.norm == "rmsnorm" else nn.LayerNorm(d, eps=NORM_EPS, bias=False)
+    return RMSNorm(d, eps=NORM_EPS) if cfg.norm == "rmsnorm" else nn.LayerNorm(d, eps=NORM_EPS, bias=False)
 
 
 class Block(nn.Module):
