@@ -134,6 +134,7 @@ def _open_folder(path: Path) -> dict:
     for name, sha256 in about["files"].items():
         if Path(name).name != name or _sha256(path / name) != sha256:
             raise ValueError(f"checksum of {name} is wrong")
+    _Reader(path).read_metadata()
     return about
 
 

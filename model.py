@@ -241,15 +241,22 @@ class MoE(nn.Module):
         return self.W_down(F.gelu(self.W_up(x, ends)), ends)
 
 
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's, with gains of the input's precision: blocks sharded in bf16 leave the residual stream in fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), None, self.eps)
+
+
 class RMSNorm(nn.RMSNorm):
-    """PyTorch's, whose fast kernel wants gains of the input's precision: mixed ones meet it with another."""
+    """Likewise."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def norm(cfg: Config, d: int) -> nn.Module:
-    return RMSNorm(d, eps=NORM_EPS) if cfg.norm == "rmsnorm" else nn.LayerNorm(d, eps=NORM_EPS, bias=False)
+    return RMSNorm(d, eps=NORM_EPS) if cfg.norm == "rmsnorm" else LayerNorm(d, eps=NORM_EPS, bias=False)
 
 
 class Block(nn.Module):
@@ -342,13 +349,15 @@ class GPT(nn.Module):
         return 6 * matmul + 6 * self.cfg.block_size * heads
 
     def activation_bytes(self, bytes_per_value: int = 4) -> int:
-        """Estimate of what one micro-batch keeps for its backward pass (attention scores never stored)."""
+        """Estimate of what one micro-batch keeps for its backward pass: attention's scores and experts' padding not counted."""
         cfg = self.cfg
-        mlp = (3 if cfg.mlp == "swiglu" else 2) * cfg.d_ff * (cfg.top_k if cfg.n_experts else 1)
-        per_block = 10 * cfg.d_model + mlp  # norms, q, k, v, attention, residuals; MLP before and after
-        blocks = cfg.n_layer * per_block
-        if cfg.recompute:
-            blocks = cfg.n_layer * cfg.d_model + per_block
+        mlp = (4 if cfg.mlp == "swiglu" else 2) * cfg.d_ff
+        if cfg.n_experts:
+            mlp = cfg.top_k * (mlp + 5 * cfg.d_model)  # the tokens sorted by expert, and back
+        # norms, q, k, v, attention, residuals; the rotated halves of q and k; what autocast leaves in fp32
+        block = (10 + 6 * (cfg.position == "rope")) * cfg.d_model + mlp
+        block = block * bytes_per_value + 4 * cfg.d_model * (4 - bytes_per_value)
+        blocks = cfg.n_layer * 4 * cfg.d_model + block if cfg.recompute else cfg.n_layer * block
         tokens = cfg.micro_batch * cfg.block_size
         logits = 3 * min(tokens * cfg.vocab_size, LOGITS)  # logits, log-softmax, their gradient
-        return tokens * blocks * bytes_per_value + logits * 4
+        return tokens * blocks + logits * 4

@@ -58,6 +58,11 @@ def _cutoff(W: Tensor) -> float:
     return 4 * math.sqrt(max(W.shape[-2:])) * torch.finfo(torch.float32).eps
 
 
+def rank_cutoff(m: int, n: int) -> float:
+    """Where "polar" begins to count singular values, relative to its bound of s₁."""
+    return round(4 * math.sqrt(max(m, n)) * torch.finfo(torch.float32).eps / min(m, n) ** (1 / 32), 8)
+
+
 def _svd(W: Tensor) -> Tensor:
     U, S, Vh = torch.linalg.svd(W if W.dtype == torch.float64 else W.float(), full_matrices=False)
     keep = S[..., :1] * _cutoff(W) < S
@@ -121,7 +126,7 @@ def _polar(W: Tensor) -> Tensor:
             B, log_bound = B / norm, log_bound + norm.log() / power
         bound = (log_bound / 2).exp() * 1.001
         X = X / bound
-        for a, b, c in polar_steps(round(_cutoff(W) / W.shape[-1] ** (1 / 32), 8)):
+        for a, b, c in polar_steps(rank_cutoff(*W.shape[-2:])):
             A = X.mT @ X
             X = a * X + X @ (b * A + c * (A @ A))
         for _ in range(2):
@@ -275,12 +280,14 @@ def _by_rows(matrices: list[Tensor], shape, update, first: int, group):
     whole = out.new_empty(sum(sizes_in))
     dist.all_to_all_single(whole, out, sizes_in, sizes_out, group)
     if owned[rank]:
-        parts = [x.view(-1, r, n) for x, r in zip(whole.split(sizes_in), rows, strict=True)]
+        parts = [x.view(len(owned[rank]), r, n) for x, r in zip(whole.split(sizes_in), rows, strict=True)]
         new = update(torch.cat(parts, 1))
         whole = torch.cat([x.reshape(-1) for x in new.split(rows, 1)])
     dist.all_to_all_single(out, whole, sizes_out, sizes_in, group)
     counts["bytes"] += (out.nbytes - sizes_out[rank] * out.itemsize) + (whole.nbytes - sizes_in[rank] * out.itemsize)
-    for M, value in zip((M for theirs in owned for M in theirs), out.view(-1, rows[rank], n).unbind(), strict=True):
+    for M, value in zip(
+        (M for theirs in owned for M in theirs), out.view(len(matrices), rows[rank], n).unbind(), strict=True
+    ):
         M.copy_(value)
 
 

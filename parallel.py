@@ -25,7 +25,6 @@ from config import Config, UserError
 from model import GPT
 
 PATIENCE = timedelta(minutes=10)  # of a rank that waits for the others; rank 0 may be measuring meanwhile
-ROOM = 0.8  # of a GPU's memory that a replica may take; more is sharded
 
 
 @dataclass(frozen=True)
@@ -113,8 +112,11 @@ def start(cfg: Config) -> World:
     return World(rank, size, device)
 
 
-def finish():
+def finish(in_order: bool):
+    """Leave the process group; in good order all ranks do so together, or gloo may abort on a connection that closed first."""
     if dist.is_initialized():
+        if in_order:
+            dist.barrier()
         dist.destroy_process_group()
 
 
@@ -127,7 +129,7 @@ def choose(cfg: Config, world: World, total_memory: int | None = None) -> tuple[
     if world.device.type == "cuda":
         total_memory = total_memory or torch.cuda.get_device_properties(world.device).total_memory
     need = budget.Memory.of(cfg, world.size, sharded=False).total
-    return ("fsdp" if total_memory and need > ROOM * total_memory else "ddp"), []
+    return ("fsdp" if total_memory and need > budget.ROOM * total_memory else "ddp"), []
 
 
 def build(cfg: Config, world: World, sharded: bool) -> GPT:
@@ -180,6 +182,11 @@ class Replica:
         elif self.run is not self.model and not last:
             return self.run.no_sync()
         return nullcontext()
+
+    def reshard(self):
+        """After forward passes without backward ones, which leave FSDP2's outermost parameters whole."""
+        if self.sharded:
+            self.model.reshard()
 
 
 @torch.no_grad()

@@ -301,6 +301,7 @@ def train(cfg: Config) -> int:
                     metrics |= measure.norms("update_norm", moved, each_layer)
                 if val_data and (step % cfg.eval_every == 0 or step == cfg.max_steps):
                     metrics["val/loss"] = evaluate(cfg, loss_of, autocast, val_data, world)
+                    replica.reshard()
             log.log(step, metrics)
             if watch.finite and (step == cfg.max_steps or (cfg.ckpt_every and step % cfg.ckpt_every == 0)):
                 save()
@@ -360,10 +361,12 @@ def evaluate(cfg: Config, loss_of, autocast, data: TokenFiles, world: parallel.W
 
 
 def main() -> int:
+    code = None
     try:
-        return train(load_config(sys.argv[1:]))
+        code = train(load_config(sys.argv[1:]))
+        return code
     finally:
-        parallel.finish()
+        parallel.finish(in_order=code is not None)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Token files and the batches drawn from them.
 
-A corpus is a folder with `*train*.bin` and (for evaluation) `*val*.bin`: flat uint16 tokens as nanoGPT
-writes them, or shards with modded-nanogpt's 256-int32 header; both are recognised and read as they are.
-A `meta.json` beside them, written by our own preparation, says tokenizer, dtype, counts and sha256.
+A corpus is a folder with `*train*.bin` and (for evaluation) `*val*.bin`: flat tokens as nanoGPT writes them,
+or shards with the 256-int32 header of modded-nanogpt and llm.c; both are recognised and read as they are.
+Tokens are uint16 unless a `meta.json` beside them has `"dtype": "uint32"`, or llm.c's header for Llama-3 says so.
+Our own preparation writes a `meta.json` with tokenizer, dtype, counts and sha256.
 """
 
 import hashlib
@@ -18,8 +19,14 @@ import torch
 from config import ROOT, UserError
 
 DATA = ROOT / "data"
-HEADER_MAGIC, HEADER_BYTES = 20240520, 1024
+HEADERS = {20240520: "uint16", 20240801: "uint32"}  # by the first int32: GPT-2's tokens, Llama-3's
+HEADER_BYTES = 1024
 FULL_HASH_BYTES = 2**30
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The dtype of token files: uint16 where every token of the vocabulary fits, else uint32."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
 def corpus_dir(dataset: str) -> Path:
@@ -34,8 +41,8 @@ def is_prepared(dataset: str) -> bool:
 class TokenFiles:
     """The token files of one split as one pool of windows of block_size + 1 tokens (none crosses a file).
 
-    Raises UserError for a folder without such files, an empty or truncated file, a file shorter than
-    one window, and a token that vocab_size cannot hold.
+    Raises UserError for a folder without such files, an unknown dtype, an empty or truncated file, a file
+    shorter than one window, and a token that vocab_size cannot hold.
     """
 
     def __init__(self, dataset: str, split: str, block_size: int, vocab_size: int):
@@ -46,6 +53,8 @@ class TokenFiles:
             raise UserError(f"dataset = {dataset!r}: no *{split}*.bin in {self.folder}")
         meta_path = self.folder / "meta.json"
         self.meta = json.loads(meta_path.read_text()) if meta_path.is_file() else {}
+        if self.meta.get("dtype", "uint16") not in HEADERS.values():
+            raise UserError(f"{meta_path}: dtype = {self.meta['dtype']!r}: must be uint16 or uint32")
         self.arrays = [self._open(path) for path in self.paths]
         for path, tokens in zip(self.paths, self.arrays, strict=True):
             top = self._max_token(path, tokens)
@@ -57,20 +66,23 @@ class TokenFiles:
     def _open(self, path: Path) -> np.ndarray:
         size = path.stat().st_size
         head = np.fromfile(path, np.int32, 3)
-        start = HEADER_BYTES if len(head) == 3 and head[0] == HEADER_MAGIC else 0
+        header = HEADERS.get(int(head[0])) if len(head) == 3 else None
+        start = HEADER_BYTES if header else 0
+        dtype = np.dtype(self.meta.get("dtype") or header or "uint16")
         entry = self.meta.get("files", {}).get(path.name)
-        expected = int(head[2]) if start else entry["tokens"] if entry else (size - start) // 2
-        if size != start + 2 * expected:
+        expected = int(head[2]) if header else entry["tokens"] if entry else size // dtype.itemsize
+        needed = start + expected * dtype.itemsize
+        if size != needed:
             raise UserError(
-                f"{path}: {size} bytes, but {expected} tokens take {start + 2 * expected}: truncated or damaged"
+                f"{path}: {size} bytes, but {expected} tokens take {needed}: truncated or damaged {dtype} file"
             )
         if expected <= self.block_size:
             raise UserError(f"{path}: {expected} tokens; one window takes block_size + 1 = {self.block_size + 1}")
-        return np.memmap(path, np.uint16, "r", offset=start, shape=(expected,))
+        return np.memmap(path, dtype, "r", offset=start, shape=(expected,))
 
     def _max_token(self, path: Path, tokens: np.ndarray) -> int:
         entry = self.meta.get("files", {}).get(path.name)
-        if entry and len(tokens) * 2 > FULL_HASH_BYTES:  # our own file, too large to scan at every start
+        if entry and tokens.nbytes > FULL_HASH_BYTES:  # our own file, too large to scan at every start
             return entry["max_token"]
         return max(int(tokens[i : i + 2**26].max()) for i in range(0, len(tokens), 2**26))
 
@@ -113,13 +125,13 @@ class TokenFiles:
 
 
 def write_corpus(dataset: str, splits: dict[str, np.ndarray], tokenizer: str, vocab_size: int, source: str) -> Path:
-    """Write {split: uint16 tokens} as <split>.bin and meta.json, the folder appearing whole or not at all."""
+    """Write {split: tokens} as <split>.bin and meta.json, the folder appearing whole or not at all."""
     folder = corpus_dir(dataset)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         for split, tokens in splits.items():
-            tokens.astype(np.uint16).tofile(scratch / f"{split}.bin")
+            tokens.astype(token_dtype(vocab_size)).tofile(scratch / f"{split}.bin")
         write_meta(scratch, tokenizer, vocab_size, source)
         scratch.chmod(0o755)
         try:
@@ -134,16 +146,16 @@ def write_corpus(dataset: str, splits: dict[str, np.ndarray], tokenizer: str, vo
 
 def write_meta(folder: Path, tokenizer: str, vocab_size: int, source: str):
     """meta.json: {tokenizer, vocab_size, dtype, source, files: {name: {tokens, max_token, sha256}}}."""
-    files = {}
+    files, dtype = {}, token_dtype(vocab_size)
     for path in sorted(folder.glob("*.bin")):
-        tokens = np.memmap(path, np.uint16, "r")
+        tokens = np.memmap(path, dtype, "r")
         digest, top = hashlib.sha256(), 0
         for i in range(0, len(tokens), 2**24):
             chunk = tokens[i : i + 2**24]
             digest.update(chunk)
             top = max(top, int(chunk.max()))
         files[path.name] = {"tokens": len(tokens), "max_token": top, "sha256": digest.hexdigest()}
-    meta = {"tokenizer": tokenizer, "vocab_size": vocab_size, "dtype": "uint16", "source": source, "files": files}
+    meta = {"tokenizer": tokenizer, "vocab_size": vocab_size, "dtype": str(dtype), "source": source, "files": files}
     partial = folder / "meta.json.partial"
     partial.write_text(json.dumps(meta, indent=1) + "\n")
     partial.replace(folder / "meta.json")

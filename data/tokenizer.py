@@ -1,4 +1,4 @@
-"""Tokenizers that need no network: bytes (256 tokens) and GPT-2's byte-pair encoding (50257)."""
+"""Tokenizers: bytes (256 tokens) and GPT-2's byte-pair encoding (50257) need no network, cl100k_base (100277) does once."""
 
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -11,11 +11,12 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from config import UserError
+from data.reader import token_dtype
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """encode: texts -> one uint16 array per text, each closed by the token `eot`. decode: ids -> text."""
+    """encode: texts -> one array of token_dtype(vocab_size) per text, each closed by the token `eot`. decode: ids -> text."""
 
     name: str
     vocab_size: int
@@ -26,7 +27,7 @@ class Tokenizer:
 
 def _bytes() -> Tokenizer:
     def encode(texts):
-        return [np.frombuffer(text.encode() + b"\0", np.uint8).astype(np.uint16) for text in texts]
+        return [np.frombuffer(text.encode(errors="replace") + b"\0", np.uint8).astype(np.uint16) for text in texts]
 
     return Tokenizer("bytes", 256, 0, encode, lambda ids: bytes(list(ids)).decode(errors="replace"))
 
@@ -45,15 +46,30 @@ def _gpt2() -> Tokenizer:
         encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     )
     eot = len(ranks)
-    bpe = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": eot})
+    return _bpe(
+        tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": eot})
+    )
 
+
+def _cl100k_base() -> Tokenizer:
+    try:
+        return _bpe(tiktoken.get_encoding("cl100k_base"))  # tiktoken downloads it once, and checks its sha256
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"tokenizer = 'cl100k_base': its vocabulary cannot be downloaded ({type(error).__name__});"
+            " --tokenizer=gpt2 needs no network"
+        ) from error
+
+
+def _bpe(bpe: tiktoken.Encoding) -> Tokenizer:
     def encode(texts):
-        return [np.array([*ids, eot], np.uint16) for ids in bpe.encode_ordinary_batch(list(texts))]
+        return [np.array([*ids, bpe.eot_token], dtype) for ids in bpe.encode_ordinary_batch(list(texts))]
 
-    return Tokenizer("gpt2", bpe.n_vocab, eot, encode, lambda ids: bpe.decode(list(ids)))
+    dtype = token_dtype(bpe.n_vocab)
+    return Tokenizer(bpe.name, bpe.n_vocab, bpe.eot_token, encode, lambda ids: bpe.decode(list(ids)))
 
 
-TOKENIZERS = {"bytes": _bytes, "gpt2": _gpt2}
+TOKENIZERS = {"bytes": _bytes, "gpt2": _gpt2, "cl100k_base": _cl100k_base}
 
 
 def get_tokenizer(name: str) -> Tokenizer:

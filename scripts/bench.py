@@ -42,11 +42,6 @@ from model import GPT, Attention
 CPU = torch.device("cpu")
 PERIOD = 100
 GPT_124M = dict(n_layer=12, d_model=768, n_head=12, d_ff=3072, block_size=512, batch_size=480, micro_batch=4)
-# Sigma-40M of the paper's Table 4 in our blocks, which have no gate: its third MLP matrix is in SIGMA_GATE. Vocabulary inferred
-SIGMA = dict(
-    n_layer=28, d_model=128, n_head=4, d_ff=448, block_size=2048, batch_size=32, micro_batch=1, vocab_size=128_256
-)
-SIGMA_GATE = (448, 128)
 SPECTRA = {"κ = 1e2": 1e2, "κ = 1e4": 1e4, "rank n/2": None}
 SHAPES = {"96 × 48²": (96, 48, 48), "48 × (48 × 192)": (48, 48, 192), "8 × 512²": (8, 512, 512),
           "2 × 2048²": (2, 2048, 2048), "2 × (2048 × 5440)": (2, 2048, 5440)}  # fmt: skip
@@ -283,10 +278,9 @@ def signs(report: Report, rounds: int, shapes: dict):
     report.target("matrix sign against svd, smaller shapes, slowest", slowest[False], 1, 5, " ×")
 
 
-def overhead(report: Report, name: str, step: Step, extra: tuple, rounds: int, must: float):
+def overhead(report: Report, name: str, step: Step, rounds: int, must: float):
     """One application of MSign to all block matrices against one step; the share of training at PERIOD."""
     params = msign.select(step.model.named_parameters(), "blocks")
-    params |= {f"gate.{i}.W_gate": torch.randn(extra) for i in range(step.cfg.n_layer if extra else 0)}
     times = alternate({"step": step, "msign": timed(lambda: msign.apply_(params))}, rounds)
     r = [b / a for a, b in zip(times["step"], times["msign"], strict=True)]
     share = 100 * statistics.median(r) / PERIOD
@@ -372,7 +366,8 @@ def main() -> int:
     nano = load_config([str(ROOT / "configs" / "nano_5m_adamw.py")])
     stress = load_config([str(ROOT / "configs" / "stress_ramp.py")])
     large = replace(nano, name="GPT-124M", dtype="bfloat16", **GPT_124M)
-    sigma = replace(nano, name="Sigma-40M", **SIGMA)
+    sigma = load_config([str(ROOT / "configs" / "sigma_40m_adamw.py")])
+    sigma = replace(sigma, dtype="float32", micro_batch=1)
     torch.set_num_threads(args.threads)
     all_shapes = {p.shape for cfg in (nano, stress, large) for p in GPT(cfg).parameters() if p.ndim == 2}
     arithmetic = machine.set_arithmetic(CPU, [torch.empty(shape, device="meta") for shape in all_shapes])
@@ -422,13 +417,13 @@ def main() -> int:
     if "signs" in wanted:
         signs(report, few, dict(list(SHAPES.items())[: 3 if args.quick else None]))
     if "msign" in wanted:
-        overhead(report, "NanoGPT-5M", our_nano, (), few, 0.5)
+        overhead(report, "NanoGPT-5M", our_nano, few, 0.5)
         torch.set_num_threads(1)
-        overhead(report, "stress test", our_stress, (), many, 1)
+        overhead(report, "stress test", our_stress, many, 1)
         torch.set_num_threads(args.threads)
         if not args.quick:
-            overhead(report, "Sigma-40M", ours(sigma), SIGMA_GATE, 3, 0.5)
-            overhead(report, "GPT-124M", ours(large), (), 3, 0.5)
+            overhead(report, "Sigma-40M", ours(sigma), 3, 0.5)
+            overhead(report, "GPT-124M", ours(large), 3, 0.5)
     if "instruments" in wanted:
         torch.set_num_threads(1)
         instruments(report, our_stress, few)

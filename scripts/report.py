@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 from config import Parser, UserError, run_cli
 from figures import heatmaps, overview, save
 from runs import load_run, onsets_table, table, theory_table, verdicts
-from scripts.cost import table as cost_table
+from scripts.plan import paper_table
 
 RESULTS = ROOT / "results"
 
@@ -40,7 +40,7 @@ def filled(text: str) -> str:
             body = (RESULTS / f"{name}.md").read_text()
             body = body.split("\n\n")[0] + "\n" if kind == "targets" else body
         elif kind == "cost":
-            body = cost_table() + "\n"
+            body = paper_table() + "\n"
         elif kind == "table":
             body = table(recorded(name))
         elif kind == "onsets":

@@ -8,10 +8,7 @@ Arms that are already recorded are not trained again; one that was cut goes on f
 """
 
 import argparse
-import json
 import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,6 +21,7 @@ from tqdm import tqdm
 from config import Parser, UserError, read_config_file, run_cli
 from data import stdlib
 from figures import overview, save
+from pool import Job, Pool
 from runs import load_run, pack_run, table, verdicts
 
 PERIOD = 100
@@ -37,67 +35,38 @@ ARMS = {
 CLOSELY = ["--probe_every=25", "--layers_every=100", "--jacobian_every=50", "--theory_every=500"]
 
 
-class Job:
-    """One arm in its own process; its output goes to <runs_dir>/<name>.log."""
+class Arm(Job):
+    """One arm of an experiment, with one seed."""
 
     def __init__(self, args, arm: str, seed: int):
-        self.name = f"{args.experiment}-{arm}-seed{seed}"
         self.arm = arm
-        self.folder = Path(args.runs_dir) / self.name
-        self.command = [
+        name = f"{args.experiment}-{arm}-seed{seed}"
+        command = [
             sys.executable, str(ROOT / "train.py"), str(ROOT / "configs" / f"stress_{args.experiment}.py"), *ARMS[arm],
-            f"--name={self.name}", f"--seed={seed}", f"--runs_dir={args.runs_dir}", f"--wandb={args.wandb}", "--resume",
+            f"--name={name}", f"--seed={seed}", f"--runs_dir={args.runs_dir}", f"--wandb={args.wandb}", "--resume",
         ]  # fmt: skip
         if args.record:
-            self.command += CLOSELY + (["--msign_probe"] if arm == "msign" else [])
+            command += CLOSELY + (["--msign_probe"] if arm == "msign" else [])
         if args.max_steps:
-            self.command.append(f"--max_steps={args.max_steps}")
-
-    def start(self):
-        self.log = self.folder.with_suffix(".log")
-        with open(self.log, "w") as out:
-            self.process = subprocess.Popen(self.command, stdout=out, stderr=subprocess.STDOUT)
-
-    def last_line(self) -> dict:
-        """The last whole line of metrics.jsonl, {} before there is one."""
-        try:
-            with open(self.folder / "metrics.jsonl", "rb") as f:
-                f.seek(max(0, os.fstat(f.fileno()).st_size - 2**18))  # a line with every layer is long
-                return json.loads(f.read().split(b"\n")[-2])
-        except (OSError, IndexError, ValueError):
-            return {}
+            command.append(f"--max_steps={args.max_steps}")
+        super().__init__(name, Path(args.runs_dir) / name, command)
 
 
-def run_all(jobs: list[Job], workers: int, max_steps: int):
-    """Run the jobs, `workers` at a time, under one progress bar. Raises UserError with the output of one that failed."""
-    waiting, running, done = list(jobs), [], 0
-    bar = tqdm(total=len(jobs) * max_steps, unit="step", dynamic_ncols=True, file=sys.stderr,
+def run_all(arms: list[Arm], workers: int, max_steps: int):
+    """Run the arms, `workers` at a time, under one progress bar. Raises UserError with the output of one that failed."""
+    done = 0
+    bar = tqdm(total=len(arms) * max_steps, unit="step", dynamic_ncols=True, file=sys.stderr,
                mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through `finally`, as Ctrl-C does
-    try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                running.append(waiting.pop(0))
-                running[-1].start()
-            time.sleep(0.5)
-            lines = {job: job.last_line() for job in running}
-            shown = (f"{job.arm} {line['train/loss']:.2f}" for job, line in lines.items() if line.get("train/loss"))
+    with Pool(arms, [{}] * workers) as pool, bar:
+        for ended in pool:
+            lines = {arm: arm.follow() for arm in pool.running}
+            shown = (f"{arm.arm} {line['train/loss']:.2f}" for arm, line in lines.items() if line.get("train/loss"))
             bar.set_postfix_str("loss: " + ", ".join(shown), refresh=False)
             bar.update(done + sum(line.get("iter", 0) for line in lines.values()) - bar.n)
-            for job in [job for job in running if job.process.poll() is not None]:
-                running.remove(job)
+            for arm in ended:
                 done += max_steps
-                if job.process.returncode:
-                    said = job.log.read_text().strip().splitlines() or ["no output"]
-                    raise UserError(
-                        f"{job.name}: exit code {job.process.returncode}: {said[-1]} (all of it in {job.log})"
-                    )
-    finally:
-        bar.close()
-        for job in running:  # an interrupted arm saves and goes on at the next call
-            job.process.terminate()
-        for job in running:
-            job.process.wait()
+                if arm.failure:
+                    raise UserError(arm.failure)
 
 
 def main() -> int:
@@ -113,7 +82,7 @@ def main() -> int:
     args = parser.parse_args()
     Path(args.runs_dir).mkdir(parents=True, exist_ok=True)
     stdlib.prepare("stdlib-bytes")
-    jobs = [Job(args, arm, seed) for seed in args.seeds for arm in args.arms]
+    jobs = [Arm(args, arm, seed) for seed in args.seeds for arm in args.arms]
     max_steps = args.max_steps or read_config_file(ROOT / "configs" / f"stress_{args.experiment}.py")["max_steps"]
     print(
         f"{args.experiment}: {len(jobs)} runs of {max_steps} steps, {args.workers} at a time, recorded in {args.runs_dir}/"

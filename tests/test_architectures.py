@@ -262,7 +262,7 @@ def test_recomputation_changes_no_gradient_and_keeps_less():
         model = noisy_model(recompute=recompute, **ROPE, **EXPERTS)
         tokens = torch.randint(256, (3, 8), generator=torch.Generator().manual_seed(1))
         numbers = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: numbers.append(x.numel()) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, into=numbers: into.append(x.numel()) or x, lambda x: x):
             loss = model(tokens, tokens)
         kept[recompute] = sum(numbers), torch.autograd.grad(loss, list(model.parameters()))
     for a, b in zip(kept[False][1], kept[True][1], strict=True):

@@ -24,7 +24,12 @@ def state(value=1.0):
     model, optimizer = trained()
     with torch.no_grad():
         model.weight.fill_(value)
-    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "architecture": ARCHITECTURE, "metrics_bytes": 7}
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "architecture": ARCHITECTURE,
+        "metrics_bytes": 7,
+    }
 
 
 def load(path, architecture=ARCHITECTURE):
@@ -65,7 +70,7 @@ def test_damage_is_refused(tmp_path):
 def test_foreign_files_and_pickles_are_refused(tmp_path):
     path = tmp_path / "ckpt_0000001.pt"
     torch.save({"weights": torch.ones(2)}, path)
-    with pytest.raises(UserError, match="missing entry 'architecture'"):
+    with pytest.raises(UserError, match="missing entry 'model'"):
         load(path)
 
     class Evil:

@@ -192,7 +192,7 @@ def test_openwebtext_is_tokenised_and_resumed(tmp_path):
     where = str(tmp_path / "owt")
     whole = Path(shards[2]).read_bytes()
     pq.write_table(pa.table({"text": pa.array([None] * 1991, pa.string())}), shards[2])
-    with pytest.raises(TypeError):
+    with pytest.raises(UserError, match=r"00002-of-00003.parquet: document 0 has text = None: .*same command goes on"):
         openwebtext.prepare(shards, where, 1)  # fails on the last shard
     Path(shards[2]).write_bytes(whole)
     unfinished = tmp_path / ".owt-unfinished"

@@ -1,0 +1,106 @@
+"""What the tests run on several processes: torchrun tests/several.py FUNCTION JSON. Rank 0 prints the result as JSON."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+import budget
+import msign
+import parallel
+import train
+from config import load_config
+
+
+def trainings(runs: list[list[str]]) -> list[int]:
+    """train.py with each of these command lines, one after another; the exit codes."""
+    return [train.train(load_config(argv)) for argv in runs]
+
+
+def stopped(step: int, runs: list[list[str]]) -> list[int]:
+    """The same, but one rank gets a SIGTERM when this step has been logged."""
+    log = train.RunLog.log
+
+    def log_and_stop(self, now, metrics):
+        log(self, now, metrics)
+        if now == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    train.RunLog.log = log_and_stop
+    return trainings(runs)
+
+
+SHAPES = {"a": (12, 5), "b": (12, 5), "c": (12, 5), "d": (5, 12), "few": (1, 7), "experts": (5, 6, 4), "zero": (12, 5)}
+
+
+def weights() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {n: torch.randn(shape, generator=generator) * (n != "zero") for n, shape in SHAPES.items()}
+
+
+def signs() -> dict:
+    """MSign of replicated and of sharded weights: the largest deviation from one process's, matrices computed and bytes
+    sent by each rank."""
+    alone = weights()
+    msign.apply_(alone)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    out = {}
+    for kind in ("replicated", "sharded"):
+        several = weights()
+        if kind == "sharded":
+            several = {n: distribute_tensor(W, mesh, [Shard(0)]) for n, W in several.items()}
+        msign.counts.clear()
+        msign.apply_(several, group=dist.group.WORLD)
+        got = {n: W.full_tensor() if kind == "sharded" else W for n, W in several.items()}
+        counted = [None] * dist.get_world_size()
+        dist.all_gather_object(counted, (msign.counts["matrices"], msign.counts["bytes"]))
+        error = max((got[n] - alone[n]).abs().max().item() for n in got)
+        shapes = list(SHAPES.values())
+        expected = budget.msign_bytes(shapes, dist.get_world_size(), kind == "sharded")
+        out[kind] = {
+            "expected": expected,
+            "error": error,
+            "matrices": [c[0] for c in counted],
+            "bytes": [c[1] for c in counted],
+        }
+    return out
+
+
+def refusals() -> dict:
+    """What every rank says of a weight that is not finite on one of them, and of a layout that MSign does not know."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    out = {}
+    for kind in ("nan", "columns", "replicated"):
+        W = weights()
+        if kind == "nan":
+            W["b"][-1, 0] = float("nan")  # in the last rank's rows
+        placement = {"nan": Shard(0), "columns": Shard(1), "replicated": Replicate()}[kind]
+        several = {n: distribute_tensor(x, mesh, [placement]) for n, x in W.items()}
+        before = several["a"].to_local().clone()
+        try:
+            msign.apply_(several)
+            said = "nothing"
+        except ValueError as error:
+            said = f"{type(error).__name__}: {error}"
+        assert torch.equal(several["a"].to_local(), before)
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, said)
+        out[kind] = everyone
+    return out
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    result = globals()[sys.argv[1]](*map(json.loads, sys.argv[2:]))
+    if dist.get_rank() == 0:
+        print("RESULT " + json.dumps(result))
+    parallel.finish(in_order=True)

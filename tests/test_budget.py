@@ -1,0 +1,166 @@
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import budget
+from budget import GPUS, Memory
+from config import ROOT, load_config
+from msign import msign
+from tests.conftest import noisy_model, refused, run
+
+LLAMA = dict(norm="rmsnorm", mlp="swiglu", position="rope")
+
+
+def config(name, *more):
+    return load_config([f"{ROOT}/configs/{name}.py", *more])
+
+
+@pytest.mark.parametrize("backend, flops", [("eigh", budget.eigh_flops), ("polar", budget.polar_flops)])
+@pytest.mark.parametrize("shape", [(12, 12), (20, 12), (12, 20), (96, 64)])
+def test_flops_of_a_sign_are_counted_as_pytorch_counts_them(backend, flops, shape):
+    m, n = max(shape), min(shape)
+    W = torch.linalg.qr(torch.randn(m, n, generator=torch.Generator().manual_seed(0)))[0]  # nothing to fall back for
+    W = W if shape == (m, n) else W.T
+    with FlopCounterMode(display=False) as counter:
+        msign(W, backend)
+    assert counter.get_total_flops() == flops(m, n) - (9 * n**3 if backend == "eigh" else 0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        LLAMA,
+        LLAMA | dict(n_kv_head=1),
+        LLAMA | dict(n_experts=4, top_k=2),
+        LLAMA | dict(attention="mla", mla_rank=32, mla_rope_dim=8),
+    ],
+)
+def test_a_steps_flops_are_those_that_pytorch_counts(options):
+    """But for what lies above attention's diagonal and experts' padding, at most a quarter of a model this small."""
+    model = noisy_model(**{**dict(d_model=64, n_head=2, d_ff=96, block_size=32, attn_kernel="math"), **options})
+    cfg, tokens = model.cfg, torch.zeros(4, 32, dtype=torch.long)
+    if cfg.n_experts:  # as many tokens for each expert
+        for block in model.blocks:
+            block.mlp.route = lambda x: (torch.full((len(x), 2), 0.5), torch.arange(2 * len(x)).view(-1, 2) % 4)
+            block.mlp.balance = torch.zeros(())
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(tokens, tokens).backward()
+    assert counter.get_total_flops() / tokens.numel() == pytest.approx(model.flops_per_token(), rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("options", [{}, LLAMA, dict(recompute=True, n_layer=12)])
+def test_the_estimate_of_activations_is_near_what_is_kept(options, dtype):
+    model = noisy_model(
+        **{
+            **dict(d_model=64, n_head=2, d_ff=256, block_size=64, n_layer=6, attn_kernel="flash", dtype=dtype),
+            **options,
+        }
+    )
+    weights = {p.data_ptr() for p in model.parameters()}
+    kept, alive = {}, []
+
+    def keep(x):
+        alive.append(x)
+        if x.untyped_storage().data_ptr() not in weights:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    tokens = torch.zeros(4, 64, dtype=torch.long)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+        torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"),
+    ):
+        model(tokens, tokens)
+    estimate = model.activation_bytes(2 if dtype == "bfloat16" else 4)
+    if model.cfg.recompute:  # and what one block keeps while it is computed again
+        one_block = replace(model.cfg, recompute=False, n_layer=1)
+        assert sum(kept.values()) < estimate < sum(kept.values()) + budget.on_meta(one_block).activation_bytes()
+    else:
+        assert sum(kept.values()) == pytest.approx(estimate, rel=0.25)
+
+
+def test_memory_of_a_layout():
+    cfg = config("gpt_3b")
+    n = sum(p.numel() for p in budget.on_meta(cfg).parameters())
+    replica, shard = Memory.of(cfg, 8, False), Memory.of(cfg, 8, True)
+    assert (replica.weights, replica.gradients, replica.moments) == (4 * n, 4 * n, 8 * n)
+    assert shard.moments == pytest.approx(n, rel=1e-6)
+    assert shard.total < replica.total / 3
+    assert Memory.of(config("gpt_3b", "--recompute=false"), 8, True).activations > 5 * shard.activations
+
+
+def test_the_papers_theory():
+    """Eq 16 gives 0.03 % for the 1B and 0.09 % for the 3B (Table 1); ours counts its 48 experts' matrices as they are."""
+    said = run("scripts/plan.py", "--paper").stdout
+    assert "| 0.0294 % |" in said and "| 0.0725 % |" in said
+
+
+def test_plan_of_the_3b():
+    done = run("scripts/plan.py", "configs/llama_moe_3b_msign.py", "--targets=blocks", "--period=10")
+    assert done.returncode == 0, done.stderr
+    for part in ("2,933,458,944, of which a token meets 1,329,137,664", "8 GPUs, FSDP2", "65,536 tokens = 8 × 1 × 4 × 2048",
+                 "fails near step 3,000: 0.197e9 tokens", "832 matrices (blocks), every 10 steps", "every rank sends"):  # fmt: skip
+        assert part in done.stdout, done.stdout
+
+
+def test_a_layout_that_cannot_fit_is_refused_with_one_that_can():
+    refused(
+        "scripts/plan.py",
+        "configs/gpt_3b.py",
+        "--gpus=8",
+        "--gpu=RTX4090",
+        "--parallel=ddp",
+        says="what fits: --parallel=fsdp",
+    )
+    refused(
+        "scripts/plan.py",
+        "configs/llama_1b_msign.py",
+        "--gpus=12",
+        says="--gpus = 12: times micro_batch=4 must divide batch_size=32",
+    )
+    refused("scripts/plan.py", "configs/llama_1b_msign.py", "--gpus=0", says="--gpus = 0: must be at least 1")
+    refused(
+        "scripts/plan.py", "configs/llama_1b_msign.py", "--mfu=1.5", says="--mfu = 1.5: must be above 0 and at most 1"
+    )
+    refused("scripts/plan.py", "configs/llama_1b_msign.py", "--targets=W_X", says="'W_X' matches no matrix")
+    refused("scripts/plan.py", says="config: must be given")
+
+
+def test_what_is_said_to_fit_does():
+    cfg, gpu = config("llama_1b_msign"), GPUS["RTX4090"]
+    assert not budget.fits(cfg, 1, False, gpu)
+    words, other, ranks, sharded = next(w for w in budget.layouts(cfg, 1) if budget.fits(*w[1:], gpu))
+    assert Memory.of(other, ranks, sharded).total < gpu.memory
+    assert words.startswith("--gpus 2 --parallel=fsdp")
+    assert cfg.batch_size % (other.micro_batch * ranks) == 0
+
+
+@pytest.mark.parametrize("name", ["gpt_3b", "llama_moe_3b_msign"])
+def test_the_largest_build_on_meta_in_little_time_and_memory(name):
+    code = f"""
+import sys, time; sys.path.insert(0, {str(ROOT)!r})
+import budget, machine, torch
+from config import load_config
+began = time.perf_counter()
+model = budget.on_meta(load_config([{f"{ROOT}/configs/{name}.py"!r}]))
+print(sum(p.numel() for p in model.parameters()), time.perf_counter() - began, machine.peak_memory(torch.device("cpu")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    numel, seconds, peak = map(float, done.stdout.split())
+    assert numel > 2.7e9 and seconds < 10 and peak < 2e9
+
+
+def test_no_bytes_are_sent_alone():
+    assert budget.msign_bytes([(8, 8), (4, 6, 6)], 1, True) == [0]
+    assert budget.msign_bytes([(8, 8)] * 4, 2, False) == [2 * 64 * 4] * 2
+    assert (
+        budget.msign_bytes([(8, 8)] * 4, 2, True) == [2 * 2 * 32 * 4] * 2
+    )  # half of two matrices out, half of two back
+    assert budget.msign_bytes([(4, 6, 6)], 2, True) == [0, 0]

@@ -1,0 +1,305 @@
+"""Several processes on one CPU, with gloo: the same numbers, the same weights, and nobody left waiting."""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import mup
+import parallel
+from config import UserError, load_config
+from model import GPT
+from tests.conftest import ROOT, SMALL, refused, small
+from train import train
+
+LLAMA = ["--norm=rmsnorm", "--mlp=swiglu", "--position=rope", "--n_kv_head=1"]
+MODELS = {
+    "gpt": [],
+    "moe": [*LLAMA, "--n_experts=4", "--top_k=2", "--attention=alternating", "--mla_rank=8", "--msign_targets=blocks"],
+}
+
+
+def torchrun(n: int, script, *arguments) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--master_port=0",
+            "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(ROOT / script), *map(str, arguments)]  # fmt: skip
+
+
+def several(n: int, function: str, *arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = torchrun(n, "tests/several.py", function, *map(json.dumps, arguments))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.split("RESULT ")[1].splitlines()[0])
+
+
+def in_this_process(argv: list[str]) -> int:
+    return train(load_config(argv))
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_numbers(a, b, rel=2e-5):
+    """Every logged number, but for rounding; a Lanczos residual is what rounding leaves of it."""
+    for x, y in zip(lines(a), lines(b), strict=True):
+        assert set(x) == set(y)
+        for key in x:
+            loose = "residual/" in key or key.endswith(("/residual", "ratio")) or "ratio/" in key
+            assert (x[key] is None) == (y[key] is None), key
+            if x[key] is not None:
+                assert x[key] == pytest.approx(y[key], rel=100 * rel if loose else rel, abs=1e-7), (x["iter"], key)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Every model on one, two and four processes, and some more that go on where others were stopped."""
+    folder = tmp_path_factory.mktemp("parallel")
+    (folder / "corpus").mkdir()
+    rng = np.random.default_rng(0)
+    for split, size in (("train", 5000), ("val", 1000)):
+        (np.cumsum(rng.integers(0, 4, size)) % 256).astype(np.uint16).tofile(folder / "corpus" / f"{split}.bin")
+    values = {**SMALL, "dataset": str(folder / "corpus"), "runs_dir": str(folder / "runs"), "micro_batch": 1, "eval_batches": 3,
+              "max_steps": 12, "jacobian_every": 6, "eval_every": 6, "probe_every": 3, "layers_every": 6, "ckpt_every": 4,
+              "msign_period": 5}  # fmt: skip
+    (folder / "small.py").write_text("\n".join(f"{k} = {v!r}" for k, v in values.items()) + "\n")
+    small_py = str(folder / "small.py")
+
+    def jobs(*ways):
+        return [[small_py, *options, f"--name={name}-{suffix}", *more]
+                for name, options in MODELS.items() for suffix, more in ways]  # fmt: skip
+
+    for argv in jobs(("one", [])):
+        assert in_this_process(argv) == 0
+    ways = ("ddp2", ["--parallel=ddp"]), ("fsdp2", ["--parallel=fsdp"])
+    assert set(several(2, "trainings", jobs(*ways))) == {0}
+    assert several(4, "trainings", jobs(("fsdp4", ["--parallel=fsdp"]))) == [0, 0]
+    return folder
+
+
+@pytest.mark.parametrize("how", ["ddp2", "fsdp2", "fsdp4"])
+@pytest.mark.parametrize("model", MODELS)
+def test_every_logged_number_is_the_same_on_one_two_and_four_processes(runs, model, how):
+    """Loss, gradient norm, spectra, Jacobians, updates, validation: MSign has been applied twice by the end."""
+    assert_same_numbers(runs / "runs" / f"{model}-one", runs / "runs" / f"{model}-{how}")
+    last = lines(runs / "runs" / f"{model}-{how}")[-1]
+    assert {"jacobian/alignment", "srank/W_O", "val/loss", "grad_norm/1.W_up", "update_norm/0.W_V"} <= set(last)
+    record = json.loads((runs / "runs" / f"{model}-{how}" / "record.json").read_text())["machine"]
+    assert (record["processes"], record["parallel"]) == (int(how[-1]), how[:-1])
+
+
+def test_stopped_on_two_processes_and_gone_on_with_on_another_number(runs):
+    """One rank gets a SIGTERM during step 9: both stop after it. Sharded to one and to four, one to sharded."""
+    folder, small_py = runs / "runs", str(runs / "small.py")
+    names = {"gpt": ("to1", "to4"), "moe": ("moe-to1",)}
+    first = [[small_py, *MODELS[m], f"--name={n}", "--parallel=fsdp"] for m, ns in names.items() for n in ns]
+    assert several(2, "stopped", 8, first) == [128 + signal.SIGTERM] * 3
+    for name in ("to1", "to4", "moe-to1"):
+        assert [p.name for p in checkpoint.checkpoints(folder / name)] == ["ckpt_0000009"]
+        assert not list((folder / name).glob("*.partial"))
+    assert in_this_process([small_py, "--name=to1", "--resume"]) == 0
+    assert in_this_process([small_py, *MODELS["moe"], "--name=moe-to1", "--resume"]) == 0
+    assert several(1, "stopped", 8, [[small_py, "--name=to2"]]) == [128 + signal.SIGTERM]
+    assert several(2, "trainings", [[small_py, "--name=to2", "--resume", "--parallel=fsdp"]]) == [0]
+    assert several(4, "trainings", [[small_py, "--name=to4", "--resume", "--parallel=fsdp"]]) == [0]
+    for name, whole in (("to1", "gpt"), ("to2", "gpt"), ("to4", "gpt"), ("moe-to1", "moe")):
+        assert_same_numbers(folder / f"{whole}-one", folder / name)
+
+
+def test_a_damaged_shard_and_a_foreign_pickle_are_refused(runs, tmp_path):
+    source = checkpoint.checkpoints(runs / "runs" / "gpt-fsdp2")[-1]
+    architecture = json.loads((source / checkpoint.ABOUT).read_text())["architecture"]
+    cfg = small()
+    model = GPT(cfg)
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def copy(name):
+        path = tmp_path / name / source.name
+        shutil.copytree(source, path)
+        return path
+
+    checkpoint.load(copy("whole"), architecture, model, optimizer)
+    path = copy("damaged")
+    shard = path / "__1_0.distcp"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match=r"not a whole checkpoint \(checksum of __1_0.distcp is wrong\)"):
+        checkpoint.load(path, architecture, model, optimizer)
+    with pytest.raises(UserError, match="n_layer = 2 there, 3 here"):
+        checkpoint.load(copy("other"), architecture | {"n_layer": 3}, model, optimizer)
+
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path.joinpath("executed").mkdir, ())
+
+    path = copy("evil")
+    (path / ".metadata").write_bytes(pickle.dumps(Evil()))
+    about = json.loads((path / checkpoint.ABOUT).read_text())
+    about["files"][".metadata"] = hashlib.sha256((path / ".metadata").read_bytes()).hexdigest()
+    (path / checkpoint.ABOUT).write_text(json.dumps(about))
+    with pytest.raises(UserError, match="which does not belong there"):
+        checkpoint.load(path, architecture, model, optimizer)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_msign_on_several_ranks_is_one_processs_and_each_computes_its_share(ranks):
+    """Rows that do not divide, fewer rows than ranks, stacks of experts, a zero matrix."""
+    found = several(ranks, "signs")
+    for kind, result in found.items():
+        assert result["error"] < 1e-5, kind
+        assert sum(result["matrices"]) == 6 + 5, kind  # none is computed twice
+        assert max(result["matrices"]) <= -(-11 // ranks) + 1, kind
+        assert result["bytes"] == result["expected"], kind  # what the plan says
+    assert max(found["sharded"]["bytes"]) < max(found["replicated"]["bytes"])
+
+
+def test_msign_refuses_on_all_ranks_at_once():
+    found = several(2, "refusals")
+    assert found["nan"] == ["NonFiniteWeightError: b holds a value that is not finite; MSign changed no weight"] * 2
+    for kind in ("columns", "replicated"):
+        assert len(set(found[kind])) == 1
+        assert found[kind][0].startswith("ValueError: a is distributed as")
+
+
+def test_initial_weights_do_not_depend_on_the_sharding(runs):
+    cfg = small()
+    world = parallel.World(0, 1, torch.device("cpu"))
+    model = parallel.build(cfg, world, sharded=False)
+    plain = GPT(cfg)
+    mup.init_weights(plain, cfg)
+    for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    first = [lines(runs / "runs" / f"gpt-{how}")[0]["train/loss"] for how in ("one", "ddp2", "fsdp2", "fsdp4")]
+    assert max(first) - min(first) < 1e-6
+
+
+def test_bad_input_is_one_line_before_any_process_waits(runs):
+    small_py = runs / "small.py"
+    for options, says in (
+        (["--micro_batch=4"], "micro_batch = 4: times WORLD_SIZE=2 must divide batch_size=4"),
+        (["--msign_targets=W_X"], "'W_X' matches no matrix"),
+        (["--name=gpt-one"], "exists; go on with --resume"),
+    ):
+        began = time.time()
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = torchrun(2, "train.py", small_py, "--name=x", *options)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+        assert done.returncode != 0
+        errors = {line for line in done.stderr.splitlines() if line.startswith("train.py: error")}
+        assert len(errors) == 1 and says in errors.pop(), done.stderr
+        assert time.time() - began < 60
+    assert not (runs / "runs" / "x").exists()
+    with pytest.raises(UserError, match="compile = 'whole': must be blocks or off"):
+        parallel.start(small(parallel="fsdp", compile="whole"))
+    refused("train.py", small_py, "--name=x", says="LOCAL_RANK: must be whole numbers", RANK="one")
+
+
+def test_a_checkpoint_of_another_model_is_refused_everywhere(runs):
+    record = runs / "runs" / "gpt-one" / "record.json"
+    text = record.read_text()
+    summary = record.with_name("summary.json").rename(record.with_name("kept.json"))
+    try:
+        changed = json.loads(text)
+        changed["config"]["d_ff"] = 128
+        record.write_text(json.dumps(changed))
+        command = torchrun(2, "train.py", runs / "small.py", "--name=gpt-one", "--resume", "--d_ff=128")
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode != 0
+        assert "checkpoint of another architecture (d_ff = 64 there, 128 here)" in done.stderr
+    finally:
+        record.write_text(text)
+        summary.rename(record.with_name("summary.json"))
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_when_a_rank_dies_the_others_stop_and_the_run_goes_on_from_the_last_checkpoint(runs, way):
+    name = f"dies-{way}"
+    arguments = [runs / "small.py", f"--name={name}", f"--parallel={way}", "--ckpt_every=50", "--max_steps=100000",
+                 "--probe_every=0", "--jacobian_every=0", "--eval_every=0"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        torchrun(2, "train.py", *arguments),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+    )
+    folder = runs / "runs" / name
+    deadline = time.time() + 120
+    while not checkpoint.checkpoints(folder) and time.time() < deadline:
+        time.sleep(0.1)
+    ranks = [
+        int(pid)
+        for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    ]
+    assert len(ranks) == 2
+    began = time.time()
+    os.kill(ranks[1], signal.SIGKILL)
+    _, said = process.communicate(timeout=90)
+    assert time.time() - began < 60
+    assert process.returncode != 0 and "SIGKILL" in said
+    saved = checkpoint.step_of(checkpoint.checkpoints(folder)[-1])
+    done = several(2, "stopped", saved + 5, [[str(a) for a in arguments] + ["--resume"]])
+    assert done == [128 + signal.SIGTERM]
+    assert lines(folder)[-1]["iter"] == saved + 6
+    assert [line["iter"] for line in lines(folder)] == list(range(1, saved + 7))
+
+
+def test_what_is_chosen_when_nothing_is_said():
+    cpu = parallel.World(0, 2, torch.device("cpu"))
+    gpu = parallel.World(0, 8, torch.device("cuda"))
+    assert parallel.choose(small(), cpu) == ("ddp", [])
+    large = small(d_model=2048, d_ff=8192, n_layer=16)
+    assert parallel.choose(large, gpu, total_memory=8 * 2**30) == ("fsdp", [])
+    assert parallel.choose(large, gpu, total_memory=80 * 2**30) == ("ddp", [])
+    assert (
+        "nothing is sharded" in parallel.choose(small(parallel="fsdp"), parallel.World(0, 1, torch.device("cpu")))[1][0]
+    )
+
+
+REDUCED = ["--d_model=32", "--n_layer=2", "--n_head=4", "--d_ff=48", "--block_size=16", "--vocab_size=512", "--batch_size=4",
+           "--micro_batch=2", "--max_steps=20", "--warmup_steps=5", "--eval_every=10", "--eval_batches=2", "--probe_every=10",
+           "--layers_every=10", "--jacobian_every=10", "--compile=off", "--wandb=off"]  # fmt: skip
+CONFIGS = ["nano_5m", "sigma_40m", "llama_1b", "llama_moe_3b"]
+
+
+def test_every_configuration_trains_at_reduced_width_on_one_and_on_two_processes(runs):
+    """AdamW and MSign of each of the paper's models, and the ladder's largest with recomputation; in their own precision."""
+
+    def jobs(suffix, *more):
+        out = []
+        for config in [f"{c}_{o}" for c in CONFIGS for o in ("adamw", "msign")] + ["gpt_3b"]:
+            options = [
+                f"--dataset={runs / 'corpus'}",
+                f"--runs_dir={runs / 'reduced'}",
+                f"--name={config}-{suffix}",
+                *more,
+            ]
+            options += ["--mla_rank=8"] if "sigma" in config else ["--msign_period=0"] if "adamw" in config else []
+            options += [] if "adamw" in config else ["--msign_period=8"]
+            out.append([str(ROOT / "configs" / f"{config}.py"), *REDUCED, *options])
+        return out
+
+    alone, both = jobs("one"), jobs("two", "--parallel=fsdp")
+    assert [in_this_process(argv) for argv in alone] == [0] * 9
+    assert several(2, "trainings", both) == [0] * 9
+    for argv in alone:
+        name = next(a for a in argv if a.startswith("--name=")).removeprefix("--name=")
+        one, two = (lines(runs / "reduced" / n) for n in (name, name.removesuffix("one") + "two"))
+        assert len(one) == len(two) == 20
+        assert one[-1]["train/loss"] == pytest.approx(two[-1]["train/loss"], rel=5e-3), name
+        assert one[-1]["train/loss"] < one[0]["train/loss"]
+        applied = [line["iter"] for line in two if "msign/fallbacks" in line]
+        assert applied == ([] if "adamw" in name else [8, 16]), name
