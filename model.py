@@ -223,16 +223,16 @@ class MoE(nn.Module):
         weight, expert = self.route(flat)
         expert, order = expert.flatten().sort(stable=True)  # pairs of token and expert, by expert
         ends = torch.searchsorted(expert, torch.arange(E, device=x.device), right=True)
-        gathered = flat[order // self.top_k]
+        gathered = flat.index_select(0, order // self.top_k)  # flat[…] has a slower backward pass
         if x.is_cuda and torch.is_autocast_enabled("cuda"):
-            y = self.experts(gathered.to(torch.get_autocast_dtype("cuda")), ends.int())
+            y, slot = self.experts(gathered.to(torch.get_autocast_dtype("cuda")), ends.int()), order.argsort()
         else:
             begins = F.pad(ends, (1, -1))
             longest = int((ends - begins).max())
             slot = torch.arange(len(order), device=x.device) - begins[expert] + expert * longest
             padded = gathered.new_zeros(E * longest, x.shape[-1]).index_copy(0, slot, gathered)
-            y = self.experts(padded.view(E, longest, -1), None).flatten(0, 1)[slot]
-        y = y[order.argsort()].view(N, self.top_k, -1)
+            y, slot = self.experts(padded.view(E, longest, -1), None).flatten(0, 1), slot[order.argsort()]
+        y = y.index_select(0, slot).view(N, self.top_k, -1)
         return (y * weight.unsqueeze(-1).to(y.dtype)).sum(1).view(x.shape)
 
     def experts(self, x: Tensor, ends: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
 """How fast all of it is on this machine, in one run: every figure a ratio of two things that took turns.
 
-    python scripts/bench.py                                    # 15 minutes, most of them `make reproduce`'s four arms
+    python scripts/bench.py                                    # a quarter of an hour, a third of it `make reproduce`'s four arms
     python scripts/bench.py --quick                            # under two minutes: fewer rounds, no reproduction
     python scripts/bench.py --nanogpt=../nanoGPT               # also against a checkout of karpathy/nanoGPT, unmodified
     python scripts/bench.py --out=results/bench                # write bench.json and bench.md, too
@@ -29,15 +29,19 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
+import budget
 import machine
 import measure
 import model as gpt
 import msign
 import mup
+import parallel
 from config import Config, Parser, UserError, load_config, run_cli
-from model import GPT, Attention
+from model import GPT, MLP, Attention, MoE
 
 CPU = torch.device("cpu")
 PERIOD = 100
@@ -278,10 +282,24 @@ def signs(report: Report, rounds: int, shapes: dict):
     report.target("matrix sign against svd, smaller shapes, slowest", slowest[False], 1, 5, " ×")
 
 
+def application(params: dict[str, Tensor], done: Callable = lambda: None, **how) -> Callable[[], float]:
+    """MSign on the same weights every time: the eigenvectors of what already is a sign are found sooner."""
+    before = {name: p.detach().clone() for name, p in params.items()}
+
+    def clock() -> float:
+        with torch.no_grad():
+            for name, p in params.items():
+                p.copy_(before[name])
+        done()
+        return timed(lambda: (msign.apply_(params, **how), done()))()
+
+    return clock
+
+
 def overhead(report: Report, name: str, step: Step, rounds: int, must: float):
     """One application of MSign to all block matrices against one step; the share of training at PERIOD."""
     params = msign.select(step.model.named_parameters(), "blocks")
-    times = alternate({"step": step, "msign": timed(lambda: msign.apply_(params))}, rounds)
+    times = alternate({"step": step, "msign": application(params)}, rounds)
     r = [b / a for a, b in zip(times["step"], times["msign"], strict=True)]
     share = 100 * statistics.median(r) / PERIOD
     report.row(f"MSign on all block matrices, every {PERIOD} steps, against AdamW alone", **{
@@ -327,6 +345,63 @@ def instruments(report: Report, step: Step, rounds: int):
     report.target(f"all instruments, {cfg.name}", together, 3, 1, " %", smaller_is_better=True)
 
 
+def experts(report: Report, cfg: Config, rounds: int):
+    """A mixture of experts against a dense MLP of the same FLOPs a token, forward and backward."""
+    layers = {"dense": MLP(replace(cfg, n_experts=0, d_ff=cfg.top_k * cfg.d_ff)), "experts": MoE(cfg)}
+    x = torch.randn(cfg.micro_batch, cfg.block_size, cfg.d_model, requires_grad=True)
+    for p in (p for layer in layers.values() for p in layer.parameters()):
+        nn.init.normal_(p, std=cfg.init_std)
+    work = {name: timed(lambda layer=layer: layer(x).square().sum().backward()) for name, layer in layers.items()}
+    times = alternate(work, rounds)
+    ratios = [a / b for a, b in zip(times["dense"], times["experts"], strict=True)]
+    report.row(f"{cfg.n_experts} experts of {cfg.d_ff}, {cfg.top_k} a token, against a dense MLP of "
+               f"{cfg.top_k * cfg.d_ff}, hidden size {cfg.d_model}", **{
+        "tokens": cfg.micro_batch * cfg.block_size, "dense, ms": f"{1e3 * statistics.median(times['dense']):.1f}",
+        "experts, ms": f"{1e3 * statistics.median(times['experts']):.1f}", "speed of the experts": spread(ratios),
+    })  # fmt: skip
+    report.target("experts against a dense MLP, speed", statistics.median(ratios), 0.5, 1, " ×")
+
+
+def sharing(rank: int, ranks: int, shapes: dict, rounds: int, folder: str):
+    """One of the processes of `ranks`, with one thread: MSign by rank 0 alone, and by all together."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    generator = torch.Generator().manual_seed(0)
+    whole = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    mesh = init_device_mesh("cpu", (ranks,))
+    rows = {name: distribute_tensor(W, mesh, [Shard(0)]) for name, W in whole.items()}
+
+    def wait() -> float:
+        distributed.barrier()
+        return timed(distributed.barrier)()
+
+    times = alternate({
+        "alone": application(whole, distributed.barrier) if rank == 0 else wait,
+        "replicated (DDP)": application(whole, distributed.barrier, group=distributed.group.WORLD),
+        "sharded by rows (FSDP2)": application(rows, distributed.barrier),
+    }, rounds, 1)  # fmt: skip
+    if rank == 0:
+        Path(folder, "times.json").write_text(json.dumps(times))
+    parallel.finish(in_order=True)
+
+
+def sharers(report: Report, cfg: Config, rounds: int, ranks: int = 2):
+    """One process against two of one thread each, for the matrices of cfg."""
+    shapes = {n: tuple(p.shape) for n, p in msign.select(budget.on_meta(cfg).named_parameters(), "blocks").items()}
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(sharing, (ranks, shapes, rounds, folder), ranks)
+        times = json.loads(Path(folder, "times.json").read_text())
+    alone, worst = times.pop("alone"), 0.0
+    for name, seconds in times.items():
+        ratios = [b / a for a, b in zip(alone, seconds, strict=True)]
+        worst = max(worst, statistics.median(ratios))
+        report.row(f"MSign by {ranks} processes of one thread, {cfg.name} at width {cfg.d_model}", **{
+            "weights": name, "matrices": len(shapes), "one process, s": f"{statistics.median(alone):.2f}",
+            f"{ranks} processes, s": f"{statistics.median(seconds):.2f}", "ratio": spread(ratios),
+        })  # fmt: skip
+    report.target(f"MSign, time of {ranks} processes over one's", worst, 0.65, 0.5, " ×", smaller_is_better=True)
+
+
 def bf16_rate() -> float:
     """FLOP/s of a bf16 product of 2048² matrices, the best of ten."""
     a, b = (torch.randn(2048, 2048).bfloat16() for _ in range(2))
@@ -353,13 +428,18 @@ def main() -> int:
         "--threads", type=int, default=torch.get_num_threads(), help="of all but the stress test, which has one"
     )
     parser.add_argument(
-        "--only", choices=["steps", "signs", "msign", "instruments", "reproduce"], nargs="+", help="some of the tables"
+        "--only",
+        choices=["steps", "signs", "msign", "experts", "ranks", "instruments", "reproduce"],
+        nargs="+",
+        help="some of the tables",
     )
     parser.add_argument("--out", type=Path, help="also write the results to this path + .json and .md")
     args = parser.parse_args()
     if args.nanogpt and not (args.nanogpt / "model.py").is_file():
         raise UserError(f"--nanogpt = {str(args.nanogpt)!r}: no model.py there; must be a checkout of karpathy/nanoGPT")
-    wanted = args.only or ["steps", "signs", "msign", "instruments"] + ["reproduce"] * (not args.quick)
+    wanted = args.only or ["steps", "signs", "msign", "experts", "instruments"] + ["ranks", "reproduce"] * (
+        not args.quick
+    )
     few, many = (1, 5) if args.quick else (3, 30)
     report, began = Report(), time.perf_counter()
 
@@ -424,6 +504,12 @@ def main() -> int:
         if not args.quick:
             overhead(report, "Sigma-40M", ours(sigma), 3, 0.5)
             overhead(report, "GPT-124M", ours(large), 3, 0.5)
+    if "experts" in wanted:
+        moe = load_config([str(ROOT / "configs" / "llama_moe_3b_adamw.py")])
+        experts(report, replace(moe, d_model=512, n_head=4, d_ff=340, micro_batch=1), 2 * few)
+    if "ranks" in wanted:
+        llama = load_config([str(ROOT / "configs" / "llama_1b_adamw.py")])
+        sharers(report, replace(llama, name="LLaMA-1B", d_model=512, n_head=4, d_ff=1360), few)
     if "instruments" in wanted:
         torch.set_num_threads(1)
         instruments(report, our_stress, few)
