@@ -4,9 +4,10 @@ import math
 import pytest
 import torch
 
+import msign as room
 import mup
 from model import GPT
-from msign import MSign, apply_, msign, restored_sign, select, zero
+from msign import MSign, apply_, msign, polar_steps, rank_cutoff, restored_sign, select, zero
 from tests.conftest import small
 
 EPS32 = torch.finfo(torch.float32).eps
@@ -61,7 +62,7 @@ def test_the_rank_cutoff_is_the_stated_one():
             assert torch.linalg.matrix_norm(msign(W, backend)).item() ** 2 == pytest.approx(rank, abs=1e-3)
 
 
-@pytest.mark.parametrize("backend", ["svd", "eigh"])
+@pytest.mark.parametrize("backend", ["svd", "eigh", "polar"])
 @pytest.mark.parametrize("shape", [(48, 48), (192, 48), (48, 192)])
 def test_rank_deficient_becomes_a_partial_isometry(backend, shape):
     W = with_spectrum(*shape, torch.logspace(0, -2, 8, dtype=torch.float64), batch=(3,))
@@ -72,7 +73,7 @@ def test_rank_deficient_becomes_a_partial_isometry(backend, shape):
     assert s[..., 8:].max() < 1e-5
 
 
-@pytest.mark.parametrize("backend", ["svd", "eigh"])
+@pytest.mark.parametrize("backend", ["svd", "eigh", "polar"])
 def test_zero_stays_zero_and_batches_are_independent(backend):
     W = torch.randn(2, 3, 6, 4, generator=torch.Generator().manual_seed(0))
     W[0, 1] = 0
@@ -83,7 +84,7 @@ def test_zero_stays_zero_and_batches_are_independent(backend):
     assert msign(torch.zeros(0, 5), backend).shape == (0, 5)
 
 
-@pytest.mark.parametrize("backend", ["svd", "eigh"])
+@pytest.mark.parametrize("backend", ["svd", "eigh", "polar"])
 @pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
 def test_frobenius_norm_is_kept(backend, scale):
     for shape in [(48, 48), (192, 48), (48, 192), (1, 7)]:
@@ -98,6 +99,82 @@ def test_products_computed_in_fp32_stay_far_below_the_cutoff():
         product = torch.randn(n, n // 2, generator=g) @ torch.randn(n // 2, n, generator=g)
         s = torch.linalg.svdvals(product.double())
         assert s[n // 2] < s[0] * cutoff(product) / 20
+
+
+# Singular values at the end of an AdamW run on the ramp that collapsed:
+# python train.py configs/stress_ramp.py --seed=0
+COLLAPSED = {
+    "0.attn.W_Q": [
+        11.9, 9.92, 8.38, 6.96, 6.87, 5.81, 5.22, 3.85, 3.3, 3.12, 2.76, 2.29, 1.93, 1.68, 1.44, 1.37, 1.26, 0.835, 0.821, 0.667,
+        0.553, 0.516, 0.475, 0.375, 0.36, 0.304, 0.282, 0.264, 0.24, 0.2, 0.175, 0.169, 0.15, 0.123, 0.114, 0.105, 0.0974, 0.0901,
+        0.0629, 0.0543, 0.0493, 0.0448, 0.0373, 0.0331, 0.0263, 0.0173, 0.00827, 0.00483,
+    ],
+    "12.attn.W_O": [
+        6.17, 4.7, 4.04, 3.32, 2.93, 2.12, 1.74, 1.67, 1.36, 1.14, 1.09, 0.942, 0.791, 0.709, 0.669, 0.593, 0.489, 0.446, 0.393,
+        0.356, 0.352, 0.324, 0.282, 0.256, 0.213, 0.2, 0.177, 0.149, 0.144, 0.132, 0.119, 0.107, 0.102, 0.0927, 0.0777, 0.0696,
+        0.0603, 0.051, 0.0476, 0.0461, 0.0352, 0.0318, 0.0271, 0.0187, 0.017, 0.00752, 0.00147, 0.000988,
+    ],
+    "0.mlp.W_up": [
+        19.5, 17.7, 17.4, 16.1, 14.5, 13.7, 13.3, 7.81, 1.37, 1.26, 1.18, 1.05, 0.972, 0.879, 0.764, 0.74, 0.709, 0.627, 0.611,
+        0.565, 0.555, 0.508, 0.487, 0.468, 0.43, 0.416, 0.398, 0.374, 0.361, 0.348, 0.325, 0.321, 0.308, 0.289, 0.278, 0.259, 0.251,
+        0.243, 0.234, 0.22, 0.192, 0.188, 0.179, 0.168, 0.158, 0.143, 0.131, 0.121,
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (48, 192), (256, 256), (384, 512)])
+@pytest.mark.parametrize("name", COLLAPSED)
+def test_polar_at_real_spectra(name, shape):
+    """Wider matrices have the same spectrum, drawn out."""
+    at = torch.linspace(0, 47, min(shape), dtype=torch.float64)
+    s = torch.tensor(COLLAPSED[name], dtype=torch.float64).log()
+    below = at.long().clamp(max=46)
+    W = with_spectrum(*shape, torch.lerp(s[below], s[below + 1], at - below).exp(), batch=(2,))
+    room.counts.clear()
+    assert error(msign(W, "polar"), oracle(W)) < 1e-3
+    assert room.counts["fallbacks"] == 0
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (192, 48), (512, 512)])
+@pytest.mark.parametrize("log_kappa", [0, 2, 4])
+def test_polar_over_condition_numbers(shape, log_kappa):
+    W = with_spectrum(*shape, torch.logspace(0, -log_kappa, min(shape), dtype=torch.float64), batch=(2,))
+    # fp32's rounding of products turns the directions of the smallest singular values by κ · eps
+    assert error(msign(W, "polar"), oracle(W)) < 1e-5 + 10**log_kappa * EPS32
+
+
+def test_polar_is_0_or_1_everywhere_and_says_where_it_was_not():
+    """Singular values all around the cut-off: what lies between is given to eigh, and counted."""
+    edge = rank_cutoff(48, 48)
+    s = torch.ones(200, 48, dtype=torch.float64)
+    s[:, -1] = torch.logspace(-1.5, 0.5, 200, dtype=torch.float64) * edge
+    W = torch.stack([with_spectrum(48, 48, one, seed=i) for i, one in enumerate(s)])
+    room.counts.clear()
+    smallest = torch.linalg.svdvals(msign(W, "polar").double())[:, -1]
+    assert torch.minimum(smallest.abs(), (smallest - 1).abs()).max() < 1e-3
+    assert smallest[0] < 1e-3 and smallest[-1] > 1 - 1e-3
+    assert 0 < room.counts["fallbacks"] < 40
+    assert room.counts["matrices"] == 200
+
+
+def test_polar_falls_back_when_its_residual_says_so(monkeypatch):
+    W = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    room.counts.clear()
+    polar = msign(W, "polar")
+    assert not room.counts["fallbacks"]
+    monkeypatch.setattr(room, "POLAR_TOLERANCE", -1.0)
+    assert torch.equal(msign(W, "polar"), msign(W, "eigh"))
+    assert not torch.equal(polar, msign(W, "eigh"))
+    assert room.counts["fallbacks"] == 3
+
+
+def test_the_quintics_map_the_whole_interval_to_one():
+    low = rank_cutoff(2048, 5440)
+    x = torch.logspace(math.log10(low), 0, 100_000, dtype=torch.float64)
+    for a, b, c in polar_steps(low):
+        x = a * x + b * x**3 + c * x**5
+    assert (x - 1).abs().max() < 0.0101
+    assert len(polar_steps(low)) <= 12
 
 
 def test_dtype_and_input_are_kept():
