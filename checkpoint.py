@@ -94,8 +94,9 @@ def load(path: Path, architecture: dict, model: torch.nn.Module, optimizer: Opti
             for name, p in model.named_parameters():
                 p.copy_(_as(model_state[name], p))
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for p, moments in zip(parameters, state["state"].values(), strict=False):
-            moments |= {k: _as(v, p) for k, v in moments.items() if v.ndim}
+        if any(isinstance(p, DTensor) for p in parameters):
+            for p, moments in zip(parameters, state["state"].values(), strict=False):
+                moments |= {k: _as(v, p) for k, v in moments.items() if v.ndim}
         optimizer.load_state_dict(state)
     return about
 

@@ -54,6 +54,7 @@ class Config:
     position: Literal["learned", "rope", "none"] = opt("learned", "model", "an embedding | rotated queries and keys | none")
     rope_theta: float = opt(10_000.0, "model", "base of RoPE's wavelengths")
     attention: Literal["mha", "mla", "alternating"] = opt("mha", "model", "multi-head | latent | MHA in even blocks, MLA in odd ones")
+    qk_norm: bool = opt(False, "model", "normalise every head's queries and keys, with gains (MHA only)")
     n_kv_head: int = opt(0, "model", "heads of keys and values in MHA; 0 = n_head; must divide n_head")
     mla_rank: int = opt(0, "model", "MLA's latent dimensions")
     mla_rope_dim: int = opt(0, "model", "MLA's rotary dimensions with position = rope; 0 = no positions in MLA")
@@ -66,12 +67,14 @@ class Config:
     embed_lr_power: float = opt(0.5, "parameterisation", "embedding lr × (base_width/d_model)^this; paper 0.5, practice 0")
     logit_power: float = opt(0.0, "parameterisation", "logits × (base_width/d_model)^this; paper 0, practice 1")
     attn_scale_power: float = opt(0.5, "parameterisation", "attention logits ÷ d_head^this; paper 0.5, practice 1")
+    attn_lr: float = opt(1.0, "parameterisation", "learning rate of attention's matrices × this")
     # data
     dataset: str = opt("openwebtext", "data", "a folder below data/, or a path to a folder of .bin files")
     fallback: str = opt("", "data", "corpora to use, with a warning, when dataset is not prepared: the first that is, comma-separated")
     batch_size: int = opt(480, "data", "sequences a step")
     micro_batch: int = opt(12, "data", "sequences a forward pass; must divide batch_size")
     # optimizer
+    optimizer: Literal["adamw", "spam", "stable_spam", "adagc", "muon", "spectral_sphere"] = opt("adamw", "optimizer", "AdamW | a rival with AdamW's rates and decays (rivals.py); one process or DDP")
     lr: float = opt(6e-4, "optimizer", "learning rate of parameters whose multiplier is 1")
     lr_scale: float = opt(1.0, "optimizer", "peak of the schedule as a multiple of lr")
     schedule: Literal["linear", "constant"] = opt("linear", "optimizer", "after warm-up: linear decay | constant")
@@ -88,7 +91,9 @@ class Config:
     msign_period: int = opt(0, "MSign", "apply every so many steps; 0 = never (plain AdamW)")
     msign_targets: str = opt("attention", "MSign", "attention | mlp | blocks | matrix names or patterns, comma-separated (W_V,W_O)")
     msign_backend: Literal["auto", "eigh", "svd", "polar"] = opt("auto", "MSign", "auto = polar on CUDA, else eigh | eigh = fp64 Gram matrix | svd = fp32, the paper's letter | polar = fp32 products")
-    msign_map: Literal["sign", "zero"] = opt("sign", "MSign", "replace W by its norm-restored sign | by 0, the attention-off control")
+    msign_map: Literal["sign", "zero", "scale", "clip", "soft", "random"] = opt("sign", "MSign", "replace W by its norm-restored sign | a control (controls.py): 0, W at the sign's spectral norm, singular values clipped at it, square-rooted singular values, a random sign")
+    msign_below: float = opt(0.0, "MSign", "only the matrices whose stable rank is below this; 0 = all")
+    msign_reset: bool = opt(False, "MSign", "also set the moments of its targets to 0")
     # measurements
     probe_every: int = opt(50, "measurements", "steps between spectra, norms of gradients and updates, activations; 0 = never")
     layers_every: int = opt(250, "measurements", "steps between every layer's own values, a multiple of probe_every; 0 = never")
@@ -123,10 +128,10 @@ class Config:
             check_type(f, getattr(self, f.name))
         positive = (
             "n_layer d_model n_head d_ff vocab_size block_size batch_size micro_batch max_steps eval_batches probe_batch"
-            " lr lr_scale eps init_std top_k rope_theta"
+            " lr lr_scale eps init_std top_k rope_theta attn_lr"
         )
         not_negative = (
-            "base_width warmup_steps weight_decay grad_clip msign_period probe_every layers_every jacobian_every theory_every eval_every ckpt_every seed"
+            "base_width warmup_steps weight_decay grad_clip msign_period msign_below probe_every layers_every jacobian_every theory_every eval_every ckpt_every seed"
             " threads min_lr_ratio n_kv_head mla_rank mla_rope_dim n_experts balance_coef"
         )
         for name in positive.split():
@@ -142,6 +147,9 @@ class Config:
             self._require(False, "n_head", f"a divisor of d_model={self.d_model}, such as {near}")
         if self.n_kv_head:
             self._require(self.n_head % self.n_kv_head == 0, "n_kv_head", f"a divisor of n_head={self.n_head}")
+        self._require(
+            not self.qk_norm or self.attention == "mha", "qk_norm", f"False with attention={self.attention!r}"
+        )
         if self.attention != "mha":
             self._require(self.mla_rank > 0, "mla_rank", f"above 0 with attention={self.attention!r}")
             self._require(self.mla_rope_dim % 2 == 0, "mla_rope_dim", "even")
@@ -152,9 +160,11 @@ class Config:
             self._require(self.n_experts >= self.top_k, "n_experts", f"at least top_k={self.top_k}, or 0")
         if self.theory_every:
             as_stated = (self.norm, self.mlp, self.attention, self.n_experts) == ("layernorm", "gelu", "mha", 0)
-            as_stated = as_stated and self.position != "rope" and not self.n_kv_head
+            as_stated = as_stated and self.position != "rope" and not self.n_kv_head and not self.qk_norm
             self._require(
-                as_stated, "theory_every", "0 for anything but the dense model with LayerNorm, GELU, MHA, no RoPE"
+                as_stated,
+                "theory_every",
+                "0 for anything but the dense model with LayerNorm, GELU, MHA, no RoPE, no QK-norm",
             )
         self._require(
             self.batch_size % self.micro_batch == 0, "micro_batch", f"a divisor of batch_size={self.batch_size}"
@@ -167,6 +177,8 @@ class Config:
         self._require(self.msign_period or not self.msign_probe, "msign_probe", "False when msign_period = 0")
         if self.decay_coupling == "independent":
             self._require(self.weight_decay < 0.01, "weight_decay", "a share lost per step, such as 1e-4")
+        if self.optimizer != "adamw":
+            self._require(self.parallel != "fsdp", "parallel", f"ddp or auto with optimizer={self.optimizer!r}")
         name_ok = self.name == Path(self.name).name and self.name not in (".", "..")
         self._require(name_ok, "name", "a single folder name")
 

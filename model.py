@@ -96,6 +96,8 @@ class Attention(nn.Module):
         self.make_keys_and_values(cfg)
         self.W_O = nn.Linear(d, d, bias=False)
         self.scale = self.d_qk**-cfg.attn_scale_power
+        if cfg.qk_norm:
+            self.q_norm, self.k_norm = norm(cfg, self.d_qk), norm(cfg, self.d_qk)
 
     def make_keys_and_values(self, cfg: Config):
         self.d_qk = self.d_v
@@ -105,9 +107,13 @@ class Attention(nn.Module):
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, multiplied by the scale of the logits, keys and values: (B, heads, T, k) each."""
         # three parameters, one product: a third of the calls, which is what small widths pay for
-        qkv = F.linear(x, torch.cat([self.W_Q.weight * self.scale, self.W_K.weight, self.W_V.weight]))
+        normed = hasattr(self, "q_norm")
+        W_Q = self.W_Q.weight if normed else self.W_Q.weight * self.scale
+        qkv = F.linear(x, torch.cat([W_Q, self.W_K.weight, self.W_V.weight]))
         qkv = qkv.unflatten(-1, (-1, self.d_v)).transpose(1, 2)
         q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], 1)
+        if normed:
+            q, k = self.q_norm(q) * self.scale, self.k_norm(k)
         if self.theta is None:
             return q, k, v
         return rotate(q, self.theta), rotate(k, self.theta), v

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 ATTENTION = ("W_Q", "W_K", "W_V", "W_DKV", "W_UK", "W_UV", "W_KR", "W_O")
 MLP = ("W_up", "W_gate", "W_down")
 TARGETS = {"attention": ATTENTION, "mlp": MLP, "blocks": ATTENTION + MLP}
+CUSHION = 0.03  # of the largest singular value
 STACK_ELEMENTS = 2**26  # matrices of one shape are stacked up to this many elements (0.5 GB in fp64), on each rank
 POLAR_TOLERANCE = (
     1e-4  # of ‖XXᵀX − X‖_F / ‖X‖_F; the singular values of what is left at "polar" are 0 or 1 ± half of it
@@ -84,23 +85,26 @@ def _eigh(W: Tensor) -> Tensor:
 def polar_steps(low: float, accuracy: float = 1e-2) -> tuple[tuple[float, float, float], ...]:
     """Quintics (a, b, c), x -> ax + bx³ + cx⁵, that one after another map [low, 1] to [1 − accuracy, 1 + accuracy] · const.
 
-    Each is the one nearest to 1 on the interval that the one before left, and no composition of as many is nearer
-    (arXiv 2505.16932): its error is ±E in turn at both ends and at its two extrema, found by exchange. All but the
-    last few lift the small values only; each is scaled so that its interval ends at 1 again, but the last.
+    Each is the one nearest to 1 on the interval that the one before left (arXiv 2505.16932): its error is ±E in turn at both
+    ends and at its two extrema, found by exchange. Each is scaled so that its interval ends at 1 again, but the last.
+    While the interval begins below CUSHION the fit begins there: what is smaller is lifted nearly as fast, and no large value is
+    cancelled down to the small ones' size, where only three of its digits would be left.
     """
     steps = []
     while True:
-        x = torch.tensor([low, (1 + 2 * low) / 3, (2 + low) / 3, 1.0], dtype=torch.float64)
+        fit = max(low, CUSHION)
+        x = torch.tensor([fit, (1 + 2 * fit) / 3, (2 + fit) / 3, 1.0], dtype=torch.float64)
         for _ in range(50):
             rows = torch.stack([x, x**3, x**5, torch.tensor([1.0, -1, 1, -1], dtype=torch.float64)], 1)
             a, b, c, E = torch.linalg.solve(rows, torch.ones(4, dtype=torch.float64)).tolist()
             root = math.sqrt(max(9 * b * b - 20 * a * c, 0))
             extrema = [math.sqrt((-3 * b - sign * root) / (10 * c)) for sign in (1, -1)]
-            x = torch.tensor([low, *extrema, 1.0], dtype=torch.float64)
-        if accuracy >= E:
+            x = torch.tensor([fit, *extrema, 1.0], dtype=torch.float64)
+        if low == fit and accuracy >= E:
             return (*steps, (a, b, c))
-        steps.append(tuple(v / (1 + E) for v in (a, b, c)))
-        low = (1 - E) / (1 + E)
+        a, b, c = (v / (1 + E) for v in (a, b, c))
+        steps.append((a, b, c))
+        low = a * low + b * low**3 + c * low**5
 
 
 def _polar(W: Tensor) -> Tensor:
@@ -139,7 +143,7 @@ def _polar(W: Tensor) -> Tensor:
     fallbacks = int(wrong.sum())
     if fallbacks:
         counts["fallbacks"] += fallbacks
-        X[wrong] = _eigh(flat[wrong])
+        X[wrong] = _eigh(flat[wrong]).float()
     return X.view(W.shape)
 
 
@@ -157,11 +161,6 @@ def restored_sign(W: Tensor, backend: str = "auto") -> Tensor:
     norm_W, norm_sign = (torch.linalg.matrix_norm(M, keepdim=True, dtype=wide) for M in (W, sign))
     ratio = norm_W / norm_sign.clamp_min(torch.finfo(torch.float32).tiny)
     return (sign * ratio.to(torch.promote_types(W.dtype, torch.float32))).to(W.dtype)
-
-
-def zero(W: Tensor) -> Tensor:
-    """0 for every matrix: the attention-off control, which shows what a rescue is worth."""
-    return torch.zeros_like(W)
 
 
 def select(named_params: Iterable[tuple[str, Tensor]], targets: str = "attention") -> dict[str, Tensor]:
@@ -296,7 +295,7 @@ class MSign(Optimizer):
 
     base: the optimizer that does the steps; its moments are left alone. named_params: where the targets
     are looked up, usually model.named_parameters(). period: steps are counted from 1; math.inf is never.
-    targets: see `select`. group: of the processes that hold the same parameters (DDP) and share the work; DTensors (FSDP2)
+    targets: see `select`. reset: also set the targets' moments in `base` to 0. group: of the processes that hold the same parameters (DDP) and share the work; DTensors (FSDP2)
     bring their own. update: what replaces a stack of matrices; None is `restored_sign` with
     `backend`. Learning-rate schedulers, closures, gradient scalers and hooks see an ordinary optimizer
     with the base's groups; state_dict is the base's with one more entry, "msign". `step` raises
@@ -313,6 +312,7 @@ class MSign(Optimizer):
         backend: str = "auto",
         update: Callable[[Tensor], Tensor] | None = None,
         group: dist.ProcessGroup | None = None,
+        reset: bool = False,
     ):
         if period < 1:
             raise ValueError(f"period = {period!r}: must be at least 1 step (math.inf for never)")
@@ -323,6 +323,7 @@ class MSign(Optimizer):
         self.params = select(named_params, targets)
         self.update = update or partial(restored_sign, backend=backend)
         self.group = group
+        self.reset = reset
         self.steps = 0
         self.observe: Callable[[str], None] = lambda when: None
         self.__setstate__({})  # gives the hooks of an Optimizer without a second set of param_groups
@@ -345,6 +346,10 @@ class MSign(Optimizer):
         if self.due(self.steps):
             self.observe("before")
             apply_(self.params, self.update, self.group)
+            for p in self.params.values() if self.reset else ():
+                for value in self.state.get(p, {}).values():
+                    if torch.is_tensor(value) and value.shape == p.shape:
+                        value.zero_()
             self.observe("after")
         return loss
 

@@ -59,6 +59,8 @@ RULES = {
     "W_up": _HIDDEN,
     "W_gate": _HIDDEN,
     "W_down": _OUTPUT,
+    "q_norm": _NORM,
+    "k_norm": _NORM,
     "attn_norm": _NORM,
     "mlp_norm": _NORM,
     "final_norm": _NORM,
@@ -86,7 +88,8 @@ def init_std(role: str, cfg: Config) -> float:
 
 def lr_mult(role: str, cfg: Config) -> float:
     power = RULES[role].lr_power
-    return cfg.width_mult ** (cfg.embed_lr_power if power is None else power)
+    scale = cfg.attn_lr if role.startswith("W_") and role not in ("W_up", "W_gate", "W_down") else 1.0
+    return scale * cfg.width_mult ** (cfg.embed_lr_power if power is None else power)
 
 
 @torch.no_grad()

@@ -129,7 +129,12 @@ def choose(cfg: Config, world: World, total_memory: int | None = None) -> tuple[
     if world.device.type == "cuda":
         total_memory = total_memory or torch.cuda.get_device_properties(world.device).total_memory
     need = budget.Memory.of(cfg, world.size, sharded=False).total
-    return ("fsdp" if total_memory and need > budget.ROOM * total_memory else "ddp"), []
+    fits = not total_memory or need <= budget.ROOM * total_memory
+    if not fits and cfg.optimizer != "adamw":
+        raise UserError(
+            f"optimizer = {cfg.optimizer!r}: must be adamw for a model that has to be sharded ({need / 1e9:.3g} GB)"
+        )
+    return "ddp" if fits else "fsdp", []
 
 
 def build(cfg: Config, world: World, sharded: bool) -> GPT:

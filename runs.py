@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from collapse import CLEARLY, SIGNALS, Collapse, final_loss, find_collapse, find_onsets
-from config import UserError
+from config import FIELDS, UserError
 from runlog import read_metrics
+
+DEFAULTS = {name: f.default for name, f in FIELDS.items()}  # of what a record is older than
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,13 @@ class Run:
 
     @property
     def arm(self) -> str:
+        optimizer = "AdamW" if self.config["optimizer"] == "adamw" else self.config["optimizer"]
         if not self.config["msign_period"]:
-            return "AdamW"
+            return optimizer
         if self.config["msign_map"] == "zero":
             return "attention off"
-        return f"MSign ({self.config['msign_targets']})"
+        what = "MSign" if self.config["msign_map"] == "sign" else self.config["msign_map"]
+        return f"{what} ({self.config['msign_targets']})"
 
     @property
     def name(self) -> str:
@@ -98,7 +102,7 @@ def load_run(path: str | Path) -> Run:
             raise UserError(f"{path}: not a run of train.py (a line without {key})")
     if [line["iter"] for line in lines] != list(range(1, len(lines) + 1)):
         raise UserError(f"{path}: its steps are not 1, 2, 3, …; a part of a run cannot be judged")
-    return Run(path, config, lines)
+    return Run(path, DEFAULTS | config, lines)
 
 
 def read_offline(path: Path) -> tuple[dict, list[dict]]:

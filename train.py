@@ -19,17 +19,19 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import budget
 import checkpoint
+import controls
 import machine
 import measure
 import mup
 import parallel
+import rivals
 import theory
 from collapse import Watch, final_loss, find_onsets
 from config import Config, UserError, load_config, run_cli
 from data import stdlib
 from data.reader import TokenFiles, is_prepared
 from model import GPT
-from msign import MSign, NonFiniteWeightError, counts, zero
+from msign import MSign, NonFiniteWeightError, counts
 from runlog import NoLog, RunLog, read_metrics
 
 ARCHITECTURE = [
@@ -40,6 +42,7 @@ ARCHITECTURE = [
     "vocab_size",
     "block_size",
     "norm",
+    "qk_norm",
     "mlp",
     "position",
     "rope_theta",
@@ -69,15 +72,15 @@ def open_data(cfg: Config) -> tuple[TokenFiles, TokenFiles | None, list[str]]:
 
 
 def build_optimizer(cfg: Config, model: GPT, group=None) -> torch.optim.Optimizer:
-    fused = next(model.parameters()).device.type in ("cpu", "cuda")
-    optimizer = torch.optim.AdamW(mup.param_groups(model, cfg), betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=fused)
+    optimizer = rivals.build(cfg, mup.param_groups(model, cfg), model.named_parameters())
     if not cfg.msign_period:
         return optimizer
-    update = zero if cfg.msign_map == "zero" else None
+    update = controls.update_of(cfg.msign_map, cfg.msign_backend, cfg.msign_below)
     try:
         return MSign(
-            optimizer, model.named_parameters(), cfg.msign_period, cfg.msign_targets, cfg.msign_backend, update, group
-        )
+            optimizer, model.named_parameters(), cfg.msign_period, cfg.msign_targets, update=update, group=group,
+            reset=cfg.msign_reset,
+        )  # fmt: skip
     except ValueError as error:
         raise UserError(f"msign_targets = {cfg.msign_targets!r}: {error}") from error
 
@@ -112,10 +115,13 @@ def print_plan(cfg: Config, model: GPT, optimizer, train: TokenFiles, world: par
     if cfg.warmup_steps >= cfg.max_steps:
         print(f"  NOTE: the warm-up ({cfg.warmup_steps:,} steps) outlasts the run; the peak rate is never held")
     if cfg.msign_period:
-        what = "MSign" if cfg.msign_map == "sign" else "set to zero"
-        print(f"  {what} every {cfg.msign_period} steps on {len(optimizer.params)} matrices ({cfg.msign_targets})")
+        what = {"sign": "MSign", "zero": "set to zero"}.get(cfg.msign_map, f"control: {cfg.msign_map}")
+        which = f", stable rank below {cfg.msign_below:g}" if cfg.msign_below else ""
+        print(
+            f"  {what} every {cfg.msign_period} steps on {len(optimizer.params)} matrices ({cfg.msign_targets}{which})"
+        )
     else:
-        print("  plain AdamW")
+        print(f"  plain {'AdamW' if cfg.optimizer == 'adamw' else cfg.optimizer}")
 
 
 class Signals:
@@ -287,14 +293,15 @@ def train(cfg: Config) -> int:
             metrics = {"train/loss": values[0], "grad_norm": values[2], "lr": lr, **metrics}
             watch.add(metrics["train/loss"], metrics["grad_norm"])
             if watch.finite:
-                fallbacks = counts["fallbacks"]
+                before_step = counts.copy()
                 try:
                     optimizer.step()
                 except NonFiniteWeightError as error:
                     watch.not_finite(str(error))
                 if due(cfg.msign_period):
-                    here = torch.tensor(float(counts["fallbacks"] - fallbacks), device=device)
-                    metrics["msign/fallbacks"] = world.sum(here).item()
+                    new = counts - before_step
+                    here = torch.tensor([float(new[key]) for key in ("fallbacks", "matrices")], device=device)
+                    metrics["msign/fallbacks"], metrics["msign/matrices"] = world.sum(here).tolist()
                 optimizer.zero_grad(set_to_none=True)
                 if probing:
                     moved = parallel.norms({n: p.detach() - before[n] for n, p in parameters.items()})

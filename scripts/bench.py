@@ -448,6 +448,7 @@ def main() -> int:
     large = replace(nano, name="GPT-124M", dtype="bfloat16", **GPT_124M)
     sigma = load_config([str(ROOT / "configs" / "sigma_40m_adamw.py")])
     sigma = replace(sigma, dtype="float32", micro_batch=1)
+    torch._dynamo.config.recompile_limit = 64  # one block's code serves all contenders
     torch.set_num_threads(args.threads)
     all_shapes = {p.shape for cfg in (nano, stress, large) for p in GPT(cfg).parameters() if p.ndim == 2}
     arithmetic = machine.set_arithmetic(CPU, [torch.empty(shape, device="meta") for shape in all_shapes])

@@ -3,10 +3,11 @@
     python scripts/sweep.py configs/sweeps/table2_small.py --dry_run     # the points, and what is done of them
     python scripts/sweep.py configs/sweeps/table2_small.py               # run what is missing, go on with what was cut
     python scripts/sweep.py configs/sweeps/table2_small.py --seed=0      # a field as in train.py; of an axis, that value alone
+    python scripts/sweep.py configs/sweeps/table2_small.py --record=results    # and pack its runs into results/table2_small.jsonl.gz
     python scripts/sweep.py configs/sweeps/ladder.py --wandb             # register it with W&B, for many machines
 
 A grid file is plain assignments to the names of config.py, and to `config`, the config file that the runs start from. A
-list is an axis, anything else holds for all points. Points that differ only in what does not matter (the targets of an MSign
+list is an axis, and so is `arm`, a dict: name -> the fields that make this arm. Anything else holds for all points. Points that differ only in what does not matter (the targets of an MSign
 that is never applied) are one. Every point is a run of train.py in runs_dir/<grid>/<point>, named after its values on the
 axes; results.csv beside them has a line for each. One runs on every GPU, or as many as there are cores for their threads.
 
@@ -36,14 +37,16 @@ from rich.live import Live
 from rich.text import Text
 
 from config import FIELDS, Config, Parser, UserError, check_type, parse_value, read_config_file, run_cli, unknown_key
+from evidence import pack
 from pool import Job, Pool
 from runlog import FREE_ON_RESUME, first_line, wandb_mode
+from runs import load_run
 
 OURS = ("name", "resume", "dry_run")  # set for every point
 ONE = ("runs_dir", "wandb_project", "wandb_group")  # of the whole grid
 # a field with this value -> the fields that then change nothing
 IDLE = {
-    ("msign_period", 0): ("msign_targets", "msign_backend", "msign_map", "msign_probe"),
+    ("msign_period", 0): ("msign_targets", "msign_backend", "msign_map", "msign_below", "msign_reset", "msign_probe"),
     ("msign_map", "zero"): ("msign_backend",),
     ("n_experts", 0): ("top_k", "balance_coef"),
     ("attention", "mha"): ("mla_rank", "mla_rope_dim"),
@@ -144,6 +147,11 @@ def read_grid(path: Path, overrides: list[str]) -> dict:
         name, equals, value = text.removeprefix("--").partition("=")
         if not text.startswith("--"):
             raise UserError(f"{text!r}: unexpected; overrides are written --field=value")
+        if name == "arm" and "arm" in values:
+            if value not in values["arm"]:
+                raise UserError(f"arm = {value!r}: must be one of {', '.join(values['arm'])}")
+            values["arm"] = {value: values["arm"][value]}
+            continue
         if name not in FIELDS:
             raise unknown_key(name, "on the command line")
         if not equals and FIELDS[name].type is not bool:
@@ -153,6 +161,9 @@ def read_grid(path: Path, overrides: list[str]) -> dict:
     for name, value in values.items():
         if name in OURS:
             raise UserError(f"{name} = {value!r}: is set for every point; must not be in {path}")
+        if name == "arm":
+            check_arms(value, path)
+            continue
         if name not in FIELDS and name != "config":
             raise unknown_key(name, f"in {path}")
         if value == [] or (name in ONE and isinstance(value, list)):
@@ -169,23 +180,36 @@ def read_grid(path: Path, overrides: list[str]) -> dict:
     return values
 
 
+def check_arms(arms, path: Path):
+    if not isinstance(arms, dict) or not arms or not all(isinstance(fields, dict) for fields in arms.values()):
+        raise UserError(f"arm = {arms!r}: must be a dict of dicts, such as {{'MSign': {{'msign_period': 100}}}}")
+    for name, value in (item for fields in arms.values() for item in fields.items()):
+        if name in OURS + ONE:
+            raise UserError(f"{name} = {value!r}: must not be in an arm of {path}")
+        if name not in FIELDS:
+            raise unknown_key(name, f"in an arm of {path}")
+        check_type(FIELDS[name], value)
+
+
 def here(pattern: str) -> list[str]:
     return [path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern)]
 
 
 def points(path: Path, values: dict) -> list[Point]:
     """The different points of the grid, the last axis varying fastest. Raises UserError if one is no Config."""
-    axes = {name: value for name, value in values.items() if isinstance(value, list)}
+    axes = {name: list(value) for name, value in values.items() if isinstance(value, list) or name == "arm"}
     found = {}
     for combination in itertools.product(*axes.values()):
         given = values | dict(zip(axes, combination, strict=True))
+        arm = given.pop("arm", None)
+        given |= values["arm"][arm] if arm else {}
         if not Path(given["config"]).is_file() and (ROOT / given["config"]).is_file():
             given["config"] = str(ROOT / given["config"])
         base = read_config_file(given["config"])
         effective = {name: f.default for name, f in FIELDS.items()} | base | given
         idle = {name for (field, value), names in IDLE.items() if effective[field] == value for name in names}
         given = {name: value for name, value in given.items() if name not in idle}
-        chosen = {name: given[name] for name in axes if name in given}
+        chosen = {name: arm if name == "arm" else given[name] for name in axes if name == "arm" or name in given}
         fields = {k: v for k, v in (base | {"wandb_group": path.stem} | given).items() if k not in ("config", "name")}
         fields["runs_dir"] = str(Path(fields.get("runs_dir", FIELDS["runs_dir"].default)) / path.stem)
         try:
@@ -313,13 +337,14 @@ def register(path: Path, todo: list[Point], overrides: list[str], dry_run: bool)
 
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                    usage="sweep.py GRID.py [--dry_run] [--workers=N] [--wandb] [--point=NAME] [--field=value ...]")  # fmt: skip
+                    usage="sweep.py GRID.py [--dry_run] [--workers=N] [--record=FOLDER] [--wandb] [--point=NAME] [--field=value ...]")  # fmt: skip
     parser.add_argument("grid", type=Path, help="a file of plain assignments, such as configs/sweeps/ladder.py")
     parser.add_argument("--dry_run", action="store_true", help="print the points (with --wandb: the sweep) and stop")
     parser.add_argument("--workers", type=int, help="runs at a time; with GPUs, spread over them")
     parser.add_argument(
         "--wandb", nargs="?", const="register", help="register with W&B; with a value, train.py's field"
     )
+    parser.add_argument("--record", type=Path, help="also pack the runs into this folder, as <grid>.jsonl.gz")
     parser.add_argument("--point", help="run this point alone, in the foreground: what W&B's agents call")
     args, overrides = parser.parse_known_args()
     if args.wandb not in (None, "register"):
@@ -356,8 +381,11 @@ def main() -> int:
         except (KeyboardInterrupt, SystemExit):
             print(f"stopped; {sum(not p.summary for p in grid)} to go with the same command", file=sys.stderr)
             raise
-    write_results(folder / "results.csv", grid, [name for name, value in values.items() if isinstance(value, list)])
+    axes = [name for name, value in values.items() if isinstance(value, list) or name == "arm"]
+    write_results(folder / "results.csv", grid, axes)
     failed = [p.error for p in grid if p.error]
+    if args.record and not failed:
+        pack(((p.axes, load_run(p.folder)) for p in grid), args.record / f"{args.grid.stem}.jsonl.gz")
     print("\n".join([aligned([HEAD, *(p.row() for p in grid)]), str(folder / "results.csv"), *failed]))
     return 1 if failed else 0
 

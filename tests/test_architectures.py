@@ -333,3 +333,24 @@ def test_the_ladder_has_the_sizes_its_comments_derive_and_one_base_width():
     ]
     assert round(sizes["gpt_124m"] / 1e6) in (124, 125)
     assert round(sizes["gpt_3b"] / 1e9, 1) in (2.6, 2.7)
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_qk_norm_is_attention_of_normalised_queries_and_keys(position):
+    model = noisy_model(qk_norm=True, position=position)
+    attn, x = model.blocks[0].attn, torch.randn(2, 8, 16)
+    q, k = (W(x).view(2, 8, 2, 8).transpose(1, 2) for W in (attn.W_Q, attn.W_K))
+    q, k = F.layer_norm(q, (8,), attn.q_norm.weight), F.layer_norm(k, (8,), attn.k_norm.weight)
+    if position == "rope":
+        q, k = rotate(q, 10_000.0), rotate(k, 10_000.0)
+    v = attn.W_V(x).view(2, 8, 2, 8).transpose(1, 2)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attn(x), attn.W_O(y), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        attn.W_Q.weight *= 1000  # the logits do not depend on the size of W_Q
+    torch.testing.assert_close(attn(x), attn.W_O(y), rtol=1e-3, atol=1e-4)
+
+
+def test_qk_norm_is_for_multi_head_attention():
+    with pytest.raises(UserError, match="qk_norm = True: must be False with attention='mla'"):
+        small(qk_norm=True, attention="mla", mla_rank=4)

@@ -7,7 +7,7 @@ import torch
 import msign as room
 import mup
 from model import GPT
-from msign import MSign, apply_, msign, polar_steps, rank_cutoff, restored_sign, select, zero
+from msign import MSign, apply_, msign, polar_steps, rank_cutoff, restored_sign, select
 from tests.conftest import small
 
 EPS32 = torch.finfo(torch.float32).eps
@@ -131,7 +131,7 @@ def test_polar_at_real_spectra(name, shape):
     below = at.long().clamp(max=46)
     W = with_spectrum(*shape, torch.lerp(s[below], s[below + 1], at - below).exp(), batch=(2,))
     room.counts.clear()
-    assert error(msign(W, "polar"), oracle(W)) < 1e-3
+    assert error(msign(W, "polar"), oracle(W)) < 1e-4
     assert room.counts["fallbacks"] == 0
 
 
@@ -139,7 +139,7 @@ def test_polar_at_real_spectra(name, shape):
 @pytest.mark.parametrize("log_kappa", [0, 2, 4])
 def test_polar_over_condition_numbers(shape, log_kappa):
     W = with_spectrum(*shape, torch.logspace(0, -log_kappa, min(shape), dtype=torch.float64), batch=(2,))
-    # fp32's rounding of products turns the directions of the smallest singular values by κ · eps
+    # what an fp32 SVD has
     assert error(msign(W, "polar"), oracle(W)) < 1e-5 + 10**log_kappa * EPS32
 
 
@@ -153,7 +153,7 @@ def test_polar_is_0_or_1_everywhere_and_says_where_it_was_not():
     smallest = torch.linalg.svdvals(msign(W, "polar").double())[:, -1]
     assert torch.minimum(smallest.abs(), (smallest - 1).abs()).max() < 1e-3
     assert smallest[0] < 1e-3 and smallest[-1] > 1 - 1e-3
-    assert 0 < room.counts["fallbacks"] < 40
+    assert 0 < room.counts["fallbacks"] < 100
     assert room.counts["matrices"] == 200
 
 
@@ -168,13 +168,16 @@ def test_polar_falls_back_when_its_residual_says_so(monkeypatch):
     assert room.counts["fallbacks"] == 3
 
 
-def test_the_quintics_map_the_whole_interval_to_one():
-    low = rank_cutoff(2048, 5440)
+@pytest.mark.parametrize("shape", [(48, 48), (2048, 5440)])
+def test_the_quintics_map_the_whole_interval_to_one_and_cancel_nothing_large(shape):
+    low = rank_cutoff(*shape)
     x = torch.logspace(math.log10(low), 0, 100_000, dtype=torch.float64)
+    large = x > 0.1
     for a, b, c in polar_steps(low):
         x = a * x + b * x**3 + c * x**5
+        assert x[large].min() > 0.1
     assert (x - 1).abs().max() < 0.0101
-    assert len(polar_steps(low)) <= 12
+    assert len(polar_steps(low)) <= 10
 
 
 def test_dtype_and_input_are_kept():
@@ -338,8 +341,8 @@ def test_gradient_scaler_skips_the_step_and_the_count():
         assert same(before, [p.detach() for p in model.parameters()]) is poison
 
 
-def test_zero_is_the_attention_off_control():
+def test_any_update_can_take_the_signs_place():
     model, adamw = model_and_adamw()
-    train_steps(model, MSign(adamw, model.named_parameters(), 1, update=zero), 3)
+    train_steps(model, MSign(adamw, model.named_parameters(), 1, update=torch.zeros_like), 3)
     assert all(not p.any() for p in select(model.named_parameters(), "attention").values())
     assert all(p.any() for p in select(model.named_parameters(), "mlp").values())

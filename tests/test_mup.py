@@ -109,3 +109,10 @@ def test_coordinate_check_passes_for_mup_and_fails_without():
     assert max(logits) < 0.1
     worst, _ = slopes(base_width=0)
     assert worst > 0.8
+
+
+def test_attentions_matrices_have_a_rate_of_their_own():
+    plain, slow = small(), small(attn_lr=0.1)
+    for role in mup.RULES:
+        of_attention = role in ("W_Q", "W_K", "W_V", "W_O", "W_DKV", "W_UK", "W_UV", "W_KR")
+        assert mup.lr_mult(role, slow) == pytest.approx(mup.lr_mult(role, plain) * (0.1 if of_attention else 1))

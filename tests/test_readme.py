@@ -1,6 +1,7 @@
 """Every command and every number of the README."""
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -14,6 +15,7 @@ import pytest
 from collapse import find_onsets
 from runs import load_run, verdicts
 from tests.conftest import ROOT, command, run
+from tests.test_parallel import REDUCED
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
@@ -36,7 +38,11 @@ SHORT = {
     "scripts/bench.py": ["--quick", "--only", "msign"],
     "scripts/plot.py": [],
     "scripts/coord_check.py": ["--widths", "48", "96", "--steps=1", "--seeds=1"],
+    "scripts/plan.py": [],
+    "scripts/sweep.py": ["--max_steps=2", "--dry_run"],
     "data.openwebtext": ["--help"],
+    "data.nemotron_cc": ["--help"],
+    "data.fineweb_edu": ["--help"],
 }
 
 
@@ -80,6 +86,8 @@ def test_python_commands_run(line, tmp_path):
     if module == "scripts/plot.py":
         words = [w for w in words if not w.startswith("--out")]
         short += [f"--out={tmp_path}"]
+    if module == "scripts/sweep.py":
+        short += [f"--runs_dir={tmp_path}"]
     if module == "scripts/coord_check.py":
         short += [f"--out={tmp_path}/check.png"]
     if words[0] == "-m":
@@ -95,6 +103,17 @@ def test_python_commands_run(line, tmp_path):
         for ending in ("png", "svg", "md"):
             assert (tmp_path / f"{experiment}.{ending}").stat().st_size > 100
         assert len(list((tmp_path / "results" / experiment).glob("*/metrics.jsonl.gz"))) == 4
+
+
+@pytest.mark.parametrize("line", sorted({c for c in COMMANDS if c.startswith("torchrun ")}))
+def test_torchrun_commands_run(line, corpus, tmp_path):
+    words = shlex.split(line.replace("--nproc_per_node=8", "--nproc_per_node=2").replace(" --resume", ""))[1:]
+    short = [*REDUCED, "--max_steps=2", "--eval_batches=2", f"--dataset={corpus}", f"--runs_dir={tmp_path}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--master_port=0", *words, *short], cwd=ROOT, capture_output=True, text=True,
+        timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_reproduce_says_why_an_arm_failed(tmp_path):

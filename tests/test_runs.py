@@ -5,7 +5,7 @@ import pytest
 
 import theory
 from config import UserError
-from runs import THEOREMS, geometric_mean, load_run, onsets_table, pack_run, table, theory_table, verdicts
+from runs import DEFAULTS, THEOREMS, geometric_mean, load_run, onsets_table, pack_run, table, theory_table, verdicts
 from tests.test_theory import a_model
 
 
@@ -134,7 +134,7 @@ def test_an_offline_wandb_run_is_a_run(tmp_path, monkeypatch):
     offline(tmp_path / "w", monkeypatch, {"a/x": lines(1, 2)})
     for path in (tmp_path / "w", tmp_path / "w/a", tmp_path / "w/a/x.wandb"):
         run = load_run(path)
-        assert (run.lines, run.config, run.name) == (lines(1, 2), {"name": "x", "seed": 3}, "x")
+        assert (run.lines, run.config, run.name) == (lines(1, 2), DEFAULTS | {"name": "x", "seed": 3}, "x")
 
 
 def test_the_parts_of_a_resumed_wandb_run_are_one_run(tmp_path, monkeypatch):

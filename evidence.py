@@ -1,0 +1,209 @@
+"""Many runs of one grid: packed small, and held against each other with intervals and tests.
+
+A grid that was recorded is one file, results/<grid>.jsonl.gz: a line for each run, with its values on the axes, its
+configuration, and its series to four digits. Every interval is Student's at 95 %, every test is two-sided and paired by seed:
+two runs of one seed begin with the same weights and read the same batches.
+"""
+
+import gzip
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from collapse import find_onsets
+from config import UserError
+from runs import Run, Verdict, verdicts
+
+DIGITS = 4
+# what is kept of a run: every step's, and at their cadences these
+EVERY_STEP = ("train/loss", "grad_norm")
+SPARSE = ("val/loss", "srank/attention", "srank/mlp", "sigma1/attention", "attention/max_logit", "attention/entropy", "log_z", "residual/gain",
+          "jacobian/alignment", "jacobian/sigma1", "jacobian/product", "precision/error", "msign/matrices")  # fmt: skip
+
+
+def short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.{DIGITS}g}")
+
+
+def pack(runs: Iterable[tuple[dict, Run]], target: Path):
+    """Write runs, each with its values on the grid's axes, to `target`, a .jsonl.gz."""
+    lines = []
+    for axes, run in runs:
+        summary = json.loads((run.folder / "summary.json").read_text())
+        sparse = {key: [[line["iter"], short(line[key])] for line in run.lines if key in line] for key in SPARSE}
+        lines.append(json.dumps({
+            "axes": axes, "config": run.config,
+            "tokens_per_second": short(summary["tokens_per_second"]), "peak_memory_gib": short(summary["peak_memory_gib"]),
+            "lr": [short(line["lr"]) for line in run.lines],
+            "every": {key: [short(line[key]) for line in run.lines] for key in EVERY_STEP},
+            "sparse": {key: found for key, found in sparse.items() if found},
+        }))  # fmt: skip
+    target.write_bytes(gzip.compress(("\n".join(lines) + "\n").encode(), mtime=0))
+
+
+@dataclass(frozen=True)
+class Packed(Run):
+    """A run of a packed grid, with its values on the grid's axes; peak memory in GiB."""
+
+    axes: dict
+    tokens_per_second: float
+    peak_memory_gib: float
+
+
+def unpack(path: Path) -> list[Packed]:
+    """The runs of a packed grid. Raises UserError when there is no such file."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such grid; scripts/sweep.py --record writes it")
+    out = []
+    for text in gzip.decompress(path.read_bytes()).decode().splitlines():
+        row = json.loads(text)
+        series = {"lr": row["lr"], **row["every"]}
+        lines = [{"iter": i + 1, **{key: values[i] for key, values in series.items()}} for i in range(len(row["lr"]))]
+        for key, found in row["sparse"].items():
+            for step, value in found:
+                lines[step - 1][key] = value
+        out.append(Packed(path, row["config"], lines, row["axes"], row["tokens_per_second"], row["peak_memory_gib"]))
+    return out
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half of its 95 % interval (Student's t); NaN of fewer than two."""
+    values = np.asarray(values, float)
+    n = len(values)
+    half = stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    return float(values.mean()), float(half)
+
+
+def said(values: Sequence[float], digits: int = 2) -> str:
+    """mean ± half of the interval."""
+    if not len(values):
+        return "–"
+    mean, half = interval(values)
+    return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p-values adjusted for being several (Holm)."""
+    order, out, worst = np.argsort(ps), [0.0] * len(ps), 0.0
+    for rank, i in enumerate(order):
+        worst = max(worst, min(1.0, (len(ps) - rank) * ps[i]))
+        out[i] = worst
+    return out
+
+
+def paired(a: dict[int, float], b: dict[int, float]) -> tuple[list[float], float]:
+    """Differences a − b over the seeds that both have, and the p-value of a paired t-test that their mean is 0."""
+    seeds = sorted(a.keys() & b.keys())
+    differences = [a[s] - b[s] for s in seeds]
+    if len(differences) < 2 or np.ptp(differences) == 0:
+        return differences, math.nan
+    return differences, float(stats.ttest_1samp(differences, 0.0).pvalue)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs that differ in their seed alone."""
+
+    name: str
+    verdicts: list[Verdict]
+
+    def by_seed(self, value: Callable[[Run], float]) -> dict[int, float]:
+        return {v.run.config["seed"]: value(v.run) for v in self.verdicts}
+
+    @property
+    def collapsed(self) -> list[Verdict]:
+        return [v for v in self.verdicts if v.collapse]
+
+
+def arms(runs: Sequence[Packed], name: Callable[[Packed], str]) -> list[Arm]:
+    """The runs by arm, in the order of the grid, judged by collapse.py's rules with the attention-off arm of the same seed as floor."""
+    out: dict[str, list[Verdict]] = {}
+    for verdict in verdicts(runs):
+        out.setdefault(name(verdict.run), []).append(verdict)
+    return [Arm(*item) for item in out.items()]
+
+
+def loss(run: Run) -> float:
+    return run.final_loss()
+
+
+def arms_table(found: Sequence[Arm], baseline: str = "AdamW", floor: str = "attention off") -> str:
+    """Markdown, a row per arm: collapses, where, gradient norm, final loss, and its difference from the baseline's and from the
+    attention-off arm's, paired by seed, with p-values of the first adjusted for all rows (Holm)."""
+    by_name = {arm.name: arm for arm in found}
+    if baseline not in by_name:
+        raise UserError(f"{baseline}: no such arm; there are {', '.join(by_name)}")
+    base, off = by_name[baseline].by_seed(loss), by_name[floor].by_seed(loss) if floor in by_name else {}
+    others = [arm for arm in found if arm.name != baseline]
+    tests = {arm.name: paired(arm.by_seed(loss), base) for arm in others}
+    adjusted = dict(zip(tests, holm([1.0 if math.isnan(p) else p for _, p in tests.values()]), strict=True))
+    head = [
+        "arm",
+        "n",
+        "collapsed",
+        "at lr multiple",
+        "largest gradient norm after step 1000",
+        "final loss",
+        f"against {baseline}",
+        "p",
+    ]
+    head += [f"against {floor}"] if off else []
+    rows = [head, ["---"] * len(head)]
+    for arm in found:
+        fell = arm.collapsed
+        norms = [v.run.max_grad_norm() for v in arm.verdicts]
+        row = [
+            arm.name, str(len(arm.verdicts)), f"{len(fell)} of {len(arm.verdicts)}",
+            said([v.run.lr_multiple(v.collapse.step) for v in fell], 1),
+            f"{stats.gmean(norms):.3g} [{min(norms):.3g}, {max(norms):.3g}]",
+            said(list(arm.by_seed(loss).values())),
+            said(tests[arm.name][0]) if arm.name in tests else "–",
+            p_text(adjusted[arm.name]) if arm.name in tests else "–",
+        ]  # fmt: skip
+        if off:
+            row.append(said(paired(arm.by_seed(loss), off)[0]) if arm.name != floor else "–")
+        rows.append(row)
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def p_text(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def period_table(runs: Sequence[Packed]) -> str:
+    """Markdown, a row per period P: collapses, final loss, time relative to that of the longest period, and r of Eq 18,
+    T(P) = T(∞) (1 + r / P), fitted by least squares over all runs."""
+    found = arms(runs, lambda run: str(run.config["msign_period"]))
+    longest = max(run.config["msign_period"] for run in runs)
+    rate = np.median([run.tokens_per_second for run in runs if run.config["msign_period"] == longest])
+    inverse = np.array([1 / run.config["msign_period"] for run in runs])
+    ratio = np.array([rate / run.tokens_per_second for run in runs])
+    r = float(inverse @ (ratio - 1) / (inverse @ inverse))
+    rows = [["P", "n", "collapsed", "at lr multiple", "final loss", "time"], ["---"] * 6]
+    for arm in found:
+        fell = arm.collapsed
+        rows.append([
+            arm.name, str(len(arm.verdicts)), f"{len(fell)} of {len(arm.verdicts)}",
+            said([v.run.lr_multiple(v.collapse.step) for v in fell], 1), said(list(arm.by_seed(loss).values())),
+            said([rate / v.run.tokens_per_second for v in arm.verdicts]),
+        ])  # fmt: skip
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return f"{table}\n\nr = {r:.2f} steps an application.\n"
+
+
+def first_table(found: Sequence[Arm]) -> str:
+    """Markdown, a row per arm: in how many of its runs each signal was the first to move (collapse.find_onsets)."""
+    names = list(find_onsets([{"iter": 1, "grad_norm": 1.0}]).signals)
+    rows = [["arm", "n", *names, "none"], ["---"] * (len(names) + 3)]
+    for arm in found:
+        firsts = [find_onsets(v.run.lines, v.collapse.step if v.collapse else None).first for v in arm.verdicts]
+        counts = [sum(name in first for first in firsts) for name in names]
+        rows.append(
+            [arm.name, str(len(firsts)), *(str(c or "–") for c in counts), str(sum(not f for f in firsts) or "–")]
+        )
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"

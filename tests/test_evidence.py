@@ -1,0 +1,108 @@
+import gzip
+import json
+import math
+
+import numpy as np
+import pytest
+
+import evidence
+from config import UserError
+from runs import load_run, verdicts
+from tests.test_runs import made_up
+
+
+def grid(tmp_path, arms, seeds=range(5), steps=1000):
+    """A packed grid: arm -> (final loss, configuration), each seed at its own level, with a little noise of its own."""
+    runs = []
+    for arm, (level, config) in arms.items():
+        for seed in seeds:
+            rng = np.random.default_rng([seed, int(1000 * level)])
+            losses = (level + 0.05 * seed + 0.001 * rng.standard_normal() + np.linspace(1, 0, steps)).tolist()
+            folder = made_up(tmp_path / f"{arm}-{seed}", losses, grad=1.23456, seed=seed, **config)
+            summary = {
+                "tokens_per_second": 1000.0 / (1 + 2 / config.get("msign_period", 0))
+                if config.get("msign_period")
+                else 1000.0
+            }
+            (folder / "summary.json").write_text(json.dumps(summary | {"peak_memory_gib": 0.5}))
+            runs.append(({"arm": arm, "seed": seed}, load_run(folder)))
+    target = tmp_path / "grid.jsonl.gz"
+    evidence.pack(runs, target)
+    return target, runs
+
+
+ARMS = {"AdamW": (2.5, {}), "MSign": (2.2, {"msign_period": 100}), "same": (2.5, {"msign_period": 100, "msign_targets": "mlp"}),
+        "attention off": (2.4, {"msign_period": 100, "msign_map": "zero"})}  # fmt: skip
+
+
+def test_a_packed_grid_is_small_and_says_the_same(tmp_path):
+    target, runs = grid(tmp_path, ARMS)
+    packed = evidence.unpack(target)
+    assert target.stat().st_size < 0.5 * sum((r.folder / "metrics.jsonl").stat().st_size for _, r in runs)
+    for (axes, run), again in zip(runs, packed, strict=True):
+        assert (again.axes, again.config) == (axes, run.config)
+        assert again.series("train/loss") == pytest.approx(run.series("train/loss"), rel=1e-3)
+        assert again.series("grad_norm") == pytest.approx(run.series("grad_norm"), rel=1e-3)
+        assert again.sparse("srank/attention") == run.sparse("srank/attention")
+        assert (again.tokens_per_second, again.peak_memory_gib) == (pytest.approx(
+            json.loads((run.folder / "summary.json").read_text())["tokens_per_second"], rel=1e-3), 0.5)  # fmt: skip
+    assert [str(v.collapse) for v in verdicts(packed)] == [str(v.collapse) for v in verdicts([r for _, r in runs])]
+    evidence.pack(runs, tmp_path / "again.gz")
+    assert (tmp_path / "again.gz").read_bytes() == target.read_bytes()
+
+
+def test_values_that_are_not_finite_stay_so(tmp_path):
+    folder = made_up(tmp_path / "x", [2.0, None, 2.0])
+    (folder / "summary.json").write_text('{"tokens_per_second": 1.0, "peak_memory_gib": 0.5}')
+    evidence.pack([({}, load_run(folder))], tmp_path / "grid.gz")
+    (run,) = evidence.unpack(tmp_path / "grid.gz")
+    assert run.series("train/loss") == [2.0, None, 2.0]
+    assert json.loads(gzip.decompress((tmp_path / "grid.gz").read_bytes()))["every"]["train/loss"][1] is None
+
+
+def test_intervals_are_students():
+    mean, half = evidence.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3.0
+    assert half == pytest.approx(2.776445 * math.sqrt(2.5) / math.sqrt(5), rel=1e-6)  # t(0.975, 4) from a table
+    assert math.isnan(evidence.interval([1.0])[1])
+    assert evidence.said([1.0]) == "1.00" and evidence.said([]) == "–"
+
+
+def test_holms_adjustment():
+    assert evidence.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert evidence.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+
+
+def test_pairs_are_taken_by_seed():
+    differences, p = evidence.paired({0: 1.0, 1: 2.1, 2: 3.0, 9: 0.0}, {2: 2.0, 0: 0.1, 1: 1.0, 8: 5.0})
+    assert differences == pytest.approx([0.9, 1.1, 1.0])
+    assert p == pytest.approx(0.00332, rel=1e-2)  # t = 17.3 at 2 degrees of freedom
+
+
+def test_an_arm_that_is_better_is_told_from_one_that_is_not(tmp_path):
+    target, _ = grid(tmp_path, ARMS)
+    table = evidence.arms_table(evidence.arms(evidence.unpack(target), lambda run: run.axes["arm"]))
+    rows = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]] for row in table.splitlines()}
+    head = rows["arm"]
+    p, against, floor = head.index("p"), head.index("against AdamW"), head.index("against attention off")
+    assert rows["MSign"][p] == "< 0.001" and rows["MSign"][against].startswith("-0.30")
+    assert rows["MSign"][floor].startswith("-0.20")
+    assert float(rows["same"][p]) > 0.1 and rows["same"][against].startswith(("-0.00", "0.00"))
+    assert rows["AdamW"][p] == rows["AdamW"][against] == "–"
+    assert rows["AdamW"][head.index("n")] == "5"
+    with pytest.raises(UserError, match="Muon: no such arm"):
+        evidence.arms_table(evidence.arms(evidence.unpack(target), lambda run: run.axes["arm"]), "Muon")
+
+
+def test_r_of_eq_18_is_fitted(tmp_path):
+    """The runs take 1 + 2 / P of the time that none takes."""
+    arms = {f"P{p}": (2.2, {"msign_period": p}) for p in (1, 10, 100, 1_000_000)}
+    target, _ = grid(tmp_path, arms, seeds=range(2), steps=300)
+    text = evidence.period_table(evidence.unpack(target))
+    assert "r = 2.00 steps an application" in text
+    assert "| 1 | 2 | 0 of 2 | – | " in text and "| 3.00 ± 0.00 |" in text
+
+
+def test_no_such_grid(tmp_path):
+    with pytest.raises(UserError, match="no such grid"):
+        evidence.unpack(tmp_path / "none.jsonl.gz")

@@ -1,0 +1,69 @@
+"""The launch scripts, with stand-ins for srun, scontrol and ssh that start everything on this machine."""
+
+import json
+import os
+import socket
+import subprocess
+
+import pytest
+
+from tests.conftest import ROOT
+
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+"$@" & "$@" & wait -n && wait -n
+"""
+SCONTROL = "#!/bin/sh\necho localhost\necho other\n"
+SSH = """#!/bin/bash
+[ "$1" = -tt ] && [ "$2" = localhost ] || exit 9
+exec bash -c "$3"
+"""
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return str(s.getsockname()[1])
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """Environment of two 'nodes' of one process each."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "ssh": SSH}.items():
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    return {
+        **os.environ,
+        "PATH": f"{tools}:{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1", "NPROC": "1", "MASTER_PORT": free_port(), "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_NODELIST": "two", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("launch", [["scripts/slurm.sh"], ["scripts/ssh.sh", "localhost localhost"]])
+def test_two_nodes_train_one_model_and_go_on(launch, cluster, config_file, tmp_path):
+    for _ in range(2):  # the second time there is nothing left to do
+        done = subprocess.run(
+            ["bash", *launch, config_file, "--batch_size=4", "--micro_batch=2", "--parallel=ddp", "--device=cpu"],
+            cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert "already finished" in done.stdout + done.stderr
+    folder = tmp_path / "runs" / "small"
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 20
+    assert json.loads((folder / "record.json").read_text())["machine"]["processes"] == 2
+
+
+def test_ssh_stops_all_when_one_machine_fails(cluster, config_file):
+    done = subprocess.run(
+        ["bash", "scripts/ssh.sh", "localhost elsewhere", config_file],
+        cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 9
+
+
+def test_ssh_says_how_it_is_called():
+    done = subprocess.run(["bash", "scripts/ssh.sh", "node1"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "usage:" in done.stderr
