@@ -15,7 +15,7 @@ import pytest
 from collapse import find_onsets
 from runs import load_run, verdicts
 from tests.conftest import ROOT, command, run
-from tests.test_parallel import REDUCED
+from tests.test_parallel import REDUCED, torchrun
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
@@ -107,12 +107,13 @@ def test_python_commands_run(line, tmp_path):
 
 @pytest.mark.parametrize("line", sorted({c for c in COMMANDS if c.startswith("torchrun ")}))
 def test_torchrun_commands_run(line, corpus, tmp_path):
-    words = shlex.split(line.replace("--nproc_per_node=8", "--nproc_per_node=2").replace(" --resume", ""))[1:]
+    processes, *words = shlex.split(line.replace(" --resume", ""))[1:]
+    assert processes == "--nproc_per_node=8"
     short = [*REDUCED, "--max_steps=2", "--eval_batches=2", f"--dataset={corpus}", f"--runs_dir={tmp_path}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--master_port=0", *words, *short], cwd=ROOT, capture_output=True, text=True,
-        timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        torchrun(2, *words, *short), cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
