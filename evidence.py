@@ -9,7 +9,7 @@ import gzip
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -120,10 +120,16 @@ class Arm:
         return [v for v in self.verdicts if v.collapse]
 
 
-def arms(runs: Sequence[Packed], name: Callable[[Packed], str]) -> list[Arm]:
-    """The runs by arm, in the order of the grid, judged by collapse.py's rules with the attention-off arm of the same seed as floor."""
+def label(run: Packed) -> str:
+    """An arm's name in its grid, or what its configuration says."""
+    return run.axes.get("arm") or run.arm
+
+
+def arms(runs: Sequence[Packed], name: Callable[[Packed], str] = label) -> list[Arm]:
+    """The runs by arm, in their order, judged by collapse.py's rules; the floor is the attention-off arm of the same seed,
+    whichever of the grids it is in."""
     out: dict[str, list[Verdict]] = {}
-    for verdict in verdicts(runs):
+    for verdict in verdicts([replace(run, config=run.config | {"wandb_group": ""}) for run in runs]):
         out.setdefault(name(verdict.run), []).append(verdict)
     return [Arm(*item) for item in out.items()]
 

@@ -6,12 +6,18 @@ that orthogonalise (Muon, the spectral sphere) see the blocks' matrices only; Ad
 
 from collections.abc import Callable, Iterable
 
-import pytorch_optimizer as po
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from config import Config
+
+
+def library():
+    """pytorch-optimizer, imported when a rival is asked for: it takes half a second."""
+    import pytorch_optimizer
+
+    return pytorch_optimizer
 
 
 class Together(Optimizer):
@@ -56,20 +62,20 @@ def adamw(groups: list[dict], cfg: Config) -> Optimizer:
 
 def spam(groups: list[dict], cfg: Config) -> Optimizer:
     """SPAM (arXiv 2501.06842): spikes above 5000 times the second moment clipped, moments reset every 500 steps, warmed up for 150."""
-    return po.SPAM(groups, lr=cfg.peak_lr, betas=(cfg.beta1, cfg.beta2), density=1.0, weight_decay=cfg.weight_decay, warmup_epoch=150,
+    return library().SPAM(groups, lr=cfg.peak_lr, betas=(cfg.beta1, cfg.beta2), density=1.0, weight_decay=cfg.weight_decay, warmup_epoch=150,
                    threshold=5000, grad_accu_steps=20, update_proj_gap=500, eps=cfg.eps, foreach=True)  # fmt: skip
 
 
 def stable_spam(groups: list[dict], cfg: Config) -> Optimizer:
     """Stable-SPAM (arXiv 2502.17055): adaptive clipping of elements and norms, moments reset every 1000 steps."""
-    return po.StableSPAM(groups, lr=cfg.peak_lr, betas=(cfg.beta1, cfg.beta2), gamma1=0.7, gamma2=0.9, theta=0.999, t_max=None,
+    return library().StableSPAM(groups, lr=cfg.peak_lr, betas=(cfg.beta1, cfg.beta2), gamma1=0.7, gamma2=0.9, theta=0.999, t_max=None,
                          weight_decay=cfg.weight_decay, update_proj_gap=1000, eps=cfg.eps, foreach=True)  # fmt: skip
 
 
 def adagc(groups: list[dict], cfg: Config) -> Optimizer:
     """AdaGC (arXiv 2502.11034): every tensor's gradient clipped at 1.05 times a moving average of its norm. It comes
     after the global clip of `grad_clip`, which its paper does without."""
-    return po.AdaGC(groups, lr=cfg.peak_lr, betas=(cfg.beta1, cfg.beta2), beta=0.98, lambda_abs=1.0, lambda_rel=1.05, warmup_steps=100,
+    return library().AdaGC(groups, lr=cfg.peak_lr, betas=(cfg.beta1, cfg.beta2), beta=0.98, lambda_abs=1.0, lambda_rel=1.05, warmup_steps=100,
                     weight_decay=cfg.weight_decay, weight_decouple=True, fixed_decay=False, eps=cfg.eps, foreach=True)  # fmt: skip
 
 
@@ -82,7 +88,7 @@ def muon(groups: list[dict], cfg: Config) -> Optimizer:
 def spectral_sphere(groups: list[dict], cfg: Config) -> Optimizer:
     """The spectral sphere (arXiv 2601.08393): Muon's update within the tangent space of constant ‖W‖₂. Its update has singular
     values of 1, where Muon's as we use it have 0.2 · √max(m, n)."""
-    return po.SpectralSphere(groups, lr=cfg.peak_lr, momentum=0.95, weight_decay=cfg.weight_decay, weight_decouple=True, nesterov=True,
+    return library().SpectralSphere(groups, lr=cfg.peak_lr, momentum=0.95, weight_decay=cfg.weight_decay, weight_decouple=True, nesterov=True,
                              power_iteration_steps=20, msign_steps=8, solver_tolerance_f=1e-8, solver_max_iterations=100, foreach=True)  # fmt: skip
 
 

@@ -3,7 +3,7 @@
     python scripts/sweep.py configs/sweeps/table2_small.py --dry_run     # the points, and what is done of them
     python scripts/sweep.py configs/sweeps/table2_small.py               # run what is missing, go on with what was cut
     python scripts/sweep.py configs/sweeps/table2_small.py --seed=0      # a field as in train.py; of an axis, that value alone
-    python scripts/sweep.py configs/sweeps/table2_small.py --record=results    # and pack its runs into results/table2_small.jsonl.gz
+    python scripts/sweep.py configs/sweeps/table2_small.py --record=results --dry_run    # pack what is done into results/table2_small.jsonl.gz
     python scripts/sweep.py configs/sweeps/ladder.py --wandb             # register it with W&B, for many machines
 
 A grid file is plain assignments to the names of config.py, and to `config`, the config file that the runs start from. A
@@ -335,6 +335,13 @@ def register(path: Path, todo: list[Point], overrides: list[str], dry_run: bool)
     print("wandb agent " + "/".join(filter(None, [entity, cfg.wandb_project, sweep_id])))
 
 
+def record(grid: list[Point], args):
+    if args.record:
+        target = args.record / f"{args.grid.stem}.jsonl.gz"
+        pack(((p.axes, load_run(p.folder)) for p in grid if p.summary), target)
+        print(f"{sum(bool(p.summary) for p in grid)} of {len(grid)} points packed into {target}")
+
+
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                     usage="sweep.py GRID.py [--dry_run] [--workers=N] [--record=FOLDER] [--wandb] [--point=NAME] [--field=value ...]")  # fmt: skip
@@ -344,7 +351,9 @@ def main() -> int:
     parser.add_argument(
         "--wandb", nargs="?", const="register", help="register with W&B; with a value, train.py's field"
     )
-    parser.add_argument("--record", type=Path, help="also pack the runs into this folder, as <grid>.jsonl.gz")
+    parser.add_argument(
+        "--record", type=Path, help="at the end, pack the runs that are done into this folder, as <grid>.jsonl.gz"
+    )
     parser.add_argument("--point", help="run this point alone, in the foreground: what W&B's agents call")
     args, overrides = parser.parse_known_args()
     if args.wandb not in (None, "register"):
@@ -371,6 +380,7 @@ def main() -> int:
     print(f"{len(grid)} points in {folder}: " + ", ".join(f"{n} {state}" for state, n in counted.items()))
     if args.dry_run:
         print(aligned([[p.name, p.state] for p in grid]))
+        record(grid, args)
         return 0
     sys.stdout.flush()
     if todo:
@@ -384,8 +394,7 @@ def main() -> int:
     axes = [name for name, value in values.items() if isinstance(value, list) or name == "arm"]
     write_results(folder / "results.csv", grid, axes)
     failed = [p.error for p in grid if p.error]
-    if args.record and not failed:
-        pack(((p.axes, load_run(p.folder)) for p in grid), args.record / f"{args.grid.stem}.jsonl.gz")
+    record(grid, args)
     print("\n".join([aligned([HEAD, *(p.row() for p in grid)]), str(folder / "results.csv"), *failed]))
     return 1 if failed else 0
 

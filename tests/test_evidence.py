@@ -81,7 +81,7 @@ def test_pairs_are_taken_by_seed():
 
 def test_an_arm_that_is_better_is_told_from_one_that_is_not(tmp_path):
     target, _ = grid(tmp_path, ARMS)
-    table = evidence.arms_table(evidence.arms(evidence.unpack(target), lambda run: run.axes["arm"]))
+    table = evidence.arms_table(evidence.arms(evidence.unpack(target)))
     rows = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]] for row in table.splitlines()}
     head = rows["arm"]
     p, against, floor = head.index("p"), head.index("against AdamW"), head.index("against attention off")
@@ -91,7 +91,7 @@ def test_an_arm_that_is_better_is_told_from_one_that_is_not(tmp_path):
     assert rows["AdamW"][p] == rows["AdamW"][against] == "–"
     assert rows["AdamW"][head.index("n")] == "5"
     with pytest.raises(UserError, match="Muon: no such arm"):
-        evidence.arms_table(evidence.arms(evidence.unpack(target), lambda run: run.axes["arm"]), "Muon")
+        evidence.arms_table(evidence.arms(evidence.unpack(target)), "Muon")
 
 
 def test_r_of_eq_18_is_fitted(tmp_path):

@@ -47,7 +47,7 @@ def test_points_that_are_the_same_run_are_one(grid):
 def test_every_committed_grid_is_one(tmp_path):
     for path in (ROOT / "configs" / "sweeps").glob("*.py"):
         points = sweep.points(path, sweep.read_grid(path, [f"--runs_dir={tmp_path}"]))
-        assert len({p.name for p in points}) == len(points) > 10
+        assert len({p.name for p in points}) == len(points) > 4
         assert len({p.folder for p in points}) == len(points)
 
 

@@ -1,0 +1,7 @@
+# The floor that every rescue is held against: the ramp of the stress test with attention set to zero every 100 steps. Five seeds,
+# 3000 steps.
+
+config = "configs/stress_ramp.py"
+msign_period = 100
+msign_map = "zero"
+seed = [0, 1, 2, 3, 4]
