@@ -34,10 +34,10 @@ def pack(runs: Iterable[tuple[dict, Run]], target: Path):
     """Write runs, each with its values on the grid's axes, to `target`, a .jsonl.gz."""
     lines = []
     for axes, run in runs:
-        summary = json.loads((run.folder / "summary.json").read_text())
+        record, summary = (json.loads((run.folder / name).read_text()) for name in ("record.json", "summary.json"))
         sparse = {key: [[line["iter"], short(line[key])] for line in run.lines if key in line] for key in SPARSE}
         lines.append(json.dumps({
-            "axes": axes, "config": run.config,
+            "axes": axes, "config": run.config, "code": record["code"],
             "tokens_per_second": short(summary["tokens_per_second"]), "peak_memory_gib": short(summary["peak_memory_gib"]),
             "lr": [short(line["lr"]) for line in run.lines],
             "every": {key: [short(line[key]) for line in run.lines] for key in EVERY_STEP},
@@ -48,9 +48,10 @@ def pack(runs: Iterable[tuple[dict, Run]], target: Path):
 
 @dataclass(frozen=True)
 class Packed(Run):
-    """A run of a packed grid, with its values on the grid's axes; peak memory in GiB."""
+    """A run of a packed grid, with its values on the grid's axes and the revision that made it; peak memory in GiB."""
 
     axes: dict
+    code: dict
     tokens_per_second: float
     peak_memory_gib: float
 
@@ -67,7 +68,11 @@ def unpack(path: Path) -> list[Packed]:
         for key, found in row["sparse"].items():
             for step, value in found:
                 lines[step - 1][key] = value
-        out.append(Packed(path, row["config"], lines, row["axes"], row["tokens_per_second"], row["peak_memory_gib"]))
+        out.append(
+            Packed(
+                path, row["config"], lines, row["axes"], row["code"], row["tokens_per_second"], row["peak_memory_gib"]
+            )
+        )
     return out
 
 
@@ -140,12 +145,14 @@ def loss(run: Run) -> float:
 
 def arms_table(found: Sequence[Arm], baseline: str = "AdamW", floor: str = "attention off") -> str:
     """Markdown, a row per arm: collapses, where, gradient norm, final loss, and its difference from the baseline's and from the
-    attention-off arm's, paired by seed, with p-values of the first adjusted for all rows (Holm)."""
+    attention-off arm's, paired by seed, with p-values of the first adjusted for all rows (Holm). The p-value of a number of
+    collapses is Fisher's exact test's against the baseline's, as it is."""
     by_name = {arm.name: arm for arm in found}
     if baseline not in by_name:
         raise UserError(f"{baseline}: no such arm; there are {', '.join(by_name)}")
     base, off = by_name[baseline].by_seed(loss), by_name[floor].by_seed(loss) if floor in by_name else {}
     others = [arm for arm in found if arm.name != baseline]
+    counted = len(by_name[baseline].collapsed), len(by_name[baseline].verdicts)
     tests = {arm.name: paired(arm.by_seed(loss), base) for arm in others}
     adjusted = dict(zip(tests, holm([1.0 if math.isnan(p) else p for _, p in tests.values()]), strict=True))
     head = [
@@ -161,10 +168,11 @@ def arms_table(found: Sequence[Arm], baseline: str = "AdamW", floor: str = "atte
     head += [f"against {floor}"] if off else []
     rows = [head, ["---"] * len(head)]
     for arm in found:
-        fell = arm.collapsed
+        fell, n = arm.collapsed, len(arm.verdicts)
+        exact = "" if arm.name == baseline else f" (p {p_text(fisher(len(fell), n, *counted))})"
         norms = [v.run.max_grad_norm() for v in arm.verdicts]
         row = [
-            arm.name, str(len(arm.verdicts)), f"{len(fell)} of {len(arm.verdicts)}",
+            arm.name, str(n), f"{len(fell)} of {n}{exact}",
             said([v.run.lr_multiple(v.collapse.step) for v in fell], 1),
             f"{stats.gmean(norms):.3g} [{min(norms):.3g}, {max(norms):.3g}]",
             said(list(arm.by_seed(loss).values())),
@@ -175,6 +183,11 @@ def arms_table(found: Sequence[Arm], baseline: str = "AdamW", floor: str = "atte
             row.append(said(paired(arm.by_seed(loss), off)[0]) if arm.name != floor else "–")
         rows.append(row)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def fisher(k: int, n: int, of: int, m: int) -> float:
+    """p-value of k of n against `of` of m."""
+    return float(stats.fisher_exact([[k, n - k], [of, m - of]]).pvalue)
 
 
 def p_text(p: float) -> str:

@@ -275,6 +275,23 @@ def fig4(runs: Sequence[Run]) -> Figure:
     return training(shown)
 
 
+def strips(found: Sequence[tuple[str, Sequence[Verdict]]], floor: str = "attention off") -> Figure:
+    """Final loss of every run, a row per arm: a cross for one that collapsed, a dot for one that did not; the line is the mean of the
+    `floor` arm, what the model is worth without attention."""
+    fig, ax = plt.subplots(figsize=(9, 0.9 + 0.34 * len(found)), constrained_layout=True)
+    for row, (name, judged) in enumerate(found):
+        for verdict in judged:
+            mark = {"marker": "x", "color": VERMILLION} if verdict.collapse else {"marker": "o", "color": BLUE}
+            ax.plot(min(verdict.run.final_loss(), 99), row, **mark, ms=6, mew=1.8, alpha=0.8, ls="")
+        if name == floor:
+            ax.axvline(np.mean([v.run.final_loss() for v in judged]), color=COLORS[floor], lw=1, ls="--")
+    ax.set_yticks(range(len(found)), [name for name, _ in found])
+    ax.invert_yaxis()
+    ax.set(xlabel="final training loss, nats per token (× collapsed)")
+    plain(ax)
+    return fig
+
+
 class HeatMap(NamedTuple):
     label: str
     family: str

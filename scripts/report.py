@@ -13,11 +13,28 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from config import Parser, UserError, run_cli
-from figures import heatmaps, overview, save
+from evidence import Arm, arms, arms_table, first_table, label, period_table, unpack
+from figures import heatmaps, overview, save, strips
 from runs import load_run, onsets_table, table, theory_table, verdicts
 from scripts.plan import paper_table
 
 RESULTS = ROOT / "results"
+# a finding: its grid, and the arms of other grids that it is held against
+FINDINGS = {
+    "layers": ("table2_small", {"attention_off": ["attention off"]}),
+    "controls": ("controls", {"table2_small": ["AdamW", "MSign (attention)"], "attention_off": ["attention off"]}),
+}
+
+
+def packed(grid: str, folder: Path = RESULTS):
+    return unpack(folder / f"{grid}.jsonl.gz")
+
+
+def finding(name: str, folder: Path = RESULTS) -> list[Arm]:
+    """The arms of a finding, those that it is held against first."""
+    grid, against = FINDINGS[name]
+    others = [run for other, names in against.items() for run in packed(other, folder) if label(run) in names]
+    return arms(others + packed(grid, folder))
 
 
 def recorded(experiment: str):
@@ -32,7 +49,7 @@ def recorded(experiment: str):
 def filled(text: str) -> str:
     """`text` with every block between <!-- KIND NAME --> and <!-- end --> made anew: an experiment's table, seed-0
     verdicts, onsets, seed-0 AdamW's theorems; a recorded file results/NAME.md, or of it only the first table, the
-    targets; or what MSign costs on a cluster."""
+    targets; a finding's table, or what moved first in its arms; a grid of periods; or what MSign costs on a cluster."""
 
     def block(match: re.Match) -> str:
         kind, name = match[1], match[2]
@@ -43,6 +60,12 @@ def filled(text: str) -> str:
             body = paper_table() + "\n"
         elif kind == "table":
             body = table(recorded(name))
+        elif kind == "finding":
+            body = arms_table(finding(name))
+        elif kind == "first":
+            body = first_table(finding(name))
+        elif kind == "periods":
+            body = period_table(packed(name))
         elif kind == "onsets":
             body = onsets_table(recorded(name))
         elif kind == "theorems":
@@ -54,7 +77,7 @@ def filled(text: str) -> str:
         return f"<!-- {kind} {name} -->\n\n{body}\n<!-- end -->"
 
     return re.sub(
-        r"<!-- (table|verdicts|onsets|theorems|file|targets|cost) (\w+) -->.*?<!-- end -->",
+        r"<!-- (table|verdicts|onsets|theorems|file|targets|finding|first|periods|cost) (\w+) -->.*?<!-- end -->",
         block,
         text,
         flags=re.DOTALL,
@@ -76,6 +99,8 @@ def main() -> int:
         return 1 if stale else 0
     for path, text in pages.items():
         path.write_text(text)
+    for name in FINDINGS:
+        print(*save(strips([(arm.name, arm.verdicts) for arm in finding(name)]), RESULTS / name))
     for folder in sorted(p for p in RESULTS.iterdir() if p.is_dir()):
         runs = recorded(folder.name)
         print(*save(overview(runs), RESULTS / folder.name))

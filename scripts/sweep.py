@@ -2,7 +2,7 @@
 
     python scripts/sweep.py configs/sweeps/table2_small.py --dry_run     # the points, and what is done of them
     python scripts/sweep.py configs/sweeps/table2_small.py               # run what is missing, go on with what was cut
-    python scripts/sweep.py configs/sweeps/table2_small.py --seed=0      # a field as in train.py; of an axis, that value alone
+    python scripts/sweep.py configs/sweeps/table2_small.py --seed=0,1    # a field as in train.py; of an axis, these values alone
     python scripts/sweep.py configs/sweeps/table2_small.py --record=results --dry_run    # pack what is done into results/table2_small.jsonl.gz
     python scripts/sweep.py configs/sweeps/ladder.py --wandb             # register it with W&B, for many machines
 
@@ -156,8 +156,10 @@ def read_grid(path: Path, overrides: list[str]) -> dict:
             raise unknown_key(name, "on the command line")
         if not equals and FIELDS[name].type is not bool:
             raise UserError(f"{text}: must have a value, --{name}=…")
-        value = parse_value(FIELDS[name], value if equals else "true")
-        values[name] = [value] if isinstance(values.get(name), list) else value  # the points keep their names
+        axis = isinstance(values.get(name), list)  # stays one, so that the points keep their names
+        texts = value.split(",") if axis and FIELDS[name].type is not str else [value if equals else "true"]
+        parsed = [parse_value(FIELDS[name], text) for text in texts]
+        values[name] = parsed if axis else parsed[0]
     for name, value in values.items():
         if name in OURS:
             raise UserError(f"{name} = {value!r}: is set for every point; must not be in {path}")

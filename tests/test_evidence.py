@@ -11,6 +11,11 @@ from runs import load_run, verdicts
 from tests.test_runs import made_up
 
 
+def stamp(folder):
+    record = json.loads((folder / "record.json").read_text())
+    (folder / "record.json").write_text(json.dumps(record | {"code": {"git": "abc", "dirty": False}}))
+
+
 def grid(tmp_path, arms, seeds=range(5), steps=1000):
     """A packed grid: arm -> (final loss, configuration), each seed at its own level, with a little noise of its own."""
     runs = []
@@ -25,6 +30,7 @@ def grid(tmp_path, arms, seeds=range(5), steps=1000):
                 else 1000.0
             }
             (folder / "summary.json").write_text(json.dumps(summary | {"peak_memory_gib": 0.5}))
+            stamp(folder)
             runs.append(({"arm": arm, "seed": seed}, load_run(folder)))
     target = tmp_path / "grid.jsonl.gz"
     evidence.pack(runs, target)
@@ -40,7 +46,7 @@ def test_a_packed_grid_is_small_and_says_the_same(tmp_path):
     packed = evidence.unpack(target)
     assert target.stat().st_size < 0.5 * sum((r.folder / "metrics.jsonl").stat().st_size for _, r in runs)
     for (axes, run), again in zip(runs, packed, strict=True):
-        assert (again.axes, again.config) == (axes, run.config)
+        assert (again.axes, again.config, again.code["git"]) == (axes, run.config, "abc")
         assert again.series("train/loss") == pytest.approx(run.series("train/loss"), rel=1e-3)
         assert again.series("grad_norm") == pytest.approx(run.series("grad_norm"), rel=1e-3)
         assert again.sparse("srank/attention") == run.sparse("srank/attention")
@@ -54,6 +60,7 @@ def test_a_packed_grid_is_small_and_says_the_same(tmp_path):
 def test_values_that_are_not_finite_stay_so(tmp_path):
     folder = made_up(tmp_path / "x", [2.0, None, 2.0])
     (folder / "summary.json").write_text('{"tokens_per_second": 1.0, "peak_memory_gib": 0.5}')
+    stamp(folder)
     evidence.pack([({}, load_run(folder))], tmp_path / "grid.gz")
     (run,) = evidence.unpack(tmp_path / "grid.gz")
     assert run.series("train/loss") == [2.0, None, 2.0]
@@ -71,6 +78,11 @@ def test_intervals_are_students():
 def test_holms_adjustment():
     assert evidence.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert evidence.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+
+
+def test_fishers_exact_test():
+    assert evidence.fisher(0, 5, 5, 5) == pytest.approx(2 / 252)
+    assert evidence.fisher(3, 3, 5, 5) == 1.0
 
 
 def test_pairs_are_taken_by_seed():

@@ -4,8 +4,8 @@ import pytest
 from matplotlib.colors import to_hex
 
 from config import UserError
-from figures import COLORS, edges, fig1, fig2, fig3, fig4, heatmaps, overview, peaks, save, smooth, theorems
-from runs import load_run
+from figures import COLORS, edges, fig1, fig2, fig3, fig4, heatmaps, overview, peaks, save, smooth, strips, theorems
+from runs import load_run, verdicts
 from tests.conftest import ROOT
 from tests.test_runs import logged_theory, made_up
 
@@ -281,3 +281,15 @@ def test_theorems_show_both_sides_of_the_last_measurement(tmp_path):
     assert "step 100" in fig.get_suptitle()
     with pytest.raises(UserError, match="theory_every"):
         theorems(load_run(made_up(tmp_path / "none", [2.0] * 120)))
+
+
+def test_strips_tell_collapsed_runs_from_the_others(arms):
+    judged = verdicts(arms)
+    fig = strips([(v.run.arm, [v]) for v in judged])
+    (ax,) = fig.axes
+    points = [line for line in ax.lines if line.get_linestyle() == "None"]
+    assert [line.get_marker() for line in points] == ["x", "o", "x", "o"]
+    assert [float(line.get_xdata()[0]) for line in points[1:]] == pytest.approx([2.1, 2.6, 2.4])
+    assert [label.get_text() for label in ax.get_yticklabels()] == [v.run.arm for v in judged]
+    (floor,) = [line for line in ax.lines if line.get_linestyle() == "--"]
+    assert floor.get_xdata()[0] == pytest.approx(2.4)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import evidence
 from config import UserError
 from scripts import sweep
 from tests.conftest import ROOT, command, refused, run
@@ -188,3 +189,22 @@ def test_an_arm_is_a_set_of_fields(tmp_path, config_file):
         path.write_text(f"config = {str(config_file)!r}\narm = {wrong}\n")
         with pytest.raises(UserError, match=says):
             sweep.read_grid(path, [])
+
+
+def test_of_an_axis_some_values(grid):
+    assert [p.name for p in sweep.points(grid, sweep.read_grid(grid, ["--seed=1"]))] == [
+        n for n in NAMES if n.endswith("1")
+    ]
+    assert len(sweep.points(grid, sweep.read_grid(grid, ["--seed=0,1,2"]))) == 9
+    assert len(sweep.points(grid, sweep.read_grid(grid, ["--msign_targets=W_V,W_O"]))) == 4
+    with pytest.raises(UserError, match="seed = 'x'"):
+        sweep.read_grid(grid, ["--seed=0,x"])
+
+
+def test_what_is_done_is_packed(grid, tmp_path):
+    done = run("scripts/sweep.py", grid, "--msign_period=0", "--seed=0", f"--record={tmp_path}")
+    assert done.returncode == 0 and "1 of 1 points packed" in done.stdout, done.stdout
+    done = run("scripts/sweep.py", grid, "--dry_run", f"--record={tmp_path}")
+    assert done.returncode == 0 and "1 of 6 points packed" in done.stdout, done.stdout
+    (packed,) = evidence.unpack(tmp_path / "grid.jsonl.gz")
+    assert packed.axes == {"msign_period": 0, "seed": 0} and len(packed.lines) == 10

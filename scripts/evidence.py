@@ -1,0 +1,46 @@
+"""Rerun what the findings of results/REPORT.md rest on: every grid, what is missing of it, then the tables and figures.
+
+python scripts/evidence.py            # about three hours on two cores; what was cut goes on with the same command
+python scripts/evidence.py --quick    # a quarter of an hour: ramps of half the length, two seeds; prints the tables, records nothing
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from config import Parser, run_cli
+from evidence import arms_table, period_table
+from scripts.report import RESULTS, finding, packed
+
+GRIDS = ("table2_small", "attention_off", "table3_small", "controls")
+QUICK = ("table2_small", "attention_off", "table3_small")
+SHORT = ["--warmup_steps=1250", "--max_steps=1500", "--seed=0,1"]
+
+
+def main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--runs_dir", default="runs")
+    args, rest = parser.parse_known_args()
+    runs_dir = Path(args.runs_dir) / "quick" if args.quick else Path(args.runs_dir)
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    record = runs_dir if args.quick else RESULTS
+    for grid in QUICK if args.quick else GRIDS:
+        command = [sys.executable, str(ROOT / "scripts" / "sweep.py"), str(ROOT / "configs" / "sweeps" / f"{grid}.py")]
+        more = [f"--runs_dir={runs_dir}", f"--record={record}", "--wandb=off", *(SHORT if args.quick else []), *rest]
+        done = subprocess.run([*command, *more])
+        if done.returncode:
+            return done.returncode
+    if args.quick:
+        print(arms_table(finding("layers", record)))
+        print(period_table(packed("table3_small", record)))
+        return 0
+    return subprocess.run([sys.executable, str(ROOT / "scripts" / "report.py")]).returncode
+
+
+if __name__ == "__main__":
+    run_cli(main, "evidence.py")
