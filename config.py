@@ -242,6 +242,16 @@ def parse_value(f: dataclasses.Field, text: str):
     return text
 
 
+def assignments(path: Path) -> dict:
+    """What a file of plain assignments assigns, but for names that begin with an underscore. Raises UserError if it does not run."""
+    values = {}
+    try:
+        exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), values)
+    except Exception as error:
+        raise UserError(f"{path}: {type(error).__name__}: {error}") from error
+    return {k: v for k, v in values.items() if not k.startswith("_")}
+
+
 def read_config_file(path: str | Path) -> dict:
     """The assignments of a config file as a dict. Raises UserError on anything but known fields."""
     path = Path(path)
@@ -250,12 +260,7 @@ def read_config_file(path: str | Path) -> dict:
         near = difflib.get_close_matches(path.stem, [Path(p).stem for p in here], n=1, cutoff=0)
         hint = f"; nearest is configs/{near[0]}.py" if near else ""
         raise UserError(f"{path}: no such config file{hint}")
-    values = {}
-    try:
-        exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), values)
-    except Exception as error:
-        raise UserError(f"{path}: {type(error).__name__}: {error}") from error
-    values = {k: v for k, v in values.items() if not k.startswith("_")}
+    values = assignments(path)
     for name, value in values.items():
         if name not in FIELDS:
             raise unknown_key(name, f"in {path}")

@@ -131,10 +131,12 @@ def label(run: Packed) -> str:
 
 
 def arms(runs: Sequence[Packed], name: Callable[[Packed], str] = label) -> list[Arm]:
-    """The runs by arm, in their order, judged by collapse.py's rules; the floor is the attention-off arm of the same seed,
-    whichever of the grids it is in."""
+    """The runs by arm, in their order, judged by collapse.py's rules; the floor is the attention-off arm of the same seed
+    and learning rate, whichever of the grids it is in."""
     out: dict[str, list[Verdict]] = {}
-    for verdict in verdicts([replace(run, config=run.config | {"wandb_group": ""}) for run in runs]):
+    for verdict in verdicts(
+        [replace(run, config=run.config | {"wandb_group": str(run.config["lr_scale"])}) for run in runs]
+    ):
         out.setdefault(name(verdict.run), []).append(verdict)
     return [Arm(*item) for item in out.items()]
 
@@ -225,4 +227,27 @@ def first_table(found: Sequence[Arm]) -> str:
         rows.append(
             [arm.name, str(len(firsts)), *(str(c or "–") for c in counts), str(sum(not f for f in firsts) or "–")]
         )
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def margin_table(found: Sequence[Arm]) -> str:
+    """Markdown, a row per arm whose runs differ in learning rate and seed: learning-rate sensitivity (arXiv 2309.14322: the mean over
+    rates of min(final loss, initial loss) − best final loss), best loss and its rate, largest rate below which no run collapsed."""
+    rows = [["arm", "n", "sensitivity, nats", "best loss", "at × lr", "no collapse up to × lr"], ["---"] * 6]
+    for arm in found:
+        by_rate: dict[float, dict[int, Verdict]] = {}
+        for v in arm.verdicts:
+            by_rate.setdefault(v.run.config["lr_scale"], {})[v.run.config["seed"]] = v
+        rates = sorted(by_rate)
+        seeds = sorted(set.intersection(*(set(of_seed) for of_seed in by_rate.values())))
+        capped = np.array(
+            [[min(loss(by_rate[r][s].run), by_rate[r][s].run.lines[0]["train/loss"]) for r in rates] for s in seeds]
+        )
+        best = rates[int(capped.mean(0).argmin())]
+        fell = [any(v.collapse for v in by_rate[r].values()) for r in rates]
+        safe = rates[: fell.index(True)] if any(fell) else rates
+        rows.append([
+            arm.name, f"{len(rates)} × {len(seeds)}", said(list((capped - capped.min(1, keepdims=True)).mean(1)), 3),
+            said(list(capped.min(1))), f"{best:g}", f"{safe[-1]:g}" if safe else f"below {rates[0]:g}",
+        ])  # fmt: skip
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"

@@ -36,7 +36,18 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from config import FIELDS, Config, Parser, UserError, check_type, parse_value, read_config_file, run_cli, unknown_key
+from config import (
+    FIELDS,
+    Config,
+    Parser,
+    UserError,
+    assignments,
+    check_type,
+    parse_value,
+    read_config_file,
+    run_cli,
+    unknown_key,
+)
 from evidence import pack
 from pool import Job, Pool
 from runlog import FREE_ON_RESUME, first_line, wandb_mode
@@ -137,12 +148,7 @@ def read_grid(path: Path, overrides: list[str]) -> dict:
     """The assignments of a grid file and of the command line. Raises UserError unless all are known and of their types."""
     if not path.is_file():
         raise UserError(f"{path}: no such grid file; there is {', '.join(sorted(here('configs/sweeps/*.py')))}")
-    values = {}
-    try:
-        exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), values)
-    except Exception as error:
-        raise UserError(f"{path}: {type(error).__name__}: {error}") from error
-    values = {k: v for k, v in values.items() if not k.startswith("_")}
+    values = assignments(path)
     for text in overrides:
         name, equals, value = text.removeprefix("--").partition("=")
         if not text.startswith("--"):

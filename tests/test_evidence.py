@@ -118,3 +118,20 @@ def test_r_of_eq_18_is_fitted(tmp_path):
 def test_no_such_grid(tmp_path):
     with pytest.raises(UserError, match="no such grid"):
         evidence.unpack(tmp_path / "none.jsonl.gz")
+
+
+def test_sensitivity_is_the_mean_loss_above_the_best(tmp_path):
+    """By hand: initial loss 4; at rates 1, 2, 4 seed 0 ends at 2.0, 2.5 and beyond 4, seed 1 at 2.2, 2.1 and beyond 4."""
+    runs = []
+    for seed, ends in enumerate(([2.0, 2.5, 9.0], [2.2, 2.1, 9.0])):
+        for rate, end in zip((1.0, 2.0, 4.0), ends, strict=True):
+            folder = made_up(tmp_path / f"{seed}-{rate}", [4.0, *[2.6] * 200, *[end] * 400], seed=seed, lr_scale=rate)
+            (folder / "summary.json").write_text('{"tokens_per_second": 1.0, "peak_memory_gib": 0.5}')
+            stamp(folder)
+            runs.append(({"arm": "AdamW"}, load_run(folder)))
+    evidence.pack(runs, tmp_path / "grid.gz")
+    row = evidence.margin_table(evidence.arms(evidence.unpack(tmp_path / "grid.gz"))).splitlines()[2]
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    mean = ((0 + 0.5 + 2.0) / 3 + (0.1 + 0 + 1.9) / 3) / 2
+    assert cells[:2] == ["AdamW", "3 × 2"] and cells[2].startswith(f"{mean:.3f} ±")
+    assert cells[3].startswith("2.05 ±") and cells[4:] == ["1", "2"]

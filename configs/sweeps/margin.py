@@ -1,0 +1,16 @@
+# How wide is the range of learning rates that work? Constant rates from a quarter to 16 times the paper's after 300 steps of warm-up,
+# 1500 steps each, β₂ = 0.999 as on the ramp; three seeds. 105 runs.
+
+_every = {"msign_period": 100}
+config = "configs/stress_ramp.py"
+arm = {
+    "AdamW": {},
+    "MSign (attention)": _every,
+    "attention off": {**_every, "msign_map": "zero"},
+    "singular values clipped": {**_every, "msign_map": "clip"},
+    "QK-norm": {"qk_norm": True},
+}
+warmup_steps = 300
+max_steps = 1500
+lr_scale = [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0]
+seed = [0, 1, 2]
