@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: reproduce test evidence figures
+.PHONY: reproduce test figures
 .DEFAULT_GOAL := reproduce
 
 # built anew whenever requirements.txt is newer; an interrupted set-up leaves no stamp and is redone
@@ -19,10 +19,6 @@ test: .venv/.complete
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n 2
-
-# every grid of results/REPORT.md, what is missing of it: some three hours
-evidence: .venv/.complete
-	$(BIN)/python scripts/evidence.py
 
 # README's and REPORT's tables and figures, from the logs under results/
 figures: .venv/.complete

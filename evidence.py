@@ -251,3 +251,51 @@ def margin_table(found: Sequence[Arm]) -> str:
             said(list(capped.min(1))), f"{best:g}", f"{safe[-1]:g}" if safe else f"below {rates[0]:g}",
         ])  # fmt: skip
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def fluctuation(run: Run, window: int = 100) -> float:
+    """Standard deviation of the logarithm of the gradient norm within windows, median over the windows after the first quarter."""
+    logs = np.log([math.inf if g is None else max(g, 1e-30) for g in run.series("grad_norm")][len(run.lines) // 4 :])
+    parts = logs[: len(logs) // window * window].reshape(-1, window)
+    return float(np.median(parts.std(1, ddof=1)))
+
+
+def spikes(run: Run, window: int = 1000, sigmas: float = 7.0) -> float:
+    """Gradient norms in a thousand that are 7 σ above the mean of the thousand before them (OLMo 2's spike score, arXiv 2501.00656)."""
+    norms = np.array([math.inf if g is None else g for g in run.series("grad_norm")], float)
+    before = np.lib.stride_tricks.sliding_window_view(norms[:-1], window)
+    with np.errstate(invalid="ignore"):
+        limit = before.mean(1) + sigmas * before.std(1)
+    return float(1000 * np.mean(~(norms[window:] < limit)))
+
+
+def gap(run: Run) -> float:
+    """Validation loss at the end minus final training loss."""
+    return run.sparse("val/loss")[1][-1] - run.final_loss()
+
+
+def calm_table(found: Sequence[Arm], baseline: str = "AdamW") -> str:
+    """Markdown, a row per arm: how much gradient norms fluctuate, how often they spike, how validation compares with training; and the
+    p-value of the paired difference of the first from the baseline's (Holm)."""
+    base = next(arm for arm in found if arm.name == baseline).by_seed(fluctuation)
+    others = [arm.name for arm in found if arm.name != baseline]
+    ps = [paired(arm.by_seed(fluctuation), base)[1] for arm in found if arm.name != baseline]
+    adjusted = dict(zip(others, holm([1.0 if math.isnan(p) else p for p in ps]), strict=True))
+    rows = [
+        [
+            "arm",
+            "n",
+            "std of log gradient norm in 100 steps",
+            "p",
+            "spikes in 1000 steps",
+            "validation − training loss",
+        ],
+        ["---"] * 6,
+    ]
+    for arm in found:
+        rows.append([
+            arm.name, str(len(arm.verdicts)), said(list(arm.by_seed(fluctuation).values())),
+            p_text(adjusted[arm.name]) if arm.name in adjusted else "–",
+            said(list(arm.by_seed(spikes).values()), 1), said(list(arm.by_seed(gap).values()), 3),
+        ])  # fmt: skip
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"

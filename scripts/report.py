@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from config import Parser, UserError, run_cli
-from evidence import Arm, arms, arms_table, first_table, label, period_table, unpack
+from evidence import Arm, arms, arms_table, calm_table, first_table, label, period_table, unpack
 from figures import heatmaps, overview, save, strips
 from runs import load_run, onsets_table, table, theory_table, verdicts
 from scripts.plan import paper_table
@@ -62,6 +62,8 @@ def filled(text: str) -> str:
             body = table(recorded(name))
         elif kind == "finding":
             body = arms_table(finding(name))
+        elif kind == "calm":
+            body = calm_table(finding(name))
         elif kind == "first":
             body = first_table(finding(name))
         elif kind == "periods":
@@ -77,7 +79,7 @@ def filled(text: str) -> str:
         return f"<!-- {kind} {name} -->\n\n{body}\n<!-- end -->"
 
     return re.sub(
-        r"<!-- (table|verdicts|onsets|theorems|file|targets|finding|first|periods|cost) (\w+) -->.*?<!-- end -->",
+        r"<!-- (table|verdicts|onsets|theorems|file|targets|finding|calm|first|periods|cost) (\w+) -->.*?<!-- end -->",
         block,
         text,
         flags=re.DOTALL,

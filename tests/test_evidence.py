@@ -7,7 +7,7 @@ import pytest
 
 import evidence
 from config import UserError
-from runs import load_run, verdicts
+from runs import Run, load_run, verdicts
 from tests.test_runs import made_up
 
 
@@ -135,3 +135,28 @@ def test_sensitivity_is_the_mean_loss_above_the_best(tmp_path):
     mean = ((0 + 0.5 + 2.0) / 3 + (0.1 + 0 + 1.9) / 3) / 2
     assert cells[:2] == ["AdamW", "3 × 2"] and cells[2].startswith(f"{mean:.3f} ±")
     assert cells[3].startswith("2.05 ±") and cells[4:] == ["1", "2"]
+
+
+def a_run(grad_norms, **more):
+    lines = [{"iter": i + 1, "train/loss": 2.0, "grad_norm": g, "lr": 1.0} for i, g in enumerate(grad_norms)]
+    lines[-1] |= more
+    return Run("x", {"name": "x", "seed": 0}, lines)
+
+
+def test_fluctuation_is_that_of_the_logarithm_within_windows():
+    wave = np.exp(np.where(np.arange(4000) % 2, 0.3, -0.3))
+    slow = np.repeat(10.0 ** np.arange(40), 100)  # between windows, which does not count
+    assert evidence.fluctuation(a_run(list(wave * slow))) == pytest.approx(0.3 * math.sqrt(100 / 99), rel=1e-6)
+
+
+def test_spikes_are_counted_against_the_thousand_before():
+    norms = 1 + 0.1 * np.where(np.arange(3000) % 2, 1.0, -1.0)
+    norms[[500, 1500, 2500]] = (
+        50.0  # the first is before there are a thousand; the third is judged with the second in its past
+    )
+    assert evidence.spikes(a_run(list(norms))) == pytest.approx(2 / 2000 * 1000)
+    assert evidence.spikes(a_run([*norms[:2999], None])) == pytest.approx(3 / 2000 * 1000)
+
+
+def test_gap_is_validation_minus_training():
+    assert evidence.gap(a_run([1.0] * 200, **{"val/loss": 2.25})) == pytest.approx(0.25)

@@ -39,6 +39,7 @@ SHORT = {
     "scripts/plot.py": [],
     "scripts/coord_check.py": ["--widths", "48", "96", "--steps=1", "--seeds=1"],
     "scripts/plan.py": [],
+    "scripts/evidence.py": ["--help"],
     "scripts/sweep.py": ["--max_steps=2", "--dry_run"],
     "data.openwebtext": ["--help"],
     "data.nemotron_cc": ["--help"],
@@ -115,6 +116,23 @@ def test_torchrun_commands_run(line, corpus, tmp_path):
         torchrun(2, *words, *short), cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_quick_evidence_prints_its_tables(tmp_path):
+    arguments = [
+        "--quick",
+        f"--runs_dir={tmp_path}",
+        "--max_steps=2",
+        "--seed=0",
+        "--compile=off",
+        "--eval_every=0",
+        "--probe_every=0",
+    ]
+    done = run("scripts/evidence.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    for arm in ("AdamW", "MSign (attention)", "MSign (W_V,W_O)", "attention off"):
+        assert f"| {arm} | 1 |" in done.stdout
+    assert "steps an application" in done.stdout
 
 
 def test_reproduce_says_why_an_arm_failed(tmp_path):
@@ -234,6 +252,20 @@ def test_the_recorded_mechanism_is_what_the_readme_says():
             assert 1.75 < inner < 1.95
             assert 3.9e3 < first < 5e3 < 7e3 < product < 8.5e3
     assert (len(leads), min(leads), max(leads), grown) == (6, 732, 1613, 1)
+    gains, norms, read, written = [], [], [], []
+    for run in runs:
+        gain, (steps, sigma), (at, rms) = (
+            dict(zip(*run.sparse("residual/gain"), strict=True)), run.by_layer("jacobian/sigma1"), run.by_layer("residual/rms"))  # fmt: skip
+        pairs = [
+            (gain[step], value) for step, value in zip(steps, sigma[0], strict=True) if step in gain and step >= 100
+        ]
+        gains += [g for g, _ in pairs]
+        norms += [value for _, value in pairs]
+        written += [value for step, value in zip(at, rms[0], strict=True) if step >= 500]
+        read += [value / gain[step] for step, value in zip(at, rms[0], strict=True) if step >= 500]
+    assert np.corrcoef(np.log(gains), np.log(norms))[0, 1] == pytest.approx(0.89, abs=0.005)
+    assert (round(min(read), 2), round(max(read), 2)) == (0.07, 0.36)
+    assert (round(min(written)), round(max(written), -1)) == (8, 520)
     msign = load_run(ROOT / "results/ramp/ramp-msign-seed0")
     for key, before, after in (
         ("srank/attention", 6, 48), ("jacobian/sigma1", 2.7, 1.9), ("attention/max_logit", 296, 46),
