@@ -6,9 +6,9 @@ config = "configs/stress_ramp.py"
 arm = {
     "W scaled to MSign's spectral norm": {**_every, "msign_map": "scale"},
     "singular values clipped there": {**_every, "msign_map": "clip"},
+    "QK-norm": {"qk_norm": True},
     "random sign": {**_every, "msign_map": "random"},
     "square-rooted singular values": {**_every, "msign_map": "soft"},
-    "QK-norm": {"qk_norm": True},
     "attention's lr ÷ 4": {"attn_lr": 0.25},
     "β₂ 0.95": {"beta2": 0.95},
     "MSign, moments reset": {**_every, "msign_reset": True},
