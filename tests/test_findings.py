@@ -2,8 +2,8 @@
 
 import pytest
 
-from collapse import find_onsets
-from evidence import fluctuation, gap, loss, paired, said, spikes
+from collapse import CLEARLY, find_onsets
+from evidence import fluctuation, gap, loss, p_text, paired, said, spikes
 from scripts.report import finding
 from tests.conftest import ROOT
 
@@ -24,9 +24,12 @@ def test_every_run_was_recorded_by_committed_code_and_every_arm_has_its_seeds(la
 def test_attention_must_be_restored_and_of_it_w_q_and_w_k(layers):
     fell = {name: len(arm.collapsed) for name, arm in layers.items()}
     assert fell == {
-        "AdamW": 5, "MSign (attention)": 0, "MSign (mlp)": 5, "MSign (blocks)": 0, "MSign (W_O)": 4, "MSign (W_V,W_O)": 2,
+        "AdamW": 5, "MSign (attention)": 0, "MSign (mlp)": 5, "MSign (blocks)": 0, "MSign (W_O)": 5, "MSign (W_V,W_O)": 3,
         "MSign (W_Q,W_K)": 0, "attention off": 0,
     }  # fmt: skip
+    off = layers["attention off"].by_seed(loss)
+    clearly = [name for name, arm in layers.items() if sum(paired(arm.by_seed(loss), off)[0]) / 5 < -CLEARLY]
+    assert clearly == ["MSign (attention)", "MSign (W_Q,W_K)"]
     of_all = layers["MSign (attention)"].by_seed(loss)
     for name, words, significant in (
         ("MSign (W_Q,W_K)", "0.014 ± 0.041", False), ("MSign (blocks)", "0.112 ± 0.046", True),
@@ -50,6 +53,29 @@ def test_the_attention_logits_move_first_and_stay_where_w_q_and_w_k_are_restored
     assert logits("AdamW") == (904, 1351)
     assert logits("MSign (W_V,W_O)") == (589, 1116)
     assert logits("MSign (attention)", "MSign (W_Q,W_K)") == (296, 568)
+
+
+@pytest.fixture(scope="module")
+def controls():
+    return {arm.name: arm for arm in finding("controls")}
+
+
+def test_the_spectral_norm_is_what_must_be_bounded_and_not_the_stable_rank(controls):
+    scaled, clipped = "W scaled to MSign's spectral norm", "singular values clipped there"
+    for name, words, text_p in ((scaled, "0.098 ± 0.071", "0.027"), (clipped, "0.057 ± 0.096", "0.12"), ("QK-norm", "-0.131 ± 0.081", "0.020")):  # fmt: skip
+        assert not controls[name].collapsed and len(controls[name].verdicts) == 3
+        differences, p = paired(controls[name].by_seed(loss), controls["MSign (attention)"].by_seed(loss))
+        assert said(differences, 3) == words and words.lstrip("-") in REPORT
+        assert p_text(p) == text_p and f"(p = {text_p})" in REPORT
+
+    def ranks(name, step=2550):
+        of = [dict(zip(*v.run.sparse("srank/attention"), strict=True))[step] for v in controls[name].verdicts]
+        return round(min(of), 1), round(max(of), 1)
+
+    assert (ranks(scaled), ranks("AdamW"), ranks("QK-norm")) == ((1.7, 1.9), (2.3, 2.6), (4.3, 4.3))
+    off = controls["attention off"].by_seed(loss)
+    assert not controls["random sign"].collapsed
+    assert all(d > 0 for d in paired(controls["random sign"].by_seed(loss), off)[0])
 
 
 def test_gradient_norms_are_calmer(layers):
