@@ -68,13 +68,15 @@ class Config:
     logit_power: float = opt(0.0, "parameterisation", "logits × (base_width/d_model)^this; paper 0, practice 1")
     attn_scale_power: float = opt(0.5, "parameterisation", "attention logits ÷ d_head^this; paper 0.5, practice 1")
     attn_lr: float = opt(1.0, "parameterisation", "learning rate of attention's matrices × this")
+    norm_lr: float = opt(1.0, "parameterisation", "learning rate of the norms' gains × this")
+    head_lr: float = opt(1.0, "parameterisation", "learning rate of the read-out × this")
     # data
     dataset: str = opt("openwebtext", "data", "a folder below data/, or a path to a folder of .bin files")
     fallback: str = opt("", "data", "corpora to use, with a warning, when dataset is not prepared: the first that is, comma-separated")
     batch_size: int = opt(480, "data", "sequences a step")
     micro_batch: int = opt(12, "data", "sequences a forward pass; must divide batch_size")
     # optimizer
-    optimizer: Literal["adamw", "spam", "stable_spam", "adagc", "muon", "spectral_sphere"] = opt("adamw", "optimizer", "AdamW | a rival with AdamW's rates and decays (rivals.py); one process or DDP")
+    optimizer: Literal["adamw", "spam", "stable_spam", "adagc", "muon", "spectral_sphere", "zclip"] = opt("adamw", "optimizer", "AdamW | a rival with AdamW's rates and decays (rivals.py); one process or DDP")
     lr: float = opt(6e-4, "optimizer", "learning rate of parameters whose multiplier is 1")
     lr_scale: float = opt(1.0, "optimizer", "peak of the schedule as a multiple of lr")
     schedule: Literal["linear", "constant"] = opt("linear", "optimizer", "after warm-up: linear decay | constant")
@@ -86,14 +88,14 @@ class Config:
     eps: float = opt(1e-8, "optimizer", "AdamW ε")
     weight_decay: float = opt(0.1, "optimizer", "AdamW's λ; with independent decay, the share lost a step at the peak")
     decay_coupling: Literal["coupled", "independent"] = opt("coupled", "optimizer", "decay a step: coupled lr·λ as in PyTorch | independent λ·lr/peak")
-    grad_clip: float = opt(1.0, "optimizer", "largest global gradient norm; 0 = off")
+    grad_clip: float = opt(1.0, "optimizer", "largest global gradient norm (ZClip takes it over); 0 = off")
     # MSign
     msign_period: int = opt(0, "MSign", "apply every so many steps; 0 = never (plain AdamW)")
     msign_targets: str = opt("attention", "MSign", "attention | mlp | blocks | matrix names or patterns, comma-separated (W_V,W_O)")
     msign_backend: Literal["auto", "eigh", "svd", "polar"] = opt("auto", "MSign", "auto = polar on CUDA, else eigh | eigh = fp64 Gram matrix | svd = fp32, the paper's letter | polar = fp32 products")
     msign_map: Literal["sign", "zero", "scale", "clip", "soft", "random"] = opt("sign", "MSign", "replace W by its norm-restored sign | a control (controls.py): 0, W at the sign's spectral norm, singular values clipped at it, square-rooted singular values, a random sign")
     msign_below: float = opt(0.0, "MSign", "only the matrices whose stable rank is below this; 0 = all")
-    msign_reset: bool = opt(False, "MSign", "also set the moments of its targets to 0")
+    msign_reset: bool = opt(False, "MSign", "also start its targets' moments anew")
     # measurements
     probe_every: int = opt(50, "measurements", "steps between spectra, norms of gradients and updates, activations; 0 = never")
     layers_every: int = opt(250, "measurements", "steps between every layer's own values, a multiple of probe_every; 0 = never")
@@ -128,7 +130,7 @@ class Config:
             check_type(f, getattr(self, f.name))
         positive = (
             "n_layer d_model n_head d_ff vocab_size block_size batch_size micro_batch max_steps eval_batches probe_batch"
-            " lr lr_scale eps init_std top_k rope_theta attn_lr"
+            " lr lr_scale eps init_std top_k rope_theta attn_lr norm_lr head_lr"
         )
         not_negative = (
             "base_width warmup_steps weight_decay grad_clip msign_period msign_below probe_every layers_every jacobian_every theory_every eval_every ckpt_every seed"

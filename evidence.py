@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from collapse import find_onsets
+from collapse import SPIKE, WINDOW, find_onsets
 from config import UserError
 from runs import Run, Verdict, verdicts
 
@@ -92,6 +92,10 @@ def said(values: Sequence[float], digits: int = 2) -> str:
     return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
 
 
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
 def holm(ps: Sequence[float]) -> list[float]:
     """p-values adjusted for being several (Holm)."""
     order, out, worst = np.argsort(ps), [0.0] * len(ps), 0.0
@@ -145,10 +149,11 @@ def loss(run: Run) -> float:
     return run.final_loss()
 
 
-def arms_table(found: Sequence[Arm], baseline: str = "AdamW", floor: str = "attention off") -> str:
+def arms_table(found: Sequence[Arm], baseline: str = "AdamW", floor: str = "attention off",
+               more: dict[str, Callable[[Sequence[Packed]], str]] | None = None) -> str:  # fmt: skip
     """Markdown, a row per arm: collapses, where, gradient norm, final loss, and its difference from the baseline's and from the
     attention-off arm's, paired by seed, with p-values of the first adjusted for all rows (Holm). The p-value of a number of
-    collapses is Fisher's exact test's against the baseline's, as it is."""
+    collapses is Fisher's exact test's against the baseline's, as it is. `more`: columns of one's own, of an arm's runs."""
     by_name = {arm.name: arm for arm in found}
     if baseline not in by_name:
         raise UserError(f"{baseline}: no such arm; there are {', '.join(by_name)}")
@@ -157,17 +162,8 @@ def arms_table(found: Sequence[Arm], baseline: str = "AdamW", floor: str = "atte
     counted = len(by_name[baseline].collapsed), len(by_name[baseline].verdicts)
     tests = {arm.name: paired(arm.by_seed(loss), base) for arm in others}
     adjusted = dict(zip(tests, holm([1.0 if math.isnan(p) else p for _, p in tests.values()]), strict=True))
-    head = [
-        "arm",
-        "n",
-        "collapsed",
-        "at lr multiple",
-        "largest gradient norm after step 1000",
-        "final loss",
-        f"against {baseline}",
-        "p",
-    ]
-    head += [f"against {floor}"] if off else []
+    head = ["arm", "n", "collapsed", "at lr multiple", "largest gradient norm after step 1000", "final loss", f"against {baseline}", "p",
+            *([f"against {floor}"] if off else []), *(more or {})]  # fmt: skip
     rows = [head, ["---"] * len(head)]
     for arm in found:
         fell, n = arm.collapsed, len(arm.verdicts)
@@ -183,8 +179,22 @@ def arms_table(found: Sequence[Arm], baseline: str = "AdamW", floor: str = "atte
         ]  # fmt: skip
         if off:
             row.append(said(paired(arm.by_seed(loss), off)[0]) if arm.name != floor else "–")
-        rows.append(row)
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+        rows.append(row + [of([v.run for v in arm.verdicts]) for of in (more or {}).values()])
+    return markdown(rows)
+
+
+def costs(runs: Sequence[Packed], baseline: str = "AdamW") -> dict[str, Callable[[Sequence[Packed]], str]]:
+    """Columns for arms_table: time relative to the baseline's median in `runs`, and peak memory in GiB."""
+    rate = np.median([run.tokens_per_second for run in runs if label(run) == baseline])
+    return {
+        "time": lambda runs: said([rate / run.tokens_per_second for run in runs]),
+        "peak memory, GiB": lambda runs: said([run.peak_memory_gib for run in runs]),
+    }
+
+
+def applications(run: Run) -> float:
+    """Matrices that were replaced, in a thousand steps."""
+    return 1000 * sum(run.sparse("msign/matrices")[1]) / len(run.lines)
 
 
 def fisher(k: int, n: int, of: int, m: int) -> float:
@@ -213,8 +223,7 @@ def period_table(runs: Sequence[Packed]) -> str:
             said([v.run.lr_multiple(v.collapse.step) for v in fell], 1), said(list(arm.by_seed(loss).values())),
             said([rate / v.run.tokens_per_second for v in arm.verdicts]),
         ])  # fmt: skip
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    return f"{table}\n\nr = {r:.2f} steps an application.\n"
+    return f"{markdown(rows)}\nr = {r:.2f} steps an application.\n"
 
 
 def first_table(found: Sequence[Arm]) -> str:
@@ -227,7 +236,7 @@ def first_table(found: Sequence[Arm]) -> str:
         rows.append(
             [arm.name, str(len(firsts)), *(str(c or "–") for c in counts), str(sum(not f for f in firsts) or "–")]
         )
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+    return markdown(rows)
 
 
 def margin_table(found: Sequence[Arm]) -> str:
@@ -250,7 +259,39 @@ def margin_table(found: Sequence[Arm]) -> str:
             arm.name, f"{len(rates)} × {len(seeds)}", said(list((capped - capped.min(1, keepdims=True)).mean(1)), 3),
             said(list(capped.min(1))), f"{best:g}", f"{safe[-1]:g}" if safe else f"below {rates[0]:g}",
         ])  # fmt: skip
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+    return markdown(rows)
+
+
+def late(verdict: Verdict) -> bool:
+    """Whether a run failed as the paper's do: smooth in the first third (no gradient norm of ten times its median), collapsed after it."""
+    norms, third = np.array(verdict.run.series("grad_norm"), float), len(verdict.run.lines) // 3
+    smooth = norms[WINDOW:third].max() < SPIKE * np.nanmedian(norms)
+    return bool(smooth and verdict.collapse and verdict.collapse.step > third)
+
+
+def late_table(found: Sequence[Arm]) -> str:
+    """Markdown, a row per run: did it collapse, was training smooth until then, what moved first."""
+    head = [
+        "arm",
+        "seed",
+        "steps",
+        "final loss",
+        "collapsed at",
+        "largest gradient norm ÷ median, first third",
+        "moved first",
+        "late",
+    ]
+    rows = [head, ["---"] * len(head)]
+    for arm in found:
+        for v in arm.verdicts:
+            norms = np.array(v.run.series("grad_norm"), float)
+            fell = v.collapse.step if v.collapse else None
+            rows.append([
+                arm.name, str(v.run.config["seed"]), str(len(v.run.lines)), said([loss(v.run)]), str(fell or "–"),
+                f"{norms[WINDOW : len(norms) // 3].max() / np.nanmedian(norms):.1f}",
+                str(find_onsets(v.run.lines, fell)), "yes" if late(v) else "no",
+            ])  # fmt: skip
+    return markdown(rows)
 
 
 def fluctuation(run: Run, window: int = 100) -> float:
@@ -269,33 +310,66 @@ def spikes(run: Run, window: int = 1000, sigmas: float = 7.0) -> float:
     return float(1000 * np.mean(~(norms[window:] < limit)))
 
 
+def application_cost(run: Run, after: int = 10, before: int = 20) -> float:
+    """Mean training loss of the 10 steps after an application above that of the 20 steps before it, over all after the first third."""
+    losses, period = np.array(run.series("train/loss"), float), run.config["msign_period"]
+    if not period:
+        return math.nan
+    steps = np.arange(period, len(losses) - after + 1, period)
+    steps = steps[(steps > len(losses) // 3) & (steps >= before)]
+    return float(np.mean([losses[s : s + after].mean() - losses[s - before : s].mean() for s in steps]))
+
+
+def calm_table(found: Sequence[Arm], baseline: str = "AdamW") -> str:
+    """Markdown, a row per arm: how much gradient norms fluctuate, with the p-value of the paired difference from the baseline's
+    (Holm), how often they spike, and what an application costs."""
+    base = next(arm for arm in found if arm.name == baseline).by_seed(fluctuation)
+    others = [arm.name for arm in found if arm.name != baseline]
+    ps = [paired(arm.by_seed(fluctuation), base)[1] for arm in found if arm.name != baseline]
+    adjusted = dict(zip(others, holm([1.0 if math.isnan(p) else p for p in ps]), strict=True))
+    head = [
+        "arm",
+        "n",
+        "std of log gradient norm in 100 steps",
+        "p",
+        "spikes in 1000 steps",
+        "loss after an application",
+    ]
+    rows = [head, ["---"] * 6]
+    for arm in found:
+        costs = list(arm.by_seed(application_cost).values())
+        rows.append([
+            arm.name, str(len(arm.verdicts)), said(list(arm.by_seed(fluctuation).values())),
+            p_text(adjusted[arm.name]) if arm.name in adjusted else "–",
+            said(list(arm.by_seed(spikes).values()), 1), "–" if math.isnan(costs[0]) else said(costs, 3),
+        ])  # fmt: skip
+    return markdown(rows)
+
+
 def gap(run: Run) -> float:
     """Validation loss at the end minus final training loss."""
     return run.sparse("val/loss")[1][-1] - run.final_loss()
 
 
-def calm_table(found: Sequence[Arm], baseline: str = "AdamW") -> str:
-    """Markdown, a row per arm: how much gradient norms fluctuate, how often they spike, how validation compares with training; and the
-    p-value of the paired difference of the first from the baseline's (Holm)."""
-    base = next(arm for arm in found if arm.name == baseline).by_seed(fluctuation)
-    others = [arm.name for arm in found if arm.name != baseline]
-    ps = [paired(arm.by_seed(fluctuation), base)[1] for arm in found if arm.name != baseline]
-    adjusted = dict(zip(others, holm([1.0 if math.isnan(p) else p for p in ps]), strict=True))
-    rows = [
-        [
-            "arm",
-            "n",
-            "std of log gradient norm in 100 steps",
-            "p",
-            "spikes in 1000 steps",
-            "validation − training loss",
-        ],
-        ["---"] * 6,
-    ]
-    for arm in found:
-        rows.append([
-            arm.name, str(len(arm.verdicts)), said(list(arm.by_seed(fluctuation).values())),
-            p_text(adjusted[arm.name]) if arm.name in adjusted else "–",
-            said(list(arm.by_seed(spikes).values()), 1), said(list(arm.by_seed(gap).values()), 3),
-        ])  # fmt: skip
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+def texts_table(runs: Sequence[Packed]) -> str:
+    """Markdown, a row per text and arm: training and validation loss, their difference, the stable rank of attention at the end; and
+    over the runs of each text the rank correlation (Spearman) of that stable rank with the difference and with the validation loss."""
+    rows, notes = (
+        [["text", "arm", "n", "training loss", "validation loss", "difference", "stable rank"], ["---"] * 7],
+        [],
+    )
+    ends = {
+        "val": lambda run: run.sparse("val/loss")[1][-1], "rank": lambda run: run.sparse("srank/attention")[1][-1],
+    }  # fmt: skip
+    for text in dict.fromkeys(run.config["dataset"] for run in runs):
+        of_text = [run for run in runs if run.config["dataset"] == text]
+        for arm in arms(of_text):
+            values = [list(arm.by_seed(f).values()) for f in (loss, ends["val"], gap, ends["rank"])]
+            rows.append([text, arm.name, str(len(arm.verdicts)), *map(said, values[:3]), said(values[3], 1)])
+        ranks = [ends["rank"](run) for run in of_text]
+        of_gap, of_val = (stats.spearmanr(ranks, [f(run) for run in of_text]) for f in (gap, ends["val"]))
+        notes.append(
+            f"{text}, {len(of_text)} runs: stable rank and difference correlate at {of_gap.statistic:.2f} (p {p_text(of_gap.pvalue)}), "
+            f"stable rank and validation loss at {of_val.statistic:.2f} (p {p_text(of_val.pvalue)})."
+        )
+    return markdown(rows) + "\n" + "\n\n".join(notes) + "\n"

@@ -295,7 +295,7 @@ class MSign(Optimizer):
 
     base: the optimizer that does the steps; its moments are left alone. named_params: where the targets
     are looked up, usually model.named_parameters(). period: steps are counted from 1; math.inf is never.
-    targets: see `select`. reset: also set the targets' moments in `base` to 0. group: of the processes that hold the same parameters (DDP) and share the work; DTensors (FSDP2)
+    targets: see `select`. reset: also set the targets' state in `base` to 0, moments and step count. group: of the processes that hold the same parameters (DDP) and share the work; DTensors (FSDP2)
     bring their own. update: what replaces a stack of matrices; None is `restored_sign` with
     `backend`. Learning-rate schedulers, closures, gradient scalers and hooks see an ordinary optimizer
     with the base's groups; state_dict is the base's with one more entry, "msign". `step` raises
@@ -348,8 +348,8 @@ class MSign(Optimizer):
             apply_(self.params, self.update, self.group)
             for p in self.params.values() if self.reset else ():
                 for value in self.state.get(p, {}).values():
-                    if torch.is_tensor(value) and value.shape == p.shape:
-                        value.zero_()
+                    if torch.is_tensor(value):
+                        value.zero_()  # the step count, too: Adam's bias correction belongs to moments from 0
             self.observe("after")
         return loss
 

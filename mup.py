@@ -67,6 +67,8 @@ RULES = {
     "head": Rule(std=1),
 }
 
+ATTENTION = ("W_Q", "W_K", "W_V", "W_O", "W_DKV", "W_UK", "W_UV", "W_KR")
+
 
 def role_of(name: str) -> str:
     """The one role that a parameter's dotted name contains. Raises ValueError naming it otherwise."""
@@ -88,7 +90,8 @@ def init_std(role: str, cfg: Config) -> float:
 
 def lr_mult(role: str, cfg: Config) -> float:
     power = RULES[role].lr_power
-    scale = cfg.attn_lr if role.startswith("W_") and role not in ("W_up", "W_gate", "W_down") else 1.0
+    kind = "head" if role == "head" else "norm" if RULES[role].ones else "attn" if role in ATTENTION else None
+    scale = getattr(cfg, f"{kind}_lr") if kind else 1.0
     return scale * cfg.width_mult ** (cfg.embed_lr_power if power is None else power)
 
 

@@ -217,6 +217,7 @@ def train(cfg: Config) -> int:
     # --- the loop ---
     accumulate = cfg.batch_size // cfg.micro_batch // world.size
     parameters = dict(model.named_parameters())
+    clip_at = cfg.grad_clip if cfg.grad_clip and cfg.optimizer != "zclip" else float("inf")  # ZClip clips by itself
     probe, probe_targets = (t.to(device) for t in (val_data or train_data).fixed_windows(cfg.probe_batch))
 
     def due(every: int) -> bool:
@@ -269,6 +270,9 @@ def train(cfg: Config) -> int:
             probing, each_layer = due(cfg.probe_every), due(cfg.layers_every)
             if probing or due(cfg.jacobian_every) or due(cfg.theory_every):
                 metrics |= measured(each_layer, True, True)
+            if val_data and (step % cfg.eval_every == 0 or step == cfg.max_steps):
+                metrics["val/loss"] = evaluate(cfg, loss_of, autocast, val_data, world)
+                replica.reshard()
             lr = cfg.lr_at(step)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_mult"]
@@ -284,7 +288,7 @@ def train(cfg: Config) -> int:
                 grads = parallel.norms({n: p.grad for n, p in parameters.items()})
                 metrics |= measure.norms("grad_norm", grads, each_layer)
                 before = {n: p.detach().clone() for n, p in parameters.items()}
-            grad_norm = parallel.clip_(list(parameters.values()), cfg.grad_clip or float("inf"))
+            grad_norm = parallel.clip_(list(parameters.values()), clip_at)
             # the one moment of a step in which the host waits for the device, and for the other ranks
             signalled = torch.tensor(float(signals.received is not None), device=device)
             values = [*world.sum(torch.stack([loss / world.size, signalled])), grad_norm]
@@ -306,9 +310,6 @@ def train(cfg: Config) -> int:
                 if probing:
                     moved = parallel.norms({n: p.detach() - before[n] for n, p in parameters.items()})
                     metrics |= measure.norms("update_norm", moved, each_layer)
-                if val_data and (step % cfg.eval_every == 0 or step == cfg.max_steps):
-                    metrics["val/loss"] = evaluate(cfg, loss_of, autocast, val_data, world)
-                    replica.reshard()
             log.log(step, metrics)
             if watch.finite and (step == cfg.max_steps or (cfg.ckpt_every and step % cfg.ckpt_every == 0)):
                 save()

@@ -1,6 +1,6 @@
 """The embedded corpus: the source of Python's own standard library, tests left out (12 MB; no network).
 
-    python -m data.stdlib            # data/stdlib-bytes and data/stdlib-gpt2
+    python -m data.stdlib            # data/stdlib-bytes, data/stdlib-gpt2 and data/stdlib-small
 
 `train.py` prepares it on first use. The text differs a little between Python versions, so meta.json and
 each run record the version and the hash.
@@ -17,7 +17,8 @@ from config import UserError, run_cli
 from data.reader import is_prepared, write_corpus
 from data.tokenizer import get_tokenizer
 
-CORPORA = {"stdlib-bytes": "bytes", "stdlib-gpt2": "gpt2"}
+# a corpus's tokenizer, and how much of the text is to train on: 8 kB can be memorised within minutes
+CORPORA = {"stdlib-bytes": ("bytes", None), "stdlib-gpt2": ("gpt2", None), "stdlib-small": ("bytes", 8192)}
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -33,10 +34,11 @@ def is_val(name: str) -> bool:
 
 
 def prepare(dataset: str):
-    """Write the corpus `stdlib-bytes` or `stdlib-gpt2` unless it is there."""
+    """Write the corpus, a key of CORPORA, unless it is there."""
     if is_prepared(dataset):
         return
-    tokenizer = get_tokenizer(CORPORA[dataset])
+    name, size = CORPORA[dataset]
+    tokenizer = get_tokenizer(name)
     root = Path(sysconfig.get_paths()["stdlib"])
     names = source_files(root)
     if len(names) < 100:
@@ -45,6 +47,7 @@ def prepare(dataset: str):
     for name in names:
         splits["val" if is_val(name) else "train"].append((root / name).read_text("utf-8", errors="replace"))
     tokens = {split: np.concatenate(tokenizer.encode(texts)) for split, texts in splits.items()}
+    tokens["train"] = tokens["train"][:size]
     source = f"standard library of Python {sys.version.split()[0]}, {len(names)} files"
     write_corpus(dataset, tokens, tokenizer.name, tokenizer.vocab_size, source)
     print(f"prepared {dataset}: " + ", ".join(f"{len(t):,} {split} tokens" for split, t in tokens.items()))

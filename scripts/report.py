@@ -13,7 +13,20 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from config import Parser, UserError, run_cli
-from evidence import Arm, arms, arms_table, calm_table, first_table, label, period_table, unpack
+from evidence import (
+    Arm,
+    arms,
+    arms_table,
+    calm_table,
+    costs,
+    first_table,
+    label,
+    late_table,
+    margin_table,
+    period_table,
+    texts_table,
+    unpack,
+)
 from figures import heatmaps, overview, save, strips
 from runs import load_run, onsets_table, table, theory_table, verdicts
 from scripts.plan import paper_table
@@ -49,7 +62,8 @@ def recorded(experiment: str):
 def filled(text: str) -> str:
     """`text` with every block between <!-- KIND NAME --> and <!-- end --> made anew: an experiment's table, seed-0
     verdicts, onsets, seed-0 AdamW's theorems; a recorded file results/NAME.md, or of it only the first table, the
-    targets; a finding's table, or what moved first in its arms; a grid of periods; or what MSign costs on a cluster."""
+    targets; a finding's table, with costs or without, or what moved first in its arms; a grid of periods, of texts, of
+    learning rates or of late collapses; or what MSign costs on a cluster."""
 
     def block(match: re.Match) -> str:
         kind, name = match[1], match[2]
@@ -64,6 +78,14 @@ def filled(text: str) -> str:
             body = arms_table(finding(name))
         elif kind == "calm":
             body = calm_table(finding(name))
+        elif kind == "costs":
+            body = arms_table(finding(name), more=costs(packed(name)))
+        elif kind == "texts":
+            body = texts_table(packed(name))
+        elif kind == "margin":
+            body = margin_table(arms(packed(name)))
+        elif kind == "late":
+            body = late_table(arms(packed(name)))
         elif kind == "first":
             body = first_table(finding(name))
         elif kind == "periods":
@@ -79,7 +101,7 @@ def filled(text: str) -> str:
         return f"<!-- {kind} {name} -->\n\n{body}\n<!-- end -->"
 
     return re.sub(
-        r"<!-- (table|verdicts|onsets|theorems|file|targets|finding|calm|first|periods|cost) (\w+) -->.*?<!-- end -->",
+        r"<!-- (table|verdicts|onsets|theorems|file|targets|finding|calm|first|periods|costs|texts|margin|late|cost) (\w+) -->.*?<!-- end -->",
         block,
         text,
         flags=re.DOTALL,

@@ -81,7 +81,7 @@ def test_update_of_a_configuration():
     assert torch.equal(update_of("clip", "svd", 1.0)(W), W)
 
 
-def test_reset_sets_the_targets_moments_to_zero_and_no_others():
+def test_reset_starts_the_targets_moments_anew_and_no_others():
     model, base = model_and_adamw()
     optimizer = MSign(base, model.named_parameters(), period=3, targets="W_V", reset=True)
     train_steps(model, optimizer, 3)
@@ -89,8 +89,13 @@ def test_reset_sets_the_targets_moments_to_zero_and_no_others():
         state = base.state[p]
         zero = not state["exp_avg"].any() and not state["exp_avg_sq"].any()
         assert zero == ("W_V" in name), name
-        assert state["step"] == 3
+        assert state["step"] == (0 if "W_V" in name else 3)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
     train_steps(model, optimizer, 1)
+    for name, p in model.named_parameters():
+        if "W_V" in name:  # with its bias corrected, Adam's first step is at most the learning rate
+            lr = next(g["lr"] for g in base.param_groups if any(p is q for q in g["params"]))
+            assert (p - before[name] * (1 - lr * 0.1)).abs().max() <= 1.001 * lr
     assert all(base.state[p]["exp_avg"].any() for p in model.parameters() if p.ndim == 2)
 
 

@@ -144,6 +144,16 @@ def test_standard_library_corpus(tmp_path, monkeypatch):
     assert text.count("\0") == sum(not stdlib.is_val(n) for n in stdlib.source_files(stdlib_root()))
 
 
+def test_small_corpus_is_the_beginning_of_the_large_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.reader.DATA", tmp_path)
+    for name in ("stdlib-bytes", "stdlib-small"):
+        stdlib.prepare(name)
+    large, small = (tokens_of(tmp_path / name / "train.bin") for name in ("stdlib-bytes", "stdlib-small"))
+    assert len(small) == 8192 and np.array_equal(small, large[:8192])
+    large, small = (tokens_of(tmp_path / name / "val.bin") for name in ("stdlib-bytes", "stdlib-small"))
+    assert np.array_equal(small, large)
+
+
 def stdlib_root():
     return Path(sysconfig.get_paths()["stdlib"])
 

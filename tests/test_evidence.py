@@ -158,5 +158,64 @@ def test_spikes_are_counted_against_the_thousand_before():
     assert evidence.spikes(a_run([*norms[:2999], None])) == pytest.approx(3 / 2000 * 1000)
 
 
+def test_an_application_costs_what_the_loss_rises_by():
+    losses = [2.0] * 400
+    for s in (200, 300):  # at 100 it is too early to count; at 400 nothing comes after
+        losses[s : s + 10] = [2.5] * 10
+    run = a_run([1.0] * 400)
+    run.config["msign_period"] = 0
+    assert math.isnan(evidence.application_cost(run))
+    run.config["msign_period"] = 100
+    for line, value in zip(run.lines, losses, strict=True):
+        line["train/loss"] = value
+    assert evidence.application_cost(run) == pytest.approx(0.5)
+
+
+def test_columns_of_ones_own(tmp_path):
+    target, _ = grid(tmp_path, {"AdamW": (2.5, {}), "MSign": (2.2, {"msign_period": 100})}, seeds=range(2))
+    found = evidence.arms(evidence.unpack(target))
+    rows = evidence.arms_table(found, more=evidence.costs(evidence.unpack(target))).splitlines()
+    assert rows[0].endswith("| p | time | peak memory, GiB |")
+    assert rows[3].endswith("| 1.02 ± 0.00 | 0.50 ± 0.00 |")
+
+
+def test_texts_are_told_apart_and_ranks_correlated(tmp_path):
+    """Within the small text the gap falls with the stable rank, within the large one it rises."""
+    runs = []
+    for text, slope in (("small", -1.0), ("large", 1.0)):
+        for seed in range(5):
+            folder = made_up(tmp_path / f"{text}-{seed}", [2.0] * 300, seed=seed, dataset=text)
+            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            lines[-1] |= {"val/loss": 3.0 + slope * seed / 10, "srank/attention": 2.0 + seed}
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            (folder / "summary.json").write_text('{"tokens_per_second": 1.0, "peak_memory_gib": 0.5}')
+            stamp(folder)
+            runs.append(({"arm": "AdamW"}, load_run(folder)))
+    evidence.pack(runs, tmp_path / "grid.gz")
+    table = evidence.texts_table(evidence.unpack(tmp_path / "grid.gz"))
+    assert "| small | AdamW | 5 | 2.00 ± 0.00 | 2.80 ± 0.20 | 0.80 ± 0.20 | 4.0 ± 2.0 |" in table
+    assert "small, 5 runs: stable rank and difference correlate at -1.00" in table
+    assert "large, 5 runs: stable rank and difference correlate at 1.00" in table
+
+
+def test_a_late_collapse_is_smooth_first():
+    def verdict(rises_at, spike_at=None):
+        run = a_run([1.0] * 3000)
+        for line in run.lines[rises_at:]:
+            line["train/loss"] = 3.0
+        if spike_at:
+            run.lines[spike_at]["grad_norm"] = 20.0
+        return verdicts(
+            [Run("x", {"wandb_group": "e", "msign_period": 0, "optimizer": "adamw"} | run.config, run.lines)]
+        )[0]
+
+    assert evidence.late(verdict(2000)) and evidence.late(verdict(2000, 1500))
+    assert (
+        not evidence.late(verdict(500)) and not evidence.late(verdict(2000, 900)) and not evidence.late(verdict(3000))
+    )
+    row = evidence.late_table([evidence.Arm("a", [verdict(2000)])]).splitlines()[2]
+    assert row.startswith("| a | 0 | 3000 | 3.00 | 20") and row.endswith("| 1.0 | nothing moved | yes |")
+
+
 def test_gap_is_validation_minus_training():
     assert evidence.gap(a_run([1.0] * 200, **{"val/loss": 2.25})) == pytest.approx(0.25)

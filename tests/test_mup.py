@@ -111,8 +111,12 @@ def test_coordinate_check_passes_for_mup_and_fails_without():
     assert worst > 0.8
 
 
-def test_attentions_matrices_have_a_rate_of_their_own():
-    plain, slow = small(), small(attn_lr=0.1)
+@pytest.mark.parametrize("field, roles", [
+    ("attn_lr", "W_Q W_K W_V W_O W_DKV W_UK W_UV W_KR"), ("head_lr", "head"),
+    ("norm_lr", "attn_norm mlp_norm final_norm kv_norm q_norm k_norm"),
+])  # fmt: skip
+def test_attention_norms_and_read_out_have_rates_of_their_own(field, roles):
+    plain, slow = small(), small(**{field: 0.1})
     for role in mup.RULES:
-        of_attention = role in ("W_Q", "W_K", "W_V", "W_O", "W_DKV", "W_UK", "W_UV", "W_KR")
-        assert mup.lr_mult(role, slow) == pytest.approx(mup.lr_mult(role, plain) * (0.1 if of_attention else 1))
+        scale = 0.1 if role in roles.split() else 1
+        assert mup.lr_mult(role, slow) == pytest.approx(mup.lr_mult(role, plain) * scale)

@@ -1,5 +1,7 @@
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ import rivals
 from config import FIELDS, UserError
 from model import GPT
 from msign import MSign
-from tests.conftest import refused, small
+from tests.conftest import refused, run, small
 
 NAMES = FIELDS["optimizer"].type.__args__
 
@@ -79,6 +81,25 @@ def test_a_checkpoint_in_between_changes_no_bit(name, tmp_path):
     steps(other, resumed, 3, 6)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_zclip_sees_the_whole_gradient_and_clips_what_stands_out(config_file, tmp_path):
+    model, optimizer = model_and("zclip")
+    rng = np.random.default_rng(0)
+    for norm in [*(0.5 + 0.01 * rng.standard_normal(40)), 100.0]:
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        total = sum(p.numel() for p in model.parameters()) ** 0.5
+        for p in model.parameters():
+            p.grad *= norm / total
+        optimizer.step()
+    clipped = sum(p.grad.square().sum().item() for p in model.parameters()) ** 0.5
+    assert 0.49 < clipped < 0.56
+    run("train.py", config_file, "--optimizer=zclip", "--grad_clip=0.001", "--name=x")
+    folder = tmp_path / "runs" / "x"
+    norms = [json.loads(line)["grad_norm"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    state = torch.load(next(folder.glob("ckpt*")), weights_only=True)["optimizer"]["zclip"]
+    assert state["buffer"] == pytest.approx(norms, rel=1e-4) and min(norms) > 0.01  # not what train.py clipped
 
 
 def test_msign_works_on_top_of_several_optimizers():

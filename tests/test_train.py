@@ -131,6 +131,16 @@ def test_accumulation_and_evaluation_do_not_change_the_data(in_process):
     assert a == pytest.approx(b, rel=1e-5)
 
 
+def test_validation_is_of_the_weights_that_the_step_began_with(in_process):
+    """Right after an application a model is worse than before and after: that is not what its validation loss should say."""
+    (_, plain), (_, zeroed) = (
+        in_process(f"--name={name}", *more)
+        for name, more in (("plain", []), ("zeroed", ["--msign_period=10", "--msign_map=zero", "--msign_targets=blocks"]))
+    )  # fmt: skip
+    a, b = ([json.loads(line).get("val/loss") for line in lines_of(f).splitlines()] for f in (plain, zeroed))
+    assert a[9] == b[9] and a[19] != b[19]
+
+
 def test_measuring_and_saving_change_nothing(in_process):
     """200 steps with every instrument on and off, MSign and single positions included, end in the same bits."""
     run = ["--max_steps=200", "--msign_period=50"]

@@ -1,0 +1,28 @@
+# Is there a collapse like the paper's at a constant learning rate: smooth training first, collapse much later, the stable rank moving
+# before the gradient norm? The protocol, written before the runs: AdamW, constant rates after 300 steps of warm-up, 6000 steps, one
+# seed, the paper's β₂ = 0.95 unless an arm says otherwise; the rate alone first, then one change at a time at twice the paper's rate.
+# An arm counts as found when its loss rises or is no longer finite (rules 1 and 2 of collapse.py) after the first third of the run, and no
+# gradient norm in that third is ten times the run's median. What is found is repeated with more seeds, and with MSign.
+
+config = "configs/stress_constant.py"
+beta2 = 0.95
+max_steps = 6000
+eval_every = 1000
+arm = {
+    "lr × 1": {"lr_scale": 1.0},
+    "lr × 2": {},
+    "lr × 3": {"lr_scale": 3.0},
+    "lr × 4": {"lr_scale": 4.0},
+    "lr × 1, β₂ 0.999": {"lr_scale": 1.0, "beta2": 0.999},
+    "lr × 1.5, β₂ 0.999": {"lr_scale": 1.5, "beta2": 0.999},
+    "batch ÷ 4": {"batch_size": 4, "micro_batch": 4},
+    "context 128": {"block_size": 128, "batch_size": 4, "micro_batch": 4},
+    "no decay": {"weight_decay": 0.0},
+    "independent decay 1e-4": {"decay_coupling": "independent", "weight_decay": 1e-4},
+    "ε 1e-15": {"eps": 1e-15},
+    "gains' lr × 4, read-out's × 16": {"norm_lr": 4.0, "head_lr": 16.0},
+    "gains' lr × 4, read-out's × 16, lr × 4": {"norm_lr": 4.0, "head_lr": 16.0, "lr_scale": 4.0},
+    "gains' lr ÷ 16": {"norm_lr": 0.0625},
+    "bf16": {"dtype": "bfloat16"},
+    "GPT-2 tokens": {"dataset": "stdlib-gpt2", "vocab_size": 50304, "max_steps": 3000},
+}
