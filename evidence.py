@@ -134,13 +134,12 @@ def label(run: Packed) -> str:
     return run.axes.get("arm") or run.arm
 
 
-def arms(runs: Sequence[Packed], name: Callable[[Packed], str] = label) -> list[Arm]:
+def arms(runs: Sequence[Packed], name: Callable[[Packed], str] = label, off: Sequence[Packed] = ()) -> list[Arm]:
     """The runs by arm, in their order, judged by collapse.py's rules; the floor is the attention-off arm of the same seed
-    and learning rate, whichever of the grids it is in."""
+    and learning rate, in `runs` or, for that alone, in `off`."""
+    judged = verdicts([replace(r, config=r.config | {"wandb_group": str(r.config["lr_scale"])}) for r in [*runs, *off]])
     out: dict[str, list[Verdict]] = {}
-    for verdict in verdicts(
-        [replace(run, config=run.config | {"wandb_group": str(run.config["lr_scale"])}) for run in runs]
-    ):
+    for verdict in judged[: len(runs)]:
         out.setdefault(name(verdict.run), []).append(verdict)
     return [Arm(*item) for item in out.items()]
 
@@ -206,10 +205,10 @@ def p_text(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
-def period_table(runs: Sequence[Packed]) -> str:
+def period_table(runs: Sequence[Packed], off: Sequence[Packed] = ()) -> str:
     """Markdown, a row per period P: collapses, final loss, time relative to that of the longest period, and r of Eq 18,
     T(P) = T(∞) (1 + r / P), fitted by least squares over all runs."""
-    found = arms(runs, lambda run: str(run.config["msign_period"]))
+    found = arms(runs, lambda run: str(run.config["msign_period"]), off)
     longest = max(run.config["msign_period"] for run in runs)
     rate = np.median([run.tokens_per_second for run in runs if run.config["msign_period"] == longest])
     inverse = np.array([1 / run.config["msign_period"] for run in runs])

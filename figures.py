@@ -292,6 +292,25 @@ def strips(found: Sequence[tuple[str, Sequence[Verdict]]], floor: str = "attenti
     return fig
 
 
+def against(found: Sequence[tuple[str, Sequence[Verdict]]], field: str, label: str) -> Figure:
+    """Final loss of every run (at most its initial one) against a value of its configuration, on a log scale, crosses collapsed; a line
+    for each arm through the means over seeds."""
+    fig, ax = plt.subplots(figsize=(9, 4), constrained_layout=True)
+    spare = iter((GREEN, PURPLE, BLACK))
+    for name, judged in found:
+        color, at = COLORS.get(name) or next(spare), {}
+        for v in judged:
+            x, y = v.run.config[field], min(v.run.final_loss(), v.run.lines[0]["train/loss"])
+            at.setdefault(x, []).append(y)
+            ax.plot(x, y, marker="x" if v.collapse else "o", color=color, ms=5, mew=1.5, alpha=0.7, ls="")
+        ax.plot(sorted(at), [np.mean(at[x]) for x in sorted(at)], color=color, label=name)
+    ax.set(xscale="log", xlabel=label, ylabel="final training loss, nats per token (× collapsed)")
+    if len(found) > 1:
+        ax.legend(frameon=False)
+    plain(ax)
+    return fig
+
+
 class HeatMap(NamedTuple):
     label: str
     family: str

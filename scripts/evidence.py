@@ -1,6 +1,7 @@
 """Rerun what the findings of results/REPORT.md rest on: every grid, what is missing of it, then the tables and figures.
 
-python scripts/evidence.py            # about three hours on two cores; what was cut goes on with the same command
+python scripts/evidence.py            # about five hours on two cores, the first two findings' grids within the first two; what was cut
+                                      # goes on with the same command
 python scripts/evidence.py --quick    # a quarter of an hour: ramps of half the length, two seeds; prints the tables, records nothing
 """
 
@@ -16,9 +17,19 @@ from config import Parser, run_cli
 from evidence import arms_table, period_table
 from scripts.report import RESULTS, finding, packed
 
-GRIDS = ("table2_small", "attention_off", "table3_small", "controls")
-QUICK = ("table2_small", "attention_off", "table3_small")
+GRIDS = (
+    "table2_small",
+    "attention_off",
+    "table3_small",
+    "controls",
+    "margin",
+    "rivals",
+    "late_collapse",
+    "texts",
+    "adaptive",
+)
 SHORT = ["--warmup_steps=1250", "--max_steps=1500", "--seed=0,1"]
+QUICK = {"table2_small": SHORT, "attention_off": SHORT, "table3_small": [*SHORT, "--msign_period=10,100,1000"]}
 
 
 def main() -> int:
@@ -31,13 +42,19 @@ def main() -> int:
     record = runs_dir if args.quick else RESULTS
     for grid in QUICK if args.quick else GRIDS:
         command = [sys.executable, str(ROOT / "scripts" / "sweep.py"), str(ROOT / "configs" / "sweeps" / f"{grid}.py")]
-        more = [f"--runs_dir={runs_dir}", f"--record={record}", "--wandb=off", *(SHORT if args.quick else []), *rest]
+        more = [
+            f"--runs_dir={runs_dir}",
+            f"--record={record}",
+            "--wandb=off",
+            *(QUICK[grid] if args.quick else []),
+            *rest,
+        ]
         done = subprocess.run([*command, *more])
         if done.returncode:
             return done.returncode
     if args.quick:
         print(arms_table(finding("layers", record)))
-        print(period_table(packed("table3_small", record)))
+        print(period_table(packed("table3_small", record), packed("attention_off", record)))
         return 0
     return subprocess.run([sys.executable, str(ROOT / "scripts" / "report.py")]).returncode
 

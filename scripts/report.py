@@ -27,7 +27,7 @@ from evidence import (
     texts_table,
     unpack,
 )
-from figures import heatmaps, overview, save, strips
+from figures import against, heatmaps, overview, save, strips
 from runs import load_run, onsets_table, table, theory_table, verdicts
 from scripts.plan import paper_table
 
@@ -39,15 +39,24 @@ FINDINGS = {
 }
 
 
+# grids whose runs differ in a number
+NUMBERS = {
+    "table3_small": ("msign_period", "period P of MSign, steps"),
+    "margin": ("lr_scale", "constant learning rate, multiples of the paper's"),
+}
+
+
 def packed(grid: str, folder: Path = RESULTS):
     return unpack(folder / f"{grid}.jsonl.gz")
 
 
 def finding(name: str, folder: Path = RESULTS) -> list[Arm]:
-    """The arms of a finding, those that it is held against first."""
+    """The arms of a finding: AdamW, MSign and the floor first, whichever of the grids they are in."""
     grid, against = FINDINGS[name]
     others = [run for other, names in against.items() for run in packed(other, folder) if label(run) in names]
-    return arms(others + packed(grid, folder))
+    known = ["AdamW", "MSign (attention)", "attention off"]
+    found = arms(others + packed(grid, folder))
+    return sorted(found, key=lambda arm: known.index(arm.name) if arm.name in known else len(known))
 
 
 def recorded(experiment: str):
@@ -89,7 +98,7 @@ def filled(text: str) -> str:
         elif kind == "first":
             body = first_table(finding(name))
         elif kind == "periods":
-            body = period_table(packed(name))
+            body = period_table(packed(name), packed("attention_off"))
         elif kind == "onsets":
             body = onsets_table(recorded(name))
         elif kind == "theorems":
@@ -125,6 +134,9 @@ def main() -> int:
         path.write_text(text)
     for name in FINDINGS:
         print(*save(strips([(arm.name, arm.verdicts) for arm in finding(name)]), RESULTS / name))
+    for grid, axis in NUMBERS.items():
+        judged = [(arm.name, arm.verdicts) for arm in arms(packed(grid), off=packed("attention_off"))]
+        print(*save(against(judged, *axis), RESULTS / grid))
     for folder in sorted(p for p in RESULTS.iterdir() if p.is_dir()):
         runs = recorded(folder.name)
         print(*save(overview(runs), RESULTS / folder.name))

@@ -198,6 +198,16 @@ def test_texts_are_told_apart_and_ranks_correlated(tmp_path):
     assert "large, 5 runs: stable rank and difference correlate at 1.00" in table
 
 
+def test_the_floor_may_come_from_another_grid(tmp_path):
+    """A run with a spike and a final loss above the floor has collapsed, by rule 3; without a floor nobody can tell."""
+    target, _ = grid(tmp_path / "a", {"AdamW": (2.5, {})}, seeds=[0])
+    off, _ = grid(tmp_path / "b", {"off": (2.4, {"msign_period": 100, "msign_map": "zero"})}, seeds=[0])
+    (run,), off = evidence.unpack(target), evidence.unpack(off)
+    run.lines[500]["grad_norm"] = 50.0
+    (alone,), (held,) = evidence.arms([run]), evidence.arms([run], off=off)
+    assert (len(alone.collapsed), len(held.collapsed)) == (0, 1)
+
+
 def test_a_late_collapse_is_smooth_first():
     def verdict(rises_at, spike_at=None):
         run = a_run([1.0] * 3000)

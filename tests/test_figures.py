@@ -3,9 +3,25 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
+from collapse import Collapse
 from config import UserError
-from figures import COLORS, edges, fig1, fig2, fig3, fig4, heatmaps, overview, peaks, save, smooth, strips, theorems
-from runs import load_run, verdicts
+from figures import (
+    COLORS,
+    against,
+    edges,
+    fig1,
+    fig2,
+    fig3,
+    fig4,
+    heatmaps,
+    overview,
+    peaks,
+    save,
+    smooth,
+    strips,
+    theorems,
+)
+from runs import Verdict, load_run, verdicts
 from tests.conftest import ROOT
 from tests.test_runs import logged_theory, made_up
 
@@ -293,3 +309,19 @@ def test_strips_tell_collapsed_runs_from_the_others(arms):
     assert [label.get_text() for label in ax.get_yticklabels()] == [v.run.arm for v in judged]
     (floor,) = [line for line in ax.lines if line.get_linestyle() == "--"]
     assert floor.get_xdata()[0] == pytest.approx(2.4)
+
+
+def test_losses_are_drawn_against_a_value_of_the_configuration(tmp_path):
+    """Two rates, two seeds; a run that ends above where it began is drawn where it began."""
+    judged = [
+        Verdict(load_run(made_up(tmp_path / f"{rate}-{seed}", [4.0] + [end + seed] * 200, lr_scale=rate)), fell, None)
+        for rate, end, fell in ((1.0, 2.0, None), (8.0, 5.0, Collapse(100, 300, "x")))
+        for seed in range(2)
+    ]
+    (ax,) = against([("AdamW", judged)], "lr_scale", "rate").axes
+    *dots, line = ax.lines
+    assert [(*dot.get_xdata(), *dot.get_ydata(), dot.get_marker()) for dot in dots] == [
+        (1.0, 2.0, "o"), (1.0, 3.0, "o"), (8.0, 4.0, "x"), (8.0, 4.0, "x"),
+    ]  # fmt: skip
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([1.0, 8.0], [2.5, 4.0])
+    assert ax.get_xscale() == "log" and ax.get_xlabel() == "rate"
