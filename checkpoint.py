@@ -76,6 +76,31 @@ def remove(path: Path):
 def load(path: Path, architecture: dict, model: torch.nn.Module, optimizer: Optimizer) -> dict:
     """Put the state in `path` into model and optimizer; what else it holds: step, metrics_bytes. Raises UserError, before
     anything has changed, if it is damaged or of another architecture."""
+    about = _open(path, architecture)
+    if path.is_dir():
+        _load_folder(path, model, optimizer, about)
+    else:
+        state = about.pop("optimizer")
+        _fill(model, about.pop("model"))
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if any(isinstance(p, DTensor) for p in parameters):
+            for p, moments in zip(parameters, state["state"].values(), strict=False):
+                moments |= {k: _as(v, p) for k, v in moments.items() if v.ndim}
+        optimizer.load_state_dict(state)
+    return about
+
+
+def load_weights(path: Path, architecture: dict, model: torch.nn.Module):
+    """Put the weights in `path` into model. Raises UserError as `load` does."""
+    about = _open(path, architecture)
+    if path.is_dir():
+        weights = {f"weight.{name}": p.detach() for name, p in model.named_parameters()}
+        dcp.load(weights, storage_reader=_Reader(path), no_dist=not dist.is_initialized())
+    else:
+        _fill(model, about["model"])
+
+
+def _open(path: Path, architecture: dict) -> dict:
     try:
         about = _open_folder(path) if path.is_dir() else _open_file(path)
         saved = about["architecture"]
@@ -86,19 +111,13 @@ def load(path: Path, architecture: dict, model: torch.nn.Module, optimizer: Opti
     differs = [f"{k} = {saved.get(k)} there, {v} here" for k, v in architecture.items() if saved.get(k) != v]
     if differs:
         raise UserError(f"{path}: checkpoint of another architecture ({'; '.join(differs)})")
-    if path.is_dir():
-        _load_folder(path, model, optimizer, about)
-    else:
-        model_state, state = about.pop("model"), about.pop("optimizer")
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.copy_(_as(model_state[name], p))
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if any(isinstance(p, DTensor) for p in parameters):
-            for p, moments in zip(parameters, state["state"].values(), strict=False):
-                moments |= {k: _as(v, p) for k, v in moments.items() if v.ndim}
-        optimizer.load_state_dict(state)
     return about
+
+
+@torch.no_grad()
+def _fill(model: torch.nn.Module, weights: dict[str, Tensor]):
+    for name, p in model.named_parameters():
+        p.copy_(_as(weights[name], p))
 
 
 def _as(value: Tensor, p: Tensor) -> Tensor:
