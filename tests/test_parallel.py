@@ -19,6 +19,7 @@ import mup
 import parallel
 from config import UserError, load_config
 from model import GPT
+from scripts.sample import open_model
 from tests.conftest import ROOT, SMALL, refused, small
 from train import train
 
@@ -107,6 +108,11 @@ def test_stopped_on_two_processes_and_gone_on_with_on_another_number(runs):
     for name in ("to1", "to4", "moe-to1"):
         assert [p.name for p in checkpoint.checkpoints(folder / name)] == ["ckpt_0000009"]
         assert not list((folder / name).glob("*.partial"))
+        model, path = open_model(folder / name, torch.device("cpu"))[0], folder / name / "ckpt_0000009"
+        twin = GPT(model.cfg)
+        architecture = json.loads((path / checkpoint.ABOUT).read_text())["architecture"]
+        checkpoint.load(path, architecture, twin, torch.optim.AdamW(twin.parameters()))
+        assert all(map(torch.equal, model.parameters(), twin.parameters()))
     assert in_this_process([small_py, "--name=to1", "--resume"]) == 0
     assert in_this_process([small_py, *MODELS["moe"], "--name=moe-to1", "--resume"]) == 0
     assert several(1, "stopped", 8, [[small_py, "--name=to2"]]) == [128 + signal.SIGTERM]

@@ -41,6 +41,8 @@ SHORT = {
     "scripts/plan.py": [],
     "scripts/evidence.py": ["--help"],
     "scripts/sweep.py": ["--max_steps=2", "--dry_run"],
+    "data/text.py": [],
+    "scripts/sample.py": [],
     "data.openwebtext": ["--help"],
     "data.nemotron_cc": ["--help"],
     "data.fineweb_edu": ["--help"],
@@ -78,6 +80,15 @@ def test_python_commands_run(line, tmp_path):
         if "--resume" in words:
             assert run(*[w for w in words if w != "--resume"], *short).returncode == 0
             (tmp_path / "nano_5m_msign" / "summary.json").unlink()
+    if "--dataset=mine" in words:
+        assert run("data/text.py", "README.md", f"--name={tmp_path}/mine").returncode == 0
+        words[words.index("--dataset=mine")] = f"--dataset={tmp_path}/mine"
+    if module == "data/text.py":
+        short += [f"--name={tmp_path}/mine"]
+    if module == "scripts/sample.py":
+        small = ["--max_steps=2", "--batch_size=2", "--micro_batch=2", "--wandb=off", f"--runs_dir={tmp_path}"]
+        assert run("train.py", "configs/stress_constant.py", *small).returncode == 0
+        words[1] = words[1].replace("runs", str(tmp_path))
     if module == "scripts/reproduce.py":
         words = [w for w in words if not w.startswith("--record")]
         short += [f"--runs_dir={tmp_path}", f"--record={tmp_path}/results"]

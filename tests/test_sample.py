@@ -1,6 +1,5 @@
 """A corpus of one's own, and text from a checkpoint, as a user would make them."""
 
-
 import pytest
 import torch
 
