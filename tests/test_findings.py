@@ -62,11 +62,18 @@ def controls():
 
 def test_the_spectral_norm_is_what_must_be_bounded_and_not_the_stable_rank(controls):
     scaled, clipped = "W scaled to MSign's spectral norm", "singular values clipped there"
-    for name, words, text_p in ((scaled, "0.098 ± 0.071", "0.027"), (clipped, "0.057 ± 0.096", "0.12"), ("QK-norm", "-0.131 ± 0.081", "0.020")):  # fmt: skip
+    for name, words, text_p in (
+        (scaled, "0.098 ± 0.071", "0.027"), (clipped, "0.057 ± 0.096", "0.12"), ("QK-norm", "-0.131 ± 0.081", "0.020"),
+        ("attention's lr ÷ 4", "-0.239 ± 0.085", "0.007"), ("attention's lr ÷ 16", "-0.321 ± 0.085", "0.004"),
+        ("MSign, moments reset", "0.029 ± 0.095", "0.32"), ("square-rooted singular values", "0.061 ± 0.058", "0.045"),
+    ):  # fmt: skip
         assert not controls[name].collapsed and len(controls[name].verdicts) == 3
         differences, p = paired(controls[name].by_seed(loss), controls["MSign (attention)"].by_seed(loss))
         assert said(differences, 3) == words and words.lstrip("-") in REPORT
-        assert p_text(p) == text_p and f"(p = {text_p})" in REPORT
+        assert p_text(p) == text_p and f"p = {text_p})" in REPORT
+    assert all(len(controls[name].collapsed) == 3 for name in ("β₂ 0.95", "weight decay × 10", "bf16"))
+    assert said([v.run.lr_multiple(v.collapse.step) for v in controls["β₂ 0.95"].verdicts], 1) == "5.0 ± 0.1"
+    assert controls["attention in plain math"].by_seed(loss).items() <= controls["AdamW"].by_seed(loss).items()
 
     def ranks(name, step=2550):
         of = [dict(zip(*v.run.sparse("srank/attention"), strict=True))[step] for v in controls[name].verdicts]
