@@ -225,6 +225,8 @@ def check_type(f: dataclasses.Field, value):
     if type(value) not in wanted or (f.type is float and not math.isfinite(value)):
         kind = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a string"}[f.type]
         raise UserError(f"{f.name} = {value!r}: must be {kind}")
+    if f.type is str and "\0" in value:
+        raise UserError(f"{f.name} = {value!r}: must not hold a NUL, which no path can")
 
 
 def unknown_key(name: str, where: str) -> UserError:
