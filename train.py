@@ -200,7 +200,11 @@ def train(cfg: Config) -> int:
 
     def save():
         nonlocal healthy
-        bad = world.agree([name for name, p in model.named_parameters() if not parallel.finite(p)])
+        here = [name for name, p in parameters.items() if not parallel.finite(p)]
+        for name, p in parameters.items():
+            moments = filter(torch.is_tensor, optimizer.state.get(p, {}).values())
+            here += [f"a moment of {name}"] * (not all(map(parallel.finite, moments)))
+        bad = world.agree(here)
         if bad:
             watch.not_finite(f"{bad[0]} is not finite")
             return

@@ -1,0 +1,44 @@
+"""scripts/faults.py: a few of each fault; and that it would see it if something went wrong."""
+
+import pytest
+
+import checkpoint
+import parallel
+from scripts import faults
+from tests.conftest import refused, run
+
+
+def test_a_few_of_each_fault_do_no_harm(tmp_path):
+    done = run("scripts/faults.py", "--quick", f"--out={tmp_path / 'faults'}", timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split("|") for line in (tmp_path / "faults.md").read_text().splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == len(faults.FAULTS)
+    for (title, _, quick), row in zip(faults.FAULTS.values(), rows, strict=True):
+        assert row[1].strip() == title and int(row[2]) >= quick and row[2] == row[3]
+    assert "No exceptions." in done.stdout
+
+
+@pytest.fixture
+def place(tmp_path):
+    return faults.Place(tmp_path)
+
+
+def test_a_poisoned_checkpoint_is_seen(place, monkeypatch):
+    monkeypatch.setattr(parallel, "finite", lambda p: True)
+    assert any(outcome and "the last checkpoint holds it" in outcome for outcome in faults.planted_values(place, 60))
+
+
+def test_a_checkpoint_that_is_read_unchecked_is_seen(place, monkeypatch):
+    monkeypatch.setattr(checkpoint.zipfile.ZipFile, "testzip", lambda self: None)
+    assert any(outcome and "damaged, and accepted" in outcome for outcome in faults.damaged_checkpoints(place, 20))
+
+
+def test_a_run_with_another_bit_is_seen(place):
+    place.here("--name=other", "--seed=1")
+    assert "metrics differ from line 1 on" in place.differs("other")
+    place.here("--name=same")
+    assert place.differs("same") is None
+
+
+def test_what_is_no_fault_is_refused():
+    refused("scripts/faults.py", "--only", "earthquake", says="only = 'earthquake': must be of kills_at_random")
