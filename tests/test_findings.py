@@ -3,8 +3,8 @@
 import pytest
 
 from collapse import CLEARLY, find_onsets
-from evidence import application_cost, fluctuation, loss, p_text, paired, said, spikes
-from scripts.report import finding
+from evidence import application_cost, arms, fluctuation, loss, p_text, paired, period_table, said, spikes
+from scripts.report import finding, packed
 from tests.conftest import ROOT
 
 REPORT = (ROOT / "results" / "REPORT.md").read_text()
@@ -83,6 +83,26 @@ def test_the_spectral_norm_is_what_must_be_bounded_and_not_the_stable_rank(contr
     off = controls["attention off"].by_seed(loss)
     assert not controls["random sign"].collapsed
     assert all(d > 0 for d in paired(controls["random sign"].by_seed(loss), off)[0])
+
+
+def test_protection_is_lost_between_a_hundred_and_a_thousand_steps(controls):
+    found = {
+        arm.name: arm
+        for arm in arms(packed("table3_small"), lambda run: str(run.config["msign_period"]), packed("attention_off"))
+    }
+    fell = {name: (len(arm.collapsed), len(arm.verdicts)) for name, arm in found.items()}
+    assert fell == dict.fromkeys(("1", "3", "10", "30", "100"), (0, 3)) | {
+        "300": (2, 3),
+        "1000": (3, 3),
+        "10000": (3, 3),
+    }
+    ten = found["10"].by_seed(loss)
+    for other, words in (
+        (found["100"], "-0.121 ± 0.035"), (controls["QK-norm"], "0.009 ± 0.068"), (controls["attention's lr ÷ 4"], "0.118 ± 0.068"),
+    ):  # fmt: skip
+        assert said(paired(ten, other.by_seed(loss))[0], 3) == words and words.lstrip("-") in REPORT
+    assert p_text(paired(ten, found["100"].by_seed(loss))[1]) == "0.004"
+    assert "r = 0.50 steps an application" in period_table(packed("table3_small"), packed("attention_off"))
 
 
 def test_gradient_norms_are_calmer(layers):
