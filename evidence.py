@@ -183,11 +183,17 @@ def arms_table(found: Sequence[Arm], baseline: str = "AdamW", floor: str = "atte
 
 
 def costs(runs: Sequence[Packed], baseline: str = "AdamW") -> dict[str, Callable[[Sequence[Packed]], str]]:
-    """Columns for arms_table: time relative to the baseline's median in `runs`, and peak memory in GiB."""
+    """Columns for arms_table: time relative to the baseline's median in `runs`, which are of one grid, and peak memory in GiB; a dash
+    for arms of other grids."""
     rate = np.median([run.tokens_per_second for run in runs if label(run) == baseline])
+    here = {run.axes.get("arm") for run in runs}
+
+    def column(value: Callable[[Packed], float]) -> Callable[[Sequence[Packed]], str]:
+        return lambda found: said([value(run) for run in found if run.axes.get("arm") in here])
+
     return {
-        "time": lambda runs: said([rate / run.tokens_per_second for run in runs]),
-        "peak memory, GiB": lambda runs: said([run.peak_memory_gib for run in runs]),
+        "time": column(lambda run: rate / run.tokens_per_second),
+        "peak memory, GiB": column(lambda run: run.peak_memory_gib),
     }
 
 

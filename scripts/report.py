@@ -36,6 +36,7 @@ RESULTS = ROOT / "results"
 FINDINGS = {
     "layers": ("table2_small", {"attention_off": ["attention off"]}),
     "controls": ("controls", {"table2_small": ["AdamW", "MSign (attention)"], "attention_off": ["attention off"]}),
+    "rivals": ("rivals", {"attention_off": ["attention off"]}),
 }
 
 

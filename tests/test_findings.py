@@ -105,6 +105,18 @@ def test_protection_is_lost_between_a_hundred_and_a_thousand_steps(controls):
     assert "r = 0.50 steps an application" in period_table(packed("table3_small"), packed("attention_off"))
 
 
+def test_muon_and_adagc_prevent_the_collapse_too(controls):
+    rivals = {arm.name: arm for arm in finding("rivals")}
+    fell = {name: len(arm.collapsed) for name, arm in rivals.items() if len(arm.verdicts) == 3}
+    assert fell == {"AdamW": 3, "MSign (attention)": 0, "ZClip": 3, "Muon": 0, "Stable-SPAM": 3, "AdaGC": 0, "SPAM": 3}
+    for name, other, words, text_p in (
+        ("Muon", rivals["MSign (attention)"], "-0.240 ± 0.092", "0.008"), ("AdaGC", rivals["MSign (attention)"], "-0.092 ± 0.071", "0.031"),
+        ("Muon", controls["attention's lr ÷ 4"], "-0.001 ± 0.018", "0.87"),
+    ):  # fmt: skip
+        differences, p = paired(rivals[name].by_seed(loss), other.by_seed(loss))
+        assert said(differences, 3) == words and words.lstrip("-") in REPORT and p_text(p) == text_p
+
+
 def test_gradient_norms_are_calmer(layers):
     for name, measure, words in (
         ("AdamW", fluctuation, "0.44"), ("MSign (attention)", fluctuation, "0.17"), ("AdamW", spikes, "6.0"),
