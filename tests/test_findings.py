@@ -7,6 +7,7 @@ from evidence import application_cost, arms, fluctuation, loss, p_text, paired, 
 from scripts.report import finding, packed
 from tests.conftest import ROOT
 
+README = (ROOT / "README.md").read_text()
 REPORT = (ROOT / "results" / "REPORT.md").read_text()
 
 
@@ -115,6 +116,19 @@ def test_muon_and_adagc_prevent_the_collapse_too(controls):
     ):  # fmt: skip
         differences, p = paired(rivals[name].by_seed(loss), other.by_seed(loss))
         assert said(differences, 3) == words and words.lstrip("-") in REPORT and p_text(p) == text_p
+
+
+def test_the_readme_says_what_the_grids_say(layers, controls):
+    rivals = {arm.name: arm for arm in finding("rivals")}
+    periods = {arm.name: arm for arm in arms(packed("table3_small"), lambda run: f"every {run.config['msign_period']}")}
+    for arm, says in (
+        (controls["attention's lr ÷ 4"], "(`--attn_lr=0.25`) ends at {}"), (controls["QK-norm"], "(`--qk_norm`) at {}"),
+        (layers["MSign (attention)"], "MSign every 100 steps at {}"), (periods["every 3"], "every 3 steps at {}"),
+        (rivals["Muon"], "Muon ({})"), (rivals["AdaGC"], "AdaGC ({})"),
+    ):  # fmt: skip
+        assert says.format(said(list(arm.by_seed(loss).values()))) in README
+    packs = ("table2_small", "attention_off", "controls", "table3_small", "rivals")
+    assert "some 120 runs" in README and round(sum(len(packed(name)) for name in packs), -1) == 120
 
 
 def test_gradient_norms_are_calmer(layers):
