@@ -40,6 +40,7 @@ SHORT = {
     "scripts/coord_check.py": ["--widths", "48", "96", "--steps=1", "--seeds=1"],
     "scripts/plan.py": [],
     "scripts/evidence.py": ["--help"],
+    "scripts/faults.py": ["--only", "read_only"],
     "scripts/sweep.py": ["--max_steps=2", "--dry_run"],
     "data/text.py": [],
     "scripts/sample.py": [],
@@ -185,6 +186,64 @@ def test_python_examples_run(tmp_path):
         path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{text}")
         done = run(path, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The project's code in a folder with a space in its name, to be changed; and what changes a file of it."""
+    root = tmp_path / "my copy"
+    kept = [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), ROOT / "configs" / "stress_constant.py"]
+    for path in kept:
+        target = root / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(path.read_text())
+
+    def change(name, old, new):
+        text = (root / name).read_text()
+        assert text.count(old) == 1, f"{name}: {text.count(old)} times {old}"
+        (root / name).write_text(text.replace(old, new))
+
+    return root, change
+
+
+def trained(root, corpus, *options):
+    less = ["--batch_size=2", "--micro_batch=2", "--max_steps=4", "--wandb=off", f"--dataset={corpus}", f"--runs_dir={root}/runs", "--compile=off"]  # fmt: skip
+    done = run(root / "train.py", root / "configs/stress_constant.py", *less, *options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, load_run(root / "runs" / "stress_constant")
+
+
+def test_an_optimizer_is_added_as_the_readme_says(copy, corpus):
+    root, change = copy
+    change(
+        "rivals.py",
+        "def muon(",
+        "def sgd(groups, cfg):\n    return torch.optim.SGD(groups, lr=cfg.peak_lr, momentum=cfg.beta1)\n\n\ndef muon(",
+    )
+    change("rivals.py", '"zclip": zclip}', '"zclip": zclip, "sgd": sgd}')
+    change("config.py", '"zclip"] = opt(', '"zclip", "sgd"] = opt(')
+    said, found = trained(root, corpus, "--optimizer=sgd", "--msign_period=2")
+    assert found.config["optimizer"] == "sgd" and len(found.lines) == 4 and "no collapse" in said
+
+
+def test_an_architecture_is_added_as_the_readme_says(copy, corpus):
+    root, change = copy
+    change("config.py", 'Literal["gelu", "swiglu"]', 'Literal["gelu", "swiglu", "scaled"]')
+    change(
+        "model.py",
+        "        return self.W_down(F.gelu(self.W_up(x)))\n",
+        "        return self.W_down(self.W_skip(F.gelu(self.W_up(x))) if hasattr(self, 'W_skip') else F.gelu(self.W_up(x)))\n",
+    )
+    change("model.py", "        self.W_down = nn.Linear(cfg.d_ff, cfg.d_model, bias=False)\n\n    def forward(self, x: Tensor) -> Tensor:\n        if hasattr",
+           "        self.W_down = nn.Linear(cfg.d_ff, cfg.d_model, bias=False)\n        if cfg.mlp == 'scaled':\n            self.W_skip = nn.Linear(cfg.d_ff, cfg.d_ff, bias=False)\n\n    def forward(self, x: Tensor) -> Tensor:\n        if hasattr")  # fmt: skip
+    done = run(
+        root / "train.py", root / "configs/stress_constant.py", f"--dataset={corpus}", "--mlp=scaled", "--dry_run"
+    )
+    assert done.returncode != 0 and "W_skip" in done.stderr  # refused by name
+    change("mup.py", '    "W_up": _HIDDEN,\n', '    "W_up": _HIDDEN,\n    "W_skip": _HIDDEN,\n')
+    change("msign.py", 'MLP = ("W_up",', 'MLP = ("W_up", "W_skip",')
+    _, found = trained(root, corpus, "--mlp=scaled", "--msign_targets=W_skip", "--msign_period=2", "--probe_every=2", "--layers_every=2")  # fmt: skip
+    assert found.config["mlp"] == "scaled" and "srank/0.W_skip" in found.lines[1]
 
 
 def test_tables_and_figures_come_from_the_recorded_runs():
