@@ -43,6 +43,7 @@ FINDINGS = {
 # grids whose runs differ in a number
 NUMBERS = {
     "table3_small": ("msign_period", "period P of MSign, steps"),
+    "margin": ("lr_scale", "constant learning rate, multiples of the paper's"),
 }
 
 

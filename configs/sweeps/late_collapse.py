@@ -3,6 +3,9 @@
 # seed, the paper's β₂ = 0.95 unless an arm says otherwise; the rate alone first, then one change at a time at twice the paper's rate.
 # An arm counts as found when its loss rises or is no longer finite (rules 1 and 2 of collapse.py) after the first third of the run, and no
 # gradient norm in that third is ten times the run's median. What is found is repeated with more seeds, and with MSign.
+#
+# None of the first sixteen arms counted: two lost their way, without decay and with little of it, but stalled from step 750 on, long before
+# the loss rose. The last four, written after that, ask whether the same happens later, and after smooth training, at lower rates.
 
 config = "configs/stress_constant.py"
 beta2 = 0.95
@@ -24,5 +27,9 @@ arm = {
     "gains' lr × 4, read-out's × 16, lr × 4": {"norm_lr": 4.0, "head_lr": 16.0, "lr_scale": 4.0},
     "gains' lr ÷ 16": {"norm_lr": 0.0625},
     "bf16": {"dtype": "bfloat16"},
+    "no decay, lr × 1": {"weight_decay": 0.0, "lr_scale": 1.0},
+    "no decay, lr × 1.5": {"weight_decay": 0.0, "lr_scale": 1.5},
+    "no decay, lr × 1, β₂ 0.999": {"weight_decay": 0.0, "lr_scale": 1.0, "beta2": 0.999},
+    "no decay, lr × 0.5, β₂ 0.999": {"weight_decay": 0.0, "lr_scale": 0.5, "beta2": 0.999},
     "GPT-2 tokens": {"dataset": "stdlib-gpt2", "vocab_size": 50304, "max_steps": 3000},
 }
