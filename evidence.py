@@ -267,6 +267,26 @@ def margin_table(found: Sequence[Arm]) -> str:
     return markdown(rows)
 
 
+def threshold_table(found: Sequence[Arm], periods: Sequence[Arm]) -> str:
+    """Markdown, a row per arm of `found`: how many matrices it replaced, its collapses and final loss, and the difference, paired by
+    seed, from that arm of `periods` which replaced nearly as many (the least ratio), with its p-value as it is."""
+    head = ["arm", "n", "matrices replaced in 1000 steps", "collapsed", "final loss", "fixed P of nearly as many", "its collapses", "against it", "p"]  # fmt: skip
+    rows = [head, ["---"] * len(head)]
+
+    def replaced(arm: Arm) -> float:
+        return float(np.mean(list(arm.by_seed(applications).values())))
+
+    for arm in found:
+        near = min(periods, key=lambda other: abs(math.log(max(replaced(other), 1e-9) / max(replaced(arm), 1e-9))))
+        differences, p = paired(arm.by_seed(loss), near.by_seed(loss))
+        rows.append([
+            arm.name, str(len(arm.verdicts)), said(list(arm.by_seed(applications).values()), 0),
+            f"{len(arm.collapsed)} of {len(arm.verdicts)}", said(list(arm.by_seed(loss).values())),
+            f"{near.name}: {replaced(near):.0f}", f"{len(near.collapsed)} of {len(near.verdicts)}", said(differences), p_text(p),
+        ])  # fmt: skip
+    return markdown(rows)
+
+
 def late(verdict: Verdict) -> bool:
     """Whether a run failed as the paper's do: smooth in the first third (no gradient norm of ten times its median), collapsed after it."""
     norms, third = np.array(verdict.run.series("grad_norm"), float), len(verdict.run.lines) // 3
@@ -356,25 +376,37 @@ def gap(run: Run) -> float:
     return run.sparse("val/loss")[1][-1] - run.final_loss()
 
 
+def srank(run: Run) -> float:
+    """Stable rank of attention's matrices at the end, geometric mean."""
+    return run.sparse("srank/attention")[1][-1]
+
+
+def final_val(run: Run) -> float:
+    return run.sparse("val/loss")[1][-1]
+
+
 def texts_table(runs: Sequence[Packed]) -> str:
-    """Markdown, a row per text and arm: training and validation loss, their difference, the stable rank of attention at the end; and
-    over the runs of each text the rank correlation (Spearman) of that stable rank with the difference and with the validation loss."""
-    rows, notes = (
-        [["text", "arm", "n", "training loss", "validation loss", "difference", "stable rank"], ["---"] * 7],
-        [],
-    )
-    ends = {
-        "val": lambda run: run.sparse("val/loss")[1][-1], "rank": lambda run: run.sparse("srank/attention")[1][-1],
-    }  # fmt: skip
+    """Markdown, a row per text and arm: training and validation loss, their difference, the stable rank of attention at the end."""
+    rows = [["text", "arm", "n", "training loss", "validation loss", "difference", "stable rank"], ["---"] * 7]
     for text in dict.fromkeys(run.config["dataset"] for run in runs):
-        of_text = [run for run in runs if run.config["dataset"] == text]
-        for arm in arms(of_text):
-            values = [list(arm.by_seed(f).values()) for f in (loss, ends["val"], gap, ends["rank"])]
+        for arm in arms([run for run in runs if run.config["dataset"] == text]):
+            values = [list(arm.by_seed(f).values()) for f in (loss, final_val, gap, srank)]
             rows.append([text, arm.name, str(len(arm.verdicts)), *map(said, values[:3]), said(values[3], 1)])
-        ranks = [ends["rank"](run) for run in of_text]
-        of_gap, of_val = (stats.spearmanr(ranks, [f(run) for run in of_text]) for f in (gap, ends["val"]))
-        notes.append(
-            f"{text}, {len(of_text)} runs: stable rank and difference correlate at {of_gap.statistic:.2f} (p {p_text(of_gap.pvalue)}), "
-            f"stable rank and validation loss at {of_val.statistic:.2f} (p {p_text(of_val.pvalue)})."
-        )
-    return markdown(rows) + "\n" + "\n\n".join(notes) + "\n"
+    return markdown(rows)
+
+
+def ranks_table(grids: dict[str, Sequence[Packed]]) -> str:
+    """Markdown, a row per grid and text of three runs or more: over its runs, except those whose attention is held at zero, the rank correlation (Spearman) of
+    attention's stable rank at the end with validation minus training loss and with the validation loss."""
+    rows = [["grid", "text", "n", "with the difference", "p", "with the validation loss", "p"], ["---"] * 7]
+    for grid, runs in grids.items():
+        for text in dict.fromkeys(run.config["dataset"] for run in runs):
+            of = [run for run in runs if run.config["dataset"] == text and run.sparse("srank/attention")[1]]
+            if len(of) < 3:
+                continue
+            ranks = [srank(run) for run in of]
+            tests = [stats.spearmanr(ranks, [f(run) for run in of]) for f in (gap, final_val)]
+            rows.append(
+                [grid, text, str(len(of)), *(cell for t in tests for cell in (f"{t.statistic:.2f}", p_text(t.pvalue)))]
+            )
+    return markdown(rows)

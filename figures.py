@@ -292,22 +292,43 @@ def strips(found: Sequence[tuple[str, Sequence[Verdict]]], floor: str = "attenti
     return fig
 
 
-def against(found: Sequence[tuple[str, Sequence[Verdict]]], field: str, label: str) -> Figure:
-    """Final loss of every run (at most its initial one) against a value of its configuration, on a log scale, crosses collapsed; a line
-    for each arm through the means over seeds."""
+def against(
+    found: Sequence[tuple[str, str, Sequence[Verdict]]], label: str, x: Callable[[Run], float] | None = None
+) -> Figure:
+    """Final loss of every run (at most its initial one) against a field of its configuration, or against `x` of the run, on a log scale,
+    crosses collapsed. `found`: name, field and runs of every line, which goes through the means of the runs of equal field."""
     fig, ax = plt.subplots(figsize=(9, 4), constrained_layout=True)
     spare = iter((GREEN, PURPLE, BLACK))
-    for name, judged in found:
+    for name, field, judged in found:
         color, at = COLORS.get(name) or next(spare), {}
         for v in judged:
-            x, y = v.run.config[field], min(v.run.final_loss(), v.run.lines[0]["train/loss"])
-            at.setdefault(x, []).append(y)
-            ax.plot(x, y, marker="x" if v.collapse else "o", color=color, ms=5, mew=1.5, alpha=0.7, ls="")
-        ax.plot(sorted(at), [np.mean(at[x]) for x in sorted(at)], color=color, label=name)
+            value = v.run.config[field]
+            point = x(v.run) if x else value, min(v.run.final_loss(), v.run.lines[0]["train/loss"])
+            at.setdefault(value, []).append(point)
+            ax.plot(*point, marker="x" if v.collapse else "o", color=color, ms=5, mew=1.5, alpha=0.7, ls="")
+        ax.plot(*np.array([np.mean(at[value], axis=0) for value in sorted(at)]).T, color=color, label=name)
     ax.set(xscale="log", xlabel=label, ylabel="final training loss, nats per token (× collapsed)")
     if len(found) > 1:
         ax.legend(frameon=False)
     plain(ax)
+    return fig
+
+
+def scatter(
+    panels: Sequence[tuple[str, Sequence[tuple[str, Sequence[Run]]]]],
+    x: tuple[str, Callable[[Run], float]],
+    y: tuple[str, Callable[[Run], float]],
+) -> Figure:
+    """One value of a run against another, each with its name: a column per panel, a colour per arm."""
+    fig, axes = plt.subplots(1, len(panels), figsize=(9, 3.6), squeeze=False, constrained_layout=True)
+    for ax, (title, found) in zip(axes.flat, panels, strict=True):
+        spare = iter((GREEN, PURPLE, BLACK))
+        for name, runs in found:
+            color = COLORS.get(name) or next(spare)
+            ax.plot([x[1](run) for run in runs], [y[1](run) for run in runs], "o", color=color, label=name, alpha=0.8)
+        ax.set(title=title, xlabel=x[0], ylabel=y[0])
+        plain(ax)
+    axes[0, 0].legend(frameon=False)
     return fig
 
 

@@ -15,19 +15,8 @@ sys.path.insert(0, str(ROOT))
 
 from config import Parser, run_cli
 from evidence import arms_table, period_table
-from scripts.report import RESULTS, finding, packed
+from scripts.report import GRIDS, RESULTS, finding, packed
 
-GRIDS = (
-    "table2_small",
-    "attention_off",
-    "table3_small",
-    "controls",
-    "margin",
-    "rivals",
-    "late_collapse",
-    "texts",
-    "adaptive",
-)
 SHORT = ["--warmup_steps=1250", "--max_steps=1500", "--seed=0,1"]
 QUICK = {"table2_small": SHORT, "attention_off": SHORT, "table3_small": [*SHORT, "--msign_period=10,100,1000"]}
 

@@ -15,23 +15,40 @@ sys.path.insert(0, str(ROOT))
 from config import Parser, UserError, run_cli
 from evidence import (
     Arm,
+    applications,
     arms,
     arms_table,
     calm_table,
     costs,
     first_table,
+    gap,
     label,
     late_table,
     margin_table,
     period_table,
+    ranks_table,
+    srank,
     texts_table,
+    threshold_table,
     unpack,
 )
-from figures import against, heatmaps, overview, save, strips
+from figures import against, heatmaps, overview, save, scatter, strips
 from runs import load_run, onsets_table, table, theory_table, verdicts
 from scripts.plan import paper_table
 
 RESULTS = ROOT / "results"
+# what is recorded, in the order in which scripts/evidence.py runs it
+GRIDS = (
+    "table2_small",
+    "attention_off",
+    "table3_small",
+    "controls",
+    "margin",
+    "rivals",
+    "late_collapse",
+    "texts",
+    "adaptive",
+)
 # a finding: its grid, and the arms of other grids that it is held against
 FINDINGS = {
     "layers": ("table2_small", {"attention_off": ["attention off"]}),
@@ -39,11 +56,15 @@ FINDINGS = {
     "rivals": ("rivals", {"attention_off": ["attention off"]}),
 }
 
-
 # grids whose runs differ in a number
 NUMBERS = {
     "table3_small": ("msign_period", "period P of MSign, steps"),
     "margin": ("lr_scale", "constant learning rate, multiples of the paper's"),
+}
+# MSign at every P and below thresholds of the stable rank, by what it replaces
+BY_NUMBER = {
+    "MSign every P steps": ("table3_small", "msign_period"),
+    "only below a stable rank": ("adaptive", "msign_below"),
 }
 
 
@@ -60,6 +81,12 @@ def finding(name: str, folder: Path = RESULTS) -> list[Arm]:
     return sorted(found, key=lambda arm: known.index(arm.name) if arm.name in known else len(known))
 
 
+def by_number(grid: str, field: str) -> list[Arm]:
+    """The arms of a grid whose runs differ in a number, by that number."""
+    named = {"msign_period": "P = {}", "msign_below": "below {:g}"}[field]
+    return arms(packed(grid), lambda run: named.format(run.config[field]), packed("attention_off"))
+
+
 def recorded(experiment: str):
     """The runs recorded under results/<experiment>, arm by arm, seed by seed."""
     runs = [load_run(path.parent) for path in sorted((RESULTS / experiment).glob("*/record.json"))]
@@ -70,10 +97,9 @@ def recorded(experiment: str):
 
 
 def filled(text: str) -> str:
-    """`text` with every block between <!-- KIND NAME --> and <!-- end --> made anew: an experiment's table, seed-0
-    verdicts, onsets, seed-0 AdamW's theorems; a recorded file results/NAME.md, or of it only the first table, the
-    targets; a finding's table, with costs or without, or what moved first in its arms; a grid of periods, of texts, of
-    learning rates or of late collapses; or what MSign costs on a cluster."""
+    """`text` with every block between <!-- KIND NAME --> and <!-- end --> made anew. NAME is an experiment (table, verdicts, onsets,
+    theorems), a recorded file results/NAME.md (file, or of it only the first table: targets), a finding (finding, costs, calm, first)
+    or a grid (periods, thresholds, margin, late, texts); what is of all grids (ranks) or of none (cost) has a name of its own."""
 
     def block(match: re.Match) -> str:
         kind, name = match[1], match[2]
@@ -92,8 +118,13 @@ def filled(text: str) -> str:
             body = arms_table(finding(name), more=costs(packed(name)))
         elif kind == "texts":
             body = texts_table(packed(name))
+        elif kind == "ranks":
+            body = ranks_table({grid: packed(grid) for grid in GRIDS if grid != "attention_off"})
         elif kind == "margin":
             body = margin_table(arms(packed(name)))
+        elif kind == "thresholds":
+            fixed, below = (by_number(*grid) for grid in BY_NUMBER.values())
+            body = threshold_table(below, fixed)
         elif kind == "late":
             body = late_table(arms(packed(name)))
         elif kind == "first":
@@ -111,7 +142,7 @@ def filled(text: str) -> str:
         return f"<!-- {kind} {name} -->\n\n{body}\n<!-- end -->"
 
     return re.sub(
-        r"<!-- (table|verdicts|onsets|theorems|file|targets|finding|calm|first|periods|costs|texts|margin|late|cost) (\w+) -->.*?<!-- end -->",
+        r"<!-- (table|verdicts|onsets|theorems|file|targets|finding|calm|first|periods|costs|texts|ranks|margin|thresholds|late|cost) (\w+) -->.*?<!-- end -->",
         block,
         text,
         flags=re.DOTALL,
@@ -135,9 +166,21 @@ def main() -> int:
         path.write_text(text)
     for name in FINDINGS:
         print(*save(strips([(arm.name, arm.verdicts) for arm in finding(name)]), RESULTS / name))
-    for grid, axis in NUMBERS.items():
-        judged = [(arm.name, arm.verdicts) for arm in arms(packed(grid), off=packed("attention_off"))]
-        print(*save(against(judged, *axis), RESULTS / grid))
+    for grid, (field, axis) in NUMBERS.items():
+        lines = [(arm.name, field, arm.verdicts) for arm in arms(packed(grid), off=packed("attention_off"))]
+        print(*save(against(lines, axis), RESULTS / grid))
+    lines = [
+        (name, field, [v for arm in by_number(grid, field) for v in arm.verdicts if applications(v.run)])
+        for name, (grid, field) in BY_NUMBER.items()
+    ]
+    print(*save(against(lines, "matrices replaced in 1000 steps", applications), RESULTS / "adaptive"))
+    texts = packed("texts")
+    panels = [
+        (text, [(a.name, [v.run for v in a.verdicts]) for a in arms([r for r in texts if r.config["dataset"] == text])])
+        for text in dict.fromkeys(run.config["dataset"] for run in texts)
+    ]
+    x, y = ("stable rank of attention", srank), ("validation − training loss, nats", gap)
+    print(*save(scatter(panels, x, y), RESULTS / "texts"))
     for folder in sorted(p for p in RESULTS.iterdir() if p.is_dir()):
         runs = recorded(folder.name)
         print(*save(overview(runs), RESULTS / folder.name))

@@ -194,8 +194,35 @@ def test_texts_are_told_apart_and_ranks_correlated(tmp_path):
     evidence.pack(runs, tmp_path / "grid.gz")
     table = evidence.texts_table(evidence.unpack(tmp_path / "grid.gz"))
     assert "| small | AdamW | 5 | 2.00 ± 0.00 | 2.80 ± 0.20 | 0.80 ± 0.20 | 4.0 ± 2.0 |" in table
-    assert "small, 5 runs: stable rank and difference correlate at -1.00" in table
-    assert "large, 5 runs: stable rank and difference correlate at 1.00" in table
+    table = evidence.ranks_table({"grid": evidence.unpack(tmp_path / "grid.gz")})
+    assert "| grid | small | 5 | -1.00 | < 0.001 | -1.00 | < 0.001 |" in table
+    assert "| grid | large | 5 | 1.00 | < 0.001 | 1.00 | < 0.001 |" in table
+
+
+def test_thresholds_are_held_against_the_period_that_replaces_as_many():
+    def arm(name, loss, replaced, every):
+        runs = []
+        for seed in range(3):
+            run = a_run([1.0] * 1000)
+            run.config.update(
+                seed=seed,
+                wandb_group="e",
+                msign_period=every,
+                optimizer="adamw",
+                msign_map="sign",
+                msign_targets="attention",
+            )
+            for line in run.lines:
+                line["train/loss"] = loss + seed / 10 + seed * every / 1e5
+                if line["iter"] % every == 0:
+                    line["msign/matrices"] = replaced
+            runs.append(run)
+        return evidence.Arm(name, verdicts(runs))
+
+    periods = [arm("P = 10", 2.0, 8, 10), arm("P = 100", 2.5, 8, 100), arm("never", 3.0, 0, 100)]
+    table = evidence.threshold_table([arm("below 4", 2.25, 1, 10), arm("below 1", 3.0, 0, 10)], periods)
+    assert "| below 4 | 3 | 100 ± 0 | 0 of 3 | 2.35 ± 0.25 | P = 100: 80 | 0 of 3 | -0.25 ± 0.00 |" in table
+    assert "| below 1 | 3 | 0 ± 0 | 0 of 3 | 3.10 ± 0.25 | never: 0 | 0 of 3 |" in table
 
 
 def test_the_floor_may_come_from_another_grid(tmp_path):

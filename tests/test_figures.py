@@ -17,6 +17,7 @@ from figures import (
     overview,
     peaks,
     save,
+    scatter,
     smooth,
     strips,
     theorems,
@@ -314,14 +315,33 @@ def test_strips_tell_collapsed_runs_from_the_others(arms):
 def test_losses_are_drawn_against_a_value_of_the_configuration(tmp_path):
     """Two rates, two seeds; a run that ends above where it began is drawn where it began."""
     judged = [
-        Verdict(load_run(made_up(tmp_path / f"{rate}-{seed}", [4.0] + [end + seed] * 200, lr_scale=rate)), fell, None)
+        Verdict(
+            load_run(made_up(tmp_path / f"{rate}-{seed}", [4.0] + [end + seed] * 200, lr_scale=rate, seed=seed)),
+            fell,
+            None,
+        )
         for rate, end, fell in ((1.0, 2.0, None), (8.0, 5.0, Collapse(100, 300, "x")))
         for seed in range(2)
     ]
-    (ax,) = against([("AdamW", judged)], "lr_scale", "rate").axes
+    (ax,) = against([("AdamW", "lr_scale", judged)], "rate").axes
     *dots, line = ax.lines
     assert [(*dot.get_xdata(), *dot.get_ydata(), dot.get_marker()) for dot in dots] == [
         (1.0, 2.0, "o"), (1.0, 3.0, "o"), (8.0, 4.0, "x"), (8.0, 4.0, "x"),
     ]  # fmt: skip
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([1.0, 8.0], [2.5, 4.0])
     assert ax.get_xscale() == "log" and ax.get_xlabel() == "rate"
+    (ax,) = against(
+        [("AdamW", "lr_scale", judged)], "seeds", x=lambda run: run.config["lr_scale"] + run.config["seed"]
+    ).axes
+    assert (list(ax.lines[-1].get_xdata()), list(ax.lines[-1].get_ydata())) == ([1.5, 8.5], [2.5, 4.0])
+
+
+def test_one_value_against_another_a_column_per_panel(arms):
+    fig = scatter(
+        [("a", [("AdamW", arms[:1]), ("mine", arms[1:])]), ("b", [("AdamW", arms)])],
+        ("one", lambda run: run.config["seed"] + 1.0), ("other", lambda run: run.final_loss()),
+    )  # fmt: skip
+    left, right = fig.axes
+    assert [line.get_label() for line in left.lines] == ["AdamW", "mine"] and left.get_title() == "a"
+    assert list(left.lines[1].get_ydata()) == [run.final_loss() for run in arms[1:]]
+    assert (right.get_xlabel(), right.get_ylabel()) == ("one", "other")

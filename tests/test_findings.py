@@ -3,9 +3,21 @@
 import pytest
 
 from collapse import CLEARLY, find_onsets
-from evidence import application_cost, arms, fluctuation, loss, margin_table, p_text, paired, period_table, said, spikes
-from scripts.evidence import GRIDS
-from scripts.report import finding, packed
+from evidence import (
+    application_cost,
+    arms,
+    fluctuation,
+    gap,
+    loss,
+    margin_table,
+    p_text,
+    paired,
+    period_table,
+    said,
+    spikes,
+    srank,
+)
+from scripts.report import GRIDS, finding, packed
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -150,6 +162,25 @@ def test_larger_rates_are_survivable_with_msign_and_not_better():
     }  # fmt: skip
     for name, words in (("AdamW", "0.404"), ("MSign (attention)", "0.254"), ("QK-norm", "0.082")):
         assert rows[name][2].startswith(words) and words in REPORT
+
+
+def test_a_higher_stable_rank_generalises_no_better():
+    runs = packed("texts")
+    for text, name, words, text_p in (
+        ("stdlib-bytes", "MSign (attention)", "0.003 ± 0.035", "0.72"), ("stdlib-small", "MSign (attention)", "0.083 ± 0.152", "0.14"),
+        ("stdlib-small", "QK-norm", "0.376 ± 0.308", "0.034"),
+    ):  # fmt: skip
+        found = {arm.name: arm for arm in arms([run for run in runs if run.config["dataset"] == text])}
+        differences, p = paired(found[name].by_seed(gap), found["AdamW"].by_seed(gap))
+        assert said(differences, 3) == words and words in REPORT
+        assert p_text(p) == text_p and f"p = {text_p})" in REPORT
+        others = [
+            rank for arm in found.values() for rank in arm.by_seed(srank).values() if arm.name != "MSign (attention)"
+        ]
+        assert all(rank > 2.8 * max(others) for rank in found["MSign (attention)"].by_seed(srank).values())
+    series = [run.sparse("val/loss") for run in runs if run.config["dataset"] == "stdlib-small"]
+    assert all(steps[0] == 500 and min(values) == values[0] for steps, values in series)
+    assert (min(v[0] for _, v in series), max(v[0] for _, v in series)) == pytest.approx((2.68, 2.73), abs=0.005)
 
 
 def test_the_readme_says_what_the_grids_say(layers, controls):
