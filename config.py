@@ -9,8 +9,11 @@ import argparse
 import dataclasses
 import difflib
 import math
+import shutil
 import sys
+import textwrap
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -231,7 +234,7 @@ def check_type(f: dataclasses.Field, value):
 
 def unknown_key(name: str, where: str) -> UserError:
     near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0)
-    return UserError(f"{name}: no such field ({where}); nearest is {near[0]}")
+    return UserError(f"{name!r}: no such field ({where}); nearest is {near[0]}")
 
 
 def parse_value(f: dataclasses.Field, text: str):
@@ -279,15 +282,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def load_config(argv: list[str]) -> Config:
-    """`CONFIG.py [--field=value ...]` as a Config. Raises UserError; `--help` prints and exits 0."""
+def parser_of(fields: Iterable[dataclasses.Field]) -> Parser:
+    """train.py's command line, of these fields alone."""
     parser = Parser(
         prog="train.py", usage="train.py CONFIG.py [--field=value ...]", description="Train a GPT with AdamW or MSign.", allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=120),
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=120), add_help=False,
     )  # fmt: skip
     parser.add_argument("config", help="a file of plain assignments, such as configs/nano_5m_msign.py")
+    parser.add_argument("-h", "--help", nargs="?", const="", action=Help, help="this; a group, a field, or all")
     groups = {}
-    for f in FIELDS.values():
+    for f in fields:
         group = f.metadata["group"]
         groups.setdefault(group, parser.add_argument_group(group) if group not in groups else None)
         choices = typing.get_args(f.type) if typing.get_origin(f.type) is Literal else ()
@@ -295,6 +299,38 @@ def load_config(argv: list[str]) -> Config:
         flag = {"nargs": "?", "const": "true"} if f.type is bool else {}
         help = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
         groups[group].add_argument(f"--{f.name}", metavar=metavar, help=help, default=None, **flag)
+    return parser
+
+
+class Help(argparse.Action):
+    """`--help` prints every field with its default on one screen; `--help=GROUP`, `=FIELD` or `=all`, what they mean."""
+
+    def __call__(self, parser, namespace, what, option_string=None):
+        groups: dict[str, list[dataclasses.Field]] = {}
+        for f in FIELDS.values():
+            groups.setdefault(f.metadata["group"], []).append(f)
+        if what:
+            known = {"all": list(FIELDS.values()), **groups, **{name: [f] for name, f in FIELDS.items()}}
+            if what not in known:
+                near = difflib.get_close_matches(what, known, n=1, cutoff=0)
+                raise UserError(f"help = {what!r}: no such group or field; nearest is {near[0]}")
+            print(parser_of(known[what]).format_help(), end="")
+        else:
+            print(
+                "train.py CONFIG.py [--field=value ...]\n\nEvery field and its default; --help=GROUP, --help=FIELD or --help=all says what they mean."
+            )
+            lines = textwrap.TextWrapper(
+                min(118, shutil.get_terminal_size().columns), subsequent_indent=" " * 18, break_on_hyphens=False
+            )
+            for group, fields in groups.items():
+                lines.initial_indent = f"{group:17} "
+                print(lines.fill("  ".join(f"{f.name}={f.default}" for f in fields)))
+        parser.exit()
+
+
+def load_config(argv: list[str]) -> Config:
+    """`CONFIG.py [--field=value ...]` as a Config. Raises UserError; `--help` prints and exits 0."""
+    parser = parser_of(FIELDS.values())
     args, rest = parser.parse_known_args(argv)
     for text in rest:
         name = text.lstrip("-").split("=")[0].replace("-", "_")

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import pytest
 
@@ -55,11 +56,25 @@ def test_bad_input_at_the_command(tmp_path):
     refused("train.py", "configs/nano_5m_msign.py", "--n_heads=6", says="nearest is n_head")
 
 
-def test_help_lists_every_field_with_its_default():
-    text = run("train.py", "--help").stdout
+def test_help_is_one_screen_with_every_field_and_its_default():
+    text = run("train.py", "--help", COLUMNS="120").stdout
+    assert len(text.splitlines()) <= 24
+    words = text.split()
+    for f in dataclasses.fields(Config):
+        assert f"{f.name}={f.default}" in words
+        assert re.search(rf"^{f.metadata['group']} ", text, re.MULTILINE)
+    assert max(map(len, run("train.py", "--help", COLUMNS="80").stdout.splitlines()[3:])) <= 80
+
+
+def test_help_says_what_a_field_means():
+    text = run("train.py", "--help=all").stdout
     for f in dataclasses.fields(Config):
         assert f"--{f.name} " in text
         assert f"[{f.default}]" in " ".join(text.split())
+    group, field = (run("train.py", f"--help={what}").stdout for what in ("MSign", "beta1"))
+    assert "--msign_period INT" in group and "--beta1" not in group
+    assert "AdamW β₁ [0.9]" in field and "--msign_period" not in field
+    refused("train.py", "--help=beta_1", says="help = 'beta_1': no such group or field; nearest is beta1")
 
 
 def test_every_config_file_loads():
