@@ -22,14 +22,14 @@ def test_file_then_command_line(tmp_path):
 @pytest.mark.parametrize(
     ("text", "args", "says"),
     [
-        ("lrr = 1.0", [], "lrr: no such field"),
+        ("lrr = 1.0", [], "'lrr': no such field"),
         ("lrr = 1.0", [], "nearest is lr"),
         ("n_layer = 2.0", [], "n_layer = 2.0: must be a whole number"),
         ("n_layer = True", [], "n_layer = True: must be a whole number"),
         ("schedule = 'cosine'", [], "must be one of linear, constant"),
         ("lr = float('nan')", [], "lr = nan: must be a finite number"),
         ("lr = ", [], "SyntaxError"),
-        ("import os", [], "os: no such field"),
+        ("import os", [], "'os': no such field"),
         ("", ["--max_stps=3"], "nearest is max_steps"),
         ("", ["--max_steps=1e3"], "max_steps = '1e3': must be a whole number"),
         ("", ["--max_steps"], "expected one argument"),
