@@ -1,25 +1,27 @@
 # Two commands, each of which sets up all it needs: `make reproduce` and `make test`.
+# Another Python beside the first: make test PYTHON=python3.13 VENV=.venv-3.13
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 
 .PHONY: reproduce test figures
 .DEFAULT_GOAL := reproduce
 
 # built anew whenever requirements.txt is newer; an interrupted set-up leaves no stamp and is redone
-.venv/.complete: requirements.txt
+$(VENV)/.complete: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python >= 3.10 is needed, this is " + sys.version)'
-	$(PYTHON) -m venv --clear .venv
+	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-reproduce: .venv/.complete
+reproduce: $(VENV)/.complete
 	$(BIN)/python scripts/reproduce.py
 
-test: .venv/.complete
+test: $(VENV)/.complete
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n 2
 
 # README's and REPORT's tables and figures, from the logs under results/
-figures: .venv/.complete
+figures: $(VENV)/.complete
 	$(BIN)/python scripts/report.py

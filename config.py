@@ -11,6 +11,7 @@ import difflib
 import math
 import shutil
 import sys
+import tempfile
 import textwrap
 import typing
 from collections.abc import Iterable
@@ -282,6 +283,44 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+@dataclass(frozen=True)
+class Number:
+    """An option's type for argparse: a finite number of that kind, from `low` to `high`."""
+
+    kind: type
+    low: float
+    high: float = math.inf
+
+    def __call__(self, text: str) -> int | float:
+        try:
+            value = self.kind(text)
+        except ValueError:
+            value = math.nan
+        if not self.low <= value <= self.high or value == math.inf:
+            upto = f" to {self.high:g}" if self.high < math.inf else " or more"
+            kind = "a whole number" if self.kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r}: must be {kind} of {self.low:g}{upto}")
+        return value
+
+
+def output_folder(text: str) -> Path:
+    """An option's type for argparse: a folder that can be written to, which is made before any work that would be lost."""
+    path = Path(text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: must be a place that can be written to ({error.strerror})"
+        ) from error
+    return path
+
+
+def output_stem(text: str) -> Path:
+    """The same for the beginning of a file's path."""
+    return output_folder(str(Path(text).parent)) / Path(text).name
+
+
 def parser_of(fields: Iterable[dataclasses.Field]) -> Parser:
     """train.py's command line, of these fields alone."""
     parser = Parser(
@@ -342,6 +381,6 @@ def load_config(argv: list[str]) -> Config:
     values = read_config_file(args.config)
     given = {k: v for k, v in vars(args).items() if v is not None and k != "config"}
     values |= {k: parse_value(FIELDS[k], v) for k, v in given.items()}
-    stem = Path(args.config).stem
-    values = {"name": stem, "wandb_group": stem} | values
+    name = Path(args.config).stem
+    values = {"name": name, "wandb_group": name} | values
     return Config(**values)

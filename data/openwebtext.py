@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from config import run_cli
 from data import shards as sharded
-from data.shards import count_rows, local_shards, parser, positive, refuse_prepared, report, token_counts
+from data.shards import count_rows, local_shards, parser, refuse_prepared, report, token_counts
 
 REVISION = "b4325f019c648b1641a1784748667e8b74e5e064"
 SHARDS = [
@@ -46,7 +46,7 @@ def prepare(shards: list[str], dataset: str, workers: int) -> Path:
 def main() -> int:
     args = parser(__doc__, "openwebtext", ".parquet").parse_args()
     shards = local_shards(args.source, ".parquet") if args.source else SHARDS
-    folder = prepare(shards, args.dataset, positive("workers", args.workers))
+    folder = prepare(shards, args.dataset, args.workers)
     print(report(folder))
     if not args.source and token_counts(folder) != EXPECTED:
         print(f"WARNING: nanoGPT counts {EXPECTED['train']:,} and {EXPECTED['val']:,} tokens")

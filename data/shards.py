@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from datasets import load_dataset
 from tqdm import tqdm
 
-from config import Parser, UserError
+from config import Number, Parser, UserError
 from data.reader import corpus_dir, is_prepared, write_meta
 from data.tokenizer import get_tokenizer
 
@@ -221,14 +221,8 @@ def parser(doc: str, dataset: str, suffix: str) -> Parser:
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", help=f"folder of local *{suffix} files instead of the network")
     parser.add_argument("--dataset", default=dataset, help=f"name of the corpus below data/, or a path [{dataset}]")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="shards at a time [%(default)s]")
+    parser.add_argument("--workers", type=Number(int, 1), default=os.cpu_count(), help="shards at a time [%(default)s]")
     return parser
-
-
-def positive(name: str, value: int) -> int:
-    if value < 1:
-        raise UserError(f"{name} = {value}: must be 1 or more")
-    return value
 
 
 def local_shards(source: str, suffix: str) -> list[str]:
@@ -252,11 +246,10 @@ def command(doc: str, dataset: str, suffix: str, published: Callable[[], list[st
     """
     options = parser(doc, dataset, suffix)
     options.add_argument(
-        "--files", type=int, help=f"shards, evenly spread over all [{files or 'all'}; all of --source]"
+        "--files", type=Number(int, 1), help=f"shards, evenly spread over all [{files or 'all'}; all of --source]"
     )
     options.add_argument("--tokenizer", default="cl100k_base", help="cl100k_base, gpt2 or bytes [%(default)s]")
     args = options.parse_args()
-    positive("workers", args.workers)
     refuse_prepared(args.dataset)
     everything = local_shards(args.source, suffix) if args.source else published()
     default = len(everything) if args.source or files is None else files

@@ -40,7 +40,7 @@ import model as gpt
 import msign
 import mup
 import parallel
-from config import Config, Parser, UserError, load_config, run_cli
+from config import Config, Number, Parser, UserError, load_config, output_stem, run_cli
 from model import GPT, MLP, Attention, MoE
 
 CPU = torch.device("cpu")
@@ -425,7 +425,10 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer rounds and shapes, no reproduction")
     parser.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT")
     parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="of all but the stress test, which has one"
+        "--threads",
+        type=Number(int, 1),
+        default=torch.get_num_threads(),
+        help="of all but the stress test, which has one",
     )
     parser.add_argument(
         "--only",
@@ -433,7 +436,7 @@ def main() -> int:
         nargs="+",
         help="some of the tables",
     )
-    parser.add_argument("--out", type=Path, help="also write the results to this path + .json and .md")
+    parser.add_argument("--out", type=output_stem, help="also write the results to this path + .json and .md")
     args = parser.parse_args()
     if args.nanogpt and not (args.nanogpt / "model.py").is_file():
         raise UserError(f"--nanogpt = {str(args.nanogpt)!r}: no model.py there; must be a checkout of karpathy/nanoGPT")

@@ -19,7 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import mup
-from config import Config, Parser, run_cli
+from config import Config, Number, Parser, output_stem, run_cli
 
 RULES = {
     "the paper's μP": {},
@@ -30,10 +30,10 @@ RULES = {
 
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", nargs="+", type=int, default=[48, 96, 192, 384])
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("runs/coord_check.png"))
+    parser.add_argument("--widths", nargs="+", type=Number(int, 1), default=[48, 96, 192, 384])
+    parser.add_argument("--steps", type=Number(int, 1), default=4)
+    parser.add_argument("--seeds", type=Number(int, 1), default=3)
+    parser.add_argument("--out", type=output_stem, default="runs/coord_check.png")
     args = parser.parse_args()
     cfg = Config(vocab_size=256, block_size=32, batch_size=8, micro_batch=8, n_layer=4)
     fig, axes = plt.subplots(

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from config import Parser, run_cli
+from config import Parser, output_folder, run_cli
 from evidence import arms_table, period_table
 from scripts.report import GRIDS, RESULTS, finding, packed
 
@@ -24,9 +24,9 @@ QUICK = {"table2_small": SHORT, "attention_off": SHORT, "table3_small": [*SHORT,
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--runs_dir", default="runs")
+    parser.add_argument("--runs_dir", type=output_folder, default="runs")
     args, rest = parser.parse_known_args()
-    runs_dir = Path(args.runs_dir) / "quick" if args.quick else Path(args.runs_dir)
+    runs_dir = args.runs_dir / "quick" if args.quick else args.runs_dir
     runs_dir.mkdir(parents=True, exist_ok=True)
     record = runs_dir if args.quick else RESULTS
     for grid in QUICK if args.quick else GRIDS:

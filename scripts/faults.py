@@ -33,7 +33,7 @@ import torch
 import checkpoint
 import parallel
 import train
-from config import Parser, UserError, load_config, run_cli
+from config import Parser, UserError, load_config, output_stem, run_cli
 from model import GPT
 
 CONFIG = """
@@ -533,7 +533,7 @@ def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few of each")
     parser.add_argument("--only", nargs="+", metavar="FAULT", help=f"of {', '.join(f.__name__ for f in FAULTS)}")
-    parser.add_argument("--out", type=Path, help="also write OUT.md")
+    parser.add_argument("--out", type=output_stem, help="also write OUT.md")
     args = parser.parse_args()
     known = {fault.__name__: fault for fault in FAULTS}
     for name in args.only or ():

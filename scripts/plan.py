@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 import budget
 from budget import GPUS, Memory, Plan
-from config import Parser, UserError, load_config, run_cli
+from config import Number, Parser, UserError, load_config, run_cli
 
 # the step near which the paper's AdamW fails (Table 4, Fig 3), and MSign's overhead at P = 100 that it measured (Table 1)
 PAPER = {"nano_5m": (30_000, "−2.4 %"), "sigma_40m": (50_000, "6.7 %"), "llama_1b": (2_000, "6.2 %"),
@@ -112,17 +112,17 @@ def chosen(cfg, gpus: int, gpu) -> bool:
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("config", nargs="?", help="followed by train.py's own --field=value")
-    parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--gpus", type=Number(int, 1), default=8)
     parser.add_argument("--gpu", choices=GPUS, default="H100")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak at which a step runs")
-    parser.add_argument("--period", type=int, help="steps between two applications; default: the config's, or 100")
+    parser.add_argument(
+        "--mfu", type=Number(float, 0.001, 1), default=0.4, help="share of the peak at which a step runs"
+    )
+    parser.add_argument(
+        "--period", type=Number(int, 1), help="steps between two applications; default: the config's, or 100"
+    )
     parser.add_argument("--targets", help="what MSign is applied to; default: the config's")
     parser.add_argument("--paper", action="store_true", help="the paper's four models instead")
     args, rest = parser.parse_known_args()
-    if args.gpus < 1 or not 0 < args.mfu <= 1 or (args.period is not None and args.period < 1):
-        bad = "gpus" if args.gpus < 1 else "period" if 0 < args.mfu <= 1 else "mfu"
-        right = "above 0 and at most 1" if bad == "mfu" else "at least 1"
-        raise UserError(f"--{bad} = {getattr(args, bad)}: must be {right}")
     if args.paper:
         print(paper_table(args.gpus, args.mfu, args.gpu))
         return 0

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm
 
-from config import Parser, UserError, read_config_file, run_cli
+from config import Number, Parser, UserError, output_folder, read_config_file, run_cli
 from data import stdlib
 from figures import overview, save
 from pool import Job, Pool
@@ -73,14 +73,13 @@ def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiment", choices=["ramp", "constant"], default="ramp")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--max_steps", type=int, help="shorter (or longer) than the experiment's own")
-    parser.add_argument("--runs_dir", default="runs")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="arms at a time, one core each")
+    parser.add_argument("--seeds", nargs="+", type=Number(int, 0), default=[0])
+    parser.add_argument("--max_steps", type=Number(int, 1), help="shorter (or longer) than the experiment's own")
+    parser.add_argument("--runs_dir", type=output_folder, default="runs")
+    parser.add_argument("--workers", type=Number(int, 1), default=os.cpu_count(), help="arms at a time, one core each")
     parser.add_argument("--wandb", choices=["auto", "online", "offline", "off"], default="off")
-    parser.add_argument("--record", help="also pack the small logs into this folder")
+    parser.add_argument("--record", type=output_folder, help="also pack the small logs into this folder")
     args = parser.parse_args()
-    Path(args.runs_dir).mkdir(parents=True, exist_ok=True)
     stdlib.prepare("stdlib-bytes")
     jobs = [Arm(args, arm, seed) for seed in args.seeds for arm in args.arms]
     max_steps = args.max_steps or read_config_file(ROOT / "configs" / f"stress_{args.experiment}.py")["max_steps"]
@@ -92,8 +91,8 @@ def main() -> int:
     runs = [load_run(job.folder) for job in jobs]
     if args.record:
         for job in jobs:
-            pack_run(job.folder, Path(args.record) / args.experiment / job.name)
-    stem = Path(args.runs_dir) / args.experiment
+            pack_run(job.folder, args.record / args.experiment / job.name)
+    stem = args.runs_dir / args.experiment
     figures = save(overview(runs), stem)
     stem.with_suffix(".md").write_text(table(runs))
     print(f"\n{table(runs)}\n" + "\n".join(str(v) for v in verdicts(runs)))

@@ -15,7 +15,7 @@ import torch
 
 import checkpoint
 import machine
-from config import FIELDS, Config, Parser, UserError, run_cli
+from config import FIELDS, Config, Number, Parser, UserError, run_cli
 from data.tokenizer import get_tokenizer
 from model import GPT
 from train import ARCHITECTURE
@@ -60,16 +60,13 @@ def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder, or one of its checkpoints")
     parser.add_argument("--prompt", default="\n")
-    parser.add_argument("--tokens", type=int, default=500, help="how many to add [500]")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 = always the likeliest [0.8]")
-    parser.add_argument("--top_k", type=int, default=0, help="among the likeliest so many; 0 = all [0]")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokens", type=Number(int, 0), default=500, help="how many to add [500]")
+    parser.add_argument("--temperature", type=Number(float, 0), default=0.8, help="0 = always the likeliest [0.8]")
+    parser.add_argument("--top_k", type=Number(int, 0), default=0, help="among the likeliest so many; 0 = all [0]")
+    parser.add_argument("--seed", type=Number(int, 0), default=0)
     parser.add_argument("--tokenizer", default="", help="for a corpus that does not name its own")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    for name in ("tokens", "temperature", "top_k"):
-        if getattr(args, name) < 0:
-            raise UserError(f"{name} = {getattr(args, name)}: must be 0 or more")
     model, record = open_model(args.run, machine.pick_device(args.device))
     name = args.tokenizer or record["data"].get("tokenizer", "")
     if not name:

@@ -21,7 +21,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from config import Parser, UserError, run_cli
+from config import Number, Parser, UserError, output_stem, run_cli
 from evidence import markdown
 from scripts.faults import Place
 
@@ -104,11 +104,9 @@ def judge(samples: Sequence[Sample]) -> tuple[str, bool]:
 
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--out", type=Path, help="also write OUT.md")
+    parser.add_argument("--steps", type=Number(int, 100), default=6000)
+    parser.add_argument("--out", type=output_stem, help="also write OUT.md")
     args = parser.parse_args()
-    if args.steps < 100:
-        raise UserError(f"steps = {args.steps}: must be 100 or more")
     with tempfile.TemporaryDirectory() as scratch:
         said, flat = judge(watch(Place(Path(scratch)), args.steps))
     print(said)

@@ -39,10 +39,12 @@ from rich.text import Text
 from config import (
     FIELDS,
     Config,
+    Number,
     Parser,
     UserError,
     assignments,
     check_type,
+    output_folder,
     parse_value,
     read_config_file,
     run_cli,
@@ -355,19 +357,19 @@ def main() -> int:
                     usage="sweep.py GRID.py [--dry_run] [--workers=N] [--record=FOLDER] [--wandb] [--point=NAME] [--field=value ...]")  # fmt: skip
     parser.add_argument("grid", type=Path, help="a file of plain assignments, such as configs/sweeps/ladder.py")
     parser.add_argument("--dry_run", action="store_true", help="print the points (with --wandb: the sweep) and stop")
-    parser.add_argument("--workers", type=int, help="runs at a time; with GPUs, spread over them")
+    parser.add_argument("--workers", type=Number(int, 1), help="runs at a time; with GPUs, spread over them")
     parser.add_argument(
         "--wandb", nargs="?", const="register", help="register with W&B; with a value, train.py's field"
     )
     parser.add_argument(
-        "--record", type=Path, help="at the end, pack the runs that are done into this folder, as <grid>.jsonl.gz"
+        "--record",
+        type=output_folder,
+        help="at the end, pack the runs that are done into this folder, as <grid>.jsonl.gz",
     )
     parser.add_argument("--point", help="run this point alone, in the foreground: what W&B's agents call")
     args, overrides = parser.parse_known_args()
     if args.wandb not in (None, "register"):
         overrides.append(f"--wandb={args.wandb}")
-    if args.workers is not None and args.workers < 1:
-        raise UserError(f"workers = {args.workers}: must be 1 or more")
     values = read_grid(args.grid, overrides)
     grid = points(args.grid, values)
     if args.point:

@@ -125,9 +125,17 @@ def test_a_layout_that_cannot_fit_is_refused_with_one_that_can():
         "--gpus=12",
         says="--gpus = 12: times micro_batch=4 must divide batch_size=32",
     )
-    refused("scripts/plan.py", "configs/llama_1b_msign.py", "--gpus=0", says="--gpus = 0: must be at least 1")
     refused(
-        "scripts/plan.py", "configs/llama_1b_msign.py", "--mfu=1.5", says="--mfu = 1.5: must be above 0 and at most 1"
+        "scripts/plan.py",
+        "configs/llama_1b_msign.py",
+        "--gpus=0",
+        says="argument --gpus: '0': must be a whole number of 1 or more",
+    )
+    refused(
+        "scripts/plan.py",
+        "configs/llama_1b_msign.py",
+        "--mfu=1.5",
+        says="argument --mfu: '1.5': must be a number of 0.001 to 1",
     )
     refused("scripts/plan.py", "configs/llama_1b_msign.py", "--targets=W_X", says="'W_X' matches no matrix")
     refused("scripts/plan.py", says="config: must be given")

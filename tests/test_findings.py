@@ -1,5 +1,6 @@
 """What results/REPORT.md says in words, held against the recorded grids."""
 
+import numpy as np
 import pytest
 
 from collapse import CLEARLY, find_onsets
@@ -119,16 +120,32 @@ def test_protection_is_lost_between_a_hundred_and_a_thousand_steps(controls):
     assert "r = 0.50 steps an application" in period_table(packed("table3_small"), packed("attention_off"))
 
 
-def test_muon_and_adagc_prevent_the_collapse_too(controls):
+def test_three_rivals_prevent_the_collapse_too(controls):
     rivals = {arm.name: arm for arm in finding("rivals")}
     fell = {name: len(arm.collapsed) for name, arm in rivals.items() if len(arm.verdicts) == 3}
-    assert fell == {"AdamW": 3, "MSign (attention)": 0, "ZClip": 3, "Muon": 0, "Stable-SPAM": 3, "AdaGC": 0, "SPAM": 3}
+    assert fell == {
+        "AdamW": 3,
+        "MSign (attention)": 0,
+        "ZClip": 3,
+        "Muon": 0,
+        "Stable-SPAM": 3,
+        "AdaGC": 0,
+        "SPAM": 3,
+        "spectral sphere": 0,
+    }
     for name, other, words, text_p in (
         ("Muon", rivals["MSign (attention)"], "-0.240 ± 0.092", "0.008"), ("AdaGC", rivals["MSign (attention)"], "-0.092 ± 0.071", "0.031"),
         ("Muon", controls["attention's lr ÷ 4"], "-0.001 ± 0.018", "0.87"),
+        ("spectral sphere", rivals["MSign (attention)"], "-0.323 ± 0.094", "0.005"),
+        ("spectral sphere", controls["attention's lr ÷ 16"], "-0.001 ± 0.009", "0.57"),
     ):  # fmt: skip
         differences, p = paired(rivals[name].by_seed(loss), other.by_seed(loss))
         assert said(differences, 3) == words and words.lstrip("-") in REPORT and p_text(p) == text_p
+    rate = {
+        name: np.mean([v.run.tokens_per_second for v in rivals[name].verdicts])
+        for name in ("AdamW", "Muon", "spectral sphere")
+    }
+    assert 1.8 < rate["AdamW"] / rate["Muon"] < 2.2 and 7 < rate["AdamW"] / rate["spectral sphere"] < 8
 
 
 def test_larger_rates_are_survivable_with_msign_and_not_better():
@@ -189,7 +206,7 @@ def test_the_readme_says_what_the_grids_say(layers, controls):
     for arm, says in (
         (controls["attention's lr ÷ 4"], "(`--attn_lr=0.25`) ends at {}"), (controls["QK-norm"], "(`--qk_norm`) at {}"),
         (layers["MSign (attention)"], "MSign every 100 steps at {}"), (periods["every 3"], "every 3 steps at {}"),
-        (rivals["Muon"], "Muon ({})"), (rivals["AdaGC"], "AdaGC ({})"),
+        (rivals["Muon"], "Muon ({})"), (rivals["AdaGC"], "AdaGC ({})"), (rivals["spectral sphere"], "the spectral sphere ({})"),
     ):  # fmt: skip
         assert says.format(said(list(arm.by_seed(loss).values()))) in README
     assert f"from {sum(len(packed(name)) for name in GRIDS)} runs" in README

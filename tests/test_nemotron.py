@@ -234,7 +234,7 @@ def test_a_missing_network_is_one_line_that_names_the_stand_in(tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--workers=0"], "workers = 0: must be 1 or more"),
+        (["--workers=0"], "argument --workers: '0': must be a whole number of 1 or more"),
         (["--files=2"], "files = 2: must be 1 to 1"),
         (["--tokenizer=llama"], "tokenizer = 'llama': must be one of bytes, gpt2, cl100k_base"),
         (["--source=nowhere"], r"source = 'nowhere': no \*\.jsonl\.zstd files there"),

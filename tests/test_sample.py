@@ -38,7 +38,7 @@ def test_sampling_follows_the_models_probabilities():
 
 
 @pytest.mark.parametrize("options, says", [
-    ([], "not a run folder, nor a checkpoint in one"), (["--tokens=-1"], "tokens = -1: must be 0 or more"),
+    ([], "not a run folder, nor a checkpoint in one"), (["--tokens=-1"], "argument --tokens: '-1': must be a whole number of 0 or more"),
 ])  # fmt: skip
 def test_what_cannot_be_sampled_from(tmp_path, options, says):
     refused("scripts/sample.py", tmp_path / "none", *options, says=says)

@@ -34,7 +34,7 @@ def test_what_grows_is_seen(what, value):
 
 
 def test_too_short_to_see_is_refused(tmp_path):
-    refused("scripts/soak.py", "--steps=10", says="steps = 10: must be 100 or more")
+    refused("scripts/soak.py", "--steps=10", says="'10': must be a whole number of 100 or more")
     with pytest.raises(UserError, match="must be more"):
         judge([flat(step) for step in (1, 500, 1000)])
 

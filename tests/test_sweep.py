@@ -163,7 +163,9 @@ def test_a_wrong_grid_is_refused(tmp_path, text, says):
 
 
 def test_wrong_options_are_refused(grid, tmp_path):
-    refused("scripts/sweep.py", grid, "--workers=0", says="workers = 0: must be 1 or more")
+    refused(
+        "scripts/sweep.py", grid, "--workers=0", says="argument --workers: '0': must be a whole number of 1 or more"
+    )
     refused("scripts/sweep.py", grid, "--point=nothing", says="point = 'nothing': not in")
     refused("scripts/sweep.py", grid, "--sead=1", says="seed")
     refused("scripts/sweep.py", tmp_path / "no.py", says="no such grid file")
