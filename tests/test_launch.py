@@ -4,6 +4,8 @@ import json
 import os
 import socket
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -36,7 +38,7 @@ def cluster(tmp_path):
         (tools / name).chmod(0o755)
     return {
         **os.environ,
-        "PATH": f"{tools}:{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}",
+        "PATH": f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1", "NPROC": "1", "MASTER_PORT": free_port(), "SLURM_SUBMIT_DIR": str(ROOT),
         "SLURM_JOB_NODELIST": "two", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7",
     }  # fmt: skip

@@ -69,6 +69,16 @@ def test_make_targets_set_up_and_call_what_they_say(target):
     assert {"reproduce": "python scripts/reproduce.py", "test": "python -m pytest"}[target] in said.stdout
 
 
+def test_another_python_has_an_environment_of_its_own():
+    command = ["make", "--dry-run", "--always-make", "test", "PYTHON=python3.13", "VENV=.venv-3.13"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    assert (
+        "python3.13 -m venv --clear .venv-3.13" in said
+        and ".venv-3.13/bin/python -m pytest" in said
+        and ".venv/" not in said
+    )
+
+
 @pytest.mark.parametrize("line", sorted({c for c in COMMANDS if c.startswith("python ")}))
 def test_python_commands_run(line, tmp_path):
     words = shlex.split(line)[1:]
