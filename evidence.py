@@ -129,12 +129,12 @@ class Arm:
         return [v for v in self.verdicts if v.collapse]
 
 
-def label(run: Packed) -> str:
+def label(run: Run) -> str:
     """An arm's name in its grid, or what its configuration says."""
-    return run.axes.get("arm") or run.arm
+    return getattr(run, "axes", {}).get("arm") or run.arm
 
 
-def arms(runs: Sequence[Packed], name: Callable[[Packed], str] = label, off: Sequence[Packed] = ()) -> list[Arm]:
+def arms(runs: Sequence[Run], name: Callable[[Run], str] = label, off: Sequence[Run] = ()) -> list[Arm]:
     """The runs by arm, in their order, judged by collapse.py's rules; the floor is the attention-off arm of the same seed
     and learning rate, in `runs` or, for that alone, in `off`."""
     judged = verdicts([replace(r, config=r.config | {"wandb_group": str(r.config["lr_scale"])}) for r in [*runs, *off]])
@@ -213,12 +213,15 @@ def p_text(p: float) -> str:
 
 def period_table(runs: Sequence[Packed], off: Sequence[Packed] = ()) -> str:
     """Markdown, a row per period P: collapses, final loss, time relative to that of the longest period, and r of Eq 18,
-    T(P) = T(∞) (1 + r / P), fitted by least squares over all runs."""
+    T(P) = T(∞) (1 + r / P), fitted by least squares. Times are of the runs that the longest period's revision made: others were
+    made in another session, on a machine that had other things to do."""
     found = arms(runs, lambda run: str(run.config["msign_period"]), off)
     longest = max(run.config["msign_period"] for run in runs)
-    rate = np.median([run.tokens_per_second for run in runs if run.config["msign_period"] == longest])
-    inverse = np.array([1 / run.config["msign_period"] for run in runs])
-    ratio = np.array([rate / run.tokens_per_second for run in runs])
+    code = next(run.code for run in runs if run.config["msign_period"] == longest)
+    timed = [run for run in runs if run.code == code]
+    rate = np.median([run.tokens_per_second for run in timed if run.config["msign_period"] == longest])
+    inverse = np.array([1 / run.config["msign_period"] for run in timed])
+    ratio = np.array([rate / run.tokens_per_second for run in timed])
     r = float(inverse @ (ratio - 1) / (inverse @ inverse))
     rows = [["P", "n", "collapsed", "at lr multiple", "final loss", "time"], ["---"] * 6]
     for arm in found:
@@ -226,7 +229,7 @@ def period_table(runs: Sequence[Packed], off: Sequence[Packed] = ()) -> str:
         rows.append([
             arm.name, str(len(arm.verdicts)), f"{len(fell)} of {len(arm.verdicts)}",
             said([v.run.lr_multiple(v.collapse.step) for v in fell], 1), said(list(arm.by_seed(loss).values())),
-            said([rate / v.run.tokens_per_second for v in arm.verdicts]),
+            said([rate / v.run.tokens_per_second for v in arm.verdicts if v.run.code == code]),
         ])  # fmt: skip
     return f"{markdown(rows)}\nr = {r:.2f} steps an application.\n"
 
@@ -241,6 +244,61 @@ def first_table(found: Sequence[Arm]) -> str:
         rows.append(
             [arm.name, str(len(firsts)), *(str(c or "–") for c in counts), str(sum(not f for f in firsts) or "–")]
         )
+    return markdown(rows)
+
+
+def before_the_end(verdict: Verdict, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of `key` from the first quarter of the time on, up to the collapse or the run's end: what `find_onsets` looks at."""
+    end = verdict.collapse.step if verdict.collapse else len(verdict.run.lines)
+    steps, values = map(np.array, verdict.run.sparse(key))
+    kept = (steps > end / 4) & (steps <= end)
+    return steps[kept], values[kept]
+
+
+def link(verdict: Verdict, cause: str, effect: str, least: int = 8) -> float:
+    """Rank correlation (Spearman) of two logged values over the steps of `before_the_end` at which both were measured; NaN with fewer
+    than `least`. The gradient norm counts by the median of its last 100 steps."""
+    (at, x), (also_at, y) = (before_the_end(verdict, key) for key in (cause, effect))
+    both, i, j = np.intersect1d(at, also_at, return_indices=True)
+    if effect == "grad_norm":
+        norms = np.array(verdict.run.series(effect), float)
+        y = np.array([np.nanmedian(norms[max(0, step - WINDOW) : step]) for step in both])
+        j = np.arange(len(both))
+    return float(stats.spearmanr(x[i], y[j]).statistic) if len(both) >= least else math.nan
+
+
+# the paper's chain: a name for a link, its cause and its effect as logged, and the sign that the paper's story gives it
+LINKS = {
+    "stable rank, ‖J‖₂": ("srank/attention", "jacobian/sigma1", -1),
+    "alignment, product": ("jacobian/alignment", "jacobian/product", 1),
+    "product, gradient norm": ("jacobian/product", "grad_norm", 1),
+}
+
+
+def ledger_table(regimes: dict[str, Sequence[Run]]) -> str:
+    """Markdown, a row per regime and arm: collapses, medians of the chain's quantities between the first quarter and the collapse (or
+    the end), and the rank correlation of every link's two sides over the measurements of one run; means over seeds."""
+    rows = [["regime", "arm", "n", "collapsed", "stable rank", "‖J(ℓ)‖₂", "alignment", "log₁₀ product",
+             *(f"ρ({name})" for name in LINKS)]]  # fmt: skip
+    rows.append(["---"] * len(rows[0]))
+    for regime, runs in regimes.items():
+        for arm in arms(runs):
+
+            def over_seeds(value: Callable[[Verdict], float], digits: int, of: Arm = arm) -> str:
+                return said([v for v in map(value, of.verdicts) if not math.isnan(v)], digits)
+
+            def median(key: str, digits: int, log: bool = False, over_seeds: Callable = over_seeds) -> str:
+                def value(verdict: Verdict) -> float:
+                    middle = np.median(before_the_end(verdict, key)[1])
+                    return float(np.log10(middle) if log else middle)
+
+                return over_seeds(value, digits)
+
+            rows.append([
+                regime, arm.name, str(len(arm.verdicts)), f"{len(arm.collapsed)} of {len(arm.verdicts)}",
+                median("srank/attention", 1), median("jacobian/sigma1", 1), median("jacobian/alignment", 3), median("jacobian/product", 1, True),
+                *(over_seeds(lambda v, ends=ends[:2]: link(v, *ends), 2) for ends in LINKS.values()),
+            ])  # fmt: skip
     return markdown(rows)
 
 

@@ -84,7 +84,8 @@ def first_line(error: Exception) -> str:
 
 
 def wandb_mode(cfg: Config) -> tuple[str, str | None]:
-    """W&B's mode for cfg.wandb, never asking for anything, and why it is not online though there is a key.
+    """W&B's mode for cfg.wandb, never asking for anything, and why it is not what could be expected: online where there is a key,
+    off only where W&B cannot even start its own service on this machine.
 
     Raises UserError when cfg.wandb is "online" and that cannot be.
     """
@@ -92,8 +93,13 @@ def wandb_mode(cfg: Config) -> tuple[str, str | None]:
         return cfg.wandb, None
     import wandb
 
-    session = wandb.setup(wandb.Settings(silent=True))
     why = None
+    try:
+        session = wandb.setup(wandb.Settings(silent=True))
+    except Exception as error:
+        if cfg.wandb == "online":
+            raise UserError(f"wandb = 'online': {first_line(error)}") from error
+        return "off", first_line(error)
     if not wandb.login(prompt=False, verify=False):
         if cfg.wandb == "online":
             raise UserError("wandb = 'online': not logged in; run `wandb login` first, or use --wandb=offline")
@@ -122,15 +128,14 @@ class RunLog:
         self.resumed = cfg.resume and self.folder.exists()
         if self.folder.exists() and not self.resumed:
             raise UserError(f"name = {cfg.name!r}: {self.folder} exists; go on with --resume or choose another --name")
-        self._wandb_mode, why_offline = wandb_mode(cfg)
+        self._wandb_mode, why = wandb_mode(cfg)
         record = {"config": dataclasses.asdict(cfg), "code": code_version(), "versions": versions(), **record}
         if self.resumed:
             self._check_same(record)
         else:
             self._create(record)
-        if why_offline:
-            self.event("wandb offline", why=why_offline)
-            print(f"note: W&B cannot be reached ({why_offline}); logging offline")
+        if why:
+            self._without_wandb(why)
         self.metrics_path = self.folder / "metrics.jsonl"
         self._metrics = None
         self._wandb = None
@@ -191,9 +196,15 @@ class RunLog:
         self._began, self._first = time.perf_counter(), step
         return lines
 
+    def _without_wandb(self, why: str):
+        """Say and record that W&B is offline, or off, though more was asked for."""
+        self.event(f"wandb {self._wandb_mode}", why=why)
+        left = "logging offline" if self._wandb_mode == "offline" else "metrics.jsonl has everything"
+        print(f"note: W&B cannot be {'reached' if self._wandb_mode == 'offline' else 'used'} ({why}); {left}")
+
     def _start_wandb(self):
         cfg = self.cfg
-        if cfg.wandb == "off":
+        if self._wandb_mode == "off":
             return
         import wandb
 
@@ -206,14 +217,16 @@ class RunLog:
             id=id_path.read_text(), resume="allow", config=dataclasses.asdict(cfg),
         )  # fmt: skip
         settings = wandb.Settings(console="off", silent=True, init_timeout=30)
-        try:
-            self._wandb = wandb.init(mode=self._wandb_mode, settings=settings, **arguments)
-        except wandb.Error as error:
-            if cfg.wandb == "online":
-                raise UserError(f"wandb = 'online': {first_line(error)}") from error
-            self.event("wandb offline", why=first_line(error))
-            print(f"note: W&B cannot be reached ({first_line(error)}); logging offline")
-            self._wandb = wandb.init(mode="offline", settings=settings, **arguments)
+        while self._wandb is None:
+            try:
+                self._wandb = wandb.init(mode=self._wandb_mode, settings=settings, **arguments)
+            except Exception as error:  # whatever it is, it is no reason not to train
+                if cfg.wandb == "online":
+                    raise UserError(f"wandb = 'online': {first_line(error)}") from error
+                self._wandb_mode = "offline" if self._wandb_mode == "online" else "off"
+                self._without_wandb(first_line(error))
+                if self._wandb_mode == "off":
+                    return
         self._wandb.define_metric("iter", hidden=True)
         self._wandb.define_metric("*", step_metric="iter")
         for name, best in SUMMARY.items():

@@ -33,10 +33,14 @@ def is_val(name: str) -> bool:
     return hashlib.sha256(name.encode()).digest()[0] % 20 == 0
 
 
-def prepare(dataset: str):
-    """Write the corpus, a key of CORPORA, unless it is there."""
+def prepare(dataset: str, spare: str | Path | None = None) -> str:
+    """Write the corpus, a key of CORPORA, unless it is there; its name, or its path below `spare`, a folder for the case that
+    data/ cannot be written."""
     if is_prepared(dataset):
-        return
+        return dataset
+    elsewhere = spare and str(Path(spare).absolute() / dataset)
+    if elsewhere and is_prepared(elsewhere):
+        return elsewhere
     name, size = CORPORA[dataset]
     tokenizer = get_tokenizer(name)
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -49,8 +53,15 @@ def prepare(dataset: str):
     tokens = {split: np.concatenate(tokenizer.encode(texts)) for split, texts in splits.items()}
     tokens["train"] = tokens["train"][:size]
     source = f"standard library of Python {sys.version.split()[0]}, {len(names)} files"
-    write_corpus(dataset, tokens, tokenizer.name, tokenizer.vocab_size, source)
+    try:
+        write_corpus(dataset, tokens, tokenizer.name, tokenizer.vocab_size, source)
+    except OSError:
+        if not elsewhere:
+            raise
+        dataset = elsewhere
+        write_corpus(dataset, tokens, tokenizer.name, tokenizer.vocab_size, source)
     print(f"prepared {dataset}: " + ", ".join(f"{len(t):,} {split} tokens" for split, t in tokens.items()))
+    return dataset
 
 
 def main():

@@ -24,6 +24,7 @@ from evidence import (
     gap,
     label,
     late_table,
+    ledger_table,
     margin_table,
     period_table,
     ranks_table,
@@ -46,6 +47,7 @@ GRIDS = (
     "margin",
     "rivals",
     "late_collapse",
+    "late_seeds",
     "texts",
     "adaptive",
 )
@@ -87,6 +89,11 @@ def by_number(grid: str, field: str) -> list[Arm]:
     return arms(packed(grid), lambda run: named.format(run.config[field]), packed("attention_off"))
 
 
+def regimes() -> dict[str, list]:
+    """Recorded runs, by regime, that measured the links of the paper's chain."""
+    return {"ramp": recorded("ramp"), "constant 2 ×": recorded("constant"), "no decay": packed("late_seeds")}
+
+
 def recorded(experiment: str):
     """The runs recorded under results/<experiment>, arm by arm, seed by seed."""
     runs = [load_run(path.parent) for path in sorted((RESULTS / experiment).glob("*/record.json"))]
@@ -99,7 +106,7 @@ def recorded(experiment: str):
 def filled(text: str) -> str:
     """`text` with every block between <!-- KIND NAME --> and <!-- end --> made anew. NAME is an experiment (table, verdicts, onsets,
     theorems), a recorded file results/NAME.md (file, or of it only the first table: targets), a finding (finding, costs, calm, first)
-    or a grid (periods, thresholds, margin, late, texts); what is of all grids (ranks) or of none (cost) has a name of its own."""
+    or a grid (periods, thresholds, margin, late, texts); what is of several grids (ranks, ledger) or of none (cost) has a name of its own."""
 
     def block(match: re.Match) -> str:
         kind, name = match[1], match[2]
@@ -127,6 +134,8 @@ def filled(text: str) -> str:
             body = threshold_table(below, fixed)
         elif kind == "late":
             body = late_table(arms(packed(name)))
+        elif kind == "ledger":
+            body = ledger_table(regimes())
         elif kind == "first":
             body = first_table(finding(name))
         elif kind == "periods":
@@ -142,7 +151,7 @@ def filled(text: str) -> str:
         return f"<!-- {kind} {name} -->\n\n{body}\n<!-- end -->"
 
     return re.sub(
-        r"<!-- (table|verdicts|onsets|theorems|file|targets|finding|calm|first|periods|costs|texts|ranks|margin|thresholds|late|cost) (\w+) -->.*?<!-- end -->",
+        r"<!-- (table|verdicts|onsets|theorems|file|targets|finding|calm|first|periods|costs|texts|ranks|margin|thresholds|late|ledger|cost) (\w+) -->.*?<!-- end -->",
         block,
         text,
         flags=re.DOTALL,

@@ -256,6 +256,48 @@ def test_an_architecture_is_added_as_the_readme_says(copy, corpus):
     assert found.config["mlp"] == "scaled" and "srank/0.W_skip" in found.lines[1]
 
 
+CAGED = """
+import os, runpy, sys
+allowed = sys.argv.pop(1)
+
+def deny(event, args):
+    writes = event == "open" and (set("wax+") & set(args[1] or "") or (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+    if writes or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.chmod"):
+        path = args[0] if not isinstance(args[0], bytes) else args[0].decode()
+        if isinstance(path, (str, os.PathLike)) and not os.path.abspath(path).startswith((allowed, os.devnull)):
+            raise PermissionError(13, "caged", str(path))
+    if event == "socket.connect":
+        raise OSError(101, "caged")
+
+sys.addaudithook(deny)
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("wandb", ["off", "auto"])
+def test_no_network_no_home_and_no_write_access_but_to_the_runs_folder(copy, tmp_path, wandb):
+    """From another working directory, with spaces in the paths. W&B's own service cannot be reached either, and is done without."""
+    root, _ = copy
+    (tmp_path / "caged.py").write_text(CAGED)
+    runs = tmp_path / "all runs"
+    runs.mkdir()
+    options = ["--dataset=stdlib-small", f"--runs_dir={runs}", "--batch_size=2", "--micro_batch=2", "--max_steps=3", "--compile=off"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, tmp_path / "caged.py", runs, root / "train.py", root / "configs/stress_constant.py", f"--wandb={wandb}", *options],
+        cwd="/", capture_output=True, text=True, timeout=300,
+        env={"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(runs)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "DATA: data/ cannot be written; 'stdlib-small' is in" in done.stderr
+    assert not (root / "data" / "stdlib-small").exists()
+    notes = json.loads((runs / "stress_constant" / "record.json").read_text())["data"]["notes"]
+    assert any("cannot be written" in note for note in notes)
+    if wandb == "auto":
+        assert "note: W&B cannot be used" in done.stdout and '"wandb off"' in (runs / "stress_constant" / "events.jsonl").read_text()  # fmt: skip
+
+
 def test_tables_and_figures_come_from_the_recorded_runs():
     done = run("scripts/report.py", "--check")
     assert done.returncode == 0, done.stdout + done.stderr
