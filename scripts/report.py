@@ -33,7 +33,7 @@ from evidence import (
     threshold_table,
     unpack,
 )
-from figures import against, heatmaps, overview, save, scatter, strips
+from figures import against, fig3, heatmaps, overview, save, scatter, strips
 from runs import load_run, onsets_table, table, theory_table, verdicts
 from scripts.plan import paper_table
 
@@ -178,6 +178,9 @@ def main() -> int:
     for grid, (field, axis) in NUMBERS.items():
         lines = [(arm.name, field, arm.verdicts) for arm in arms(packed(grid), off=packed("attention_off"))]
         print(*save(against(lines, axis), RESULTS / grid))
+    calm = [run for run in packed("table2_small") if run.arm in ("AdamW", "MSign (attention)")]
+    for name, runs in (("calm", calm), ("late_seeds", packed("late_seeds"))):
+        print(*save(fig3(runs), RESULTS / name))
     lines = [
         (name, field, [v for arm in by_number(grid, field) for v in arm.verdicts if applications(v.run)])
         for name, (grid, field) in BY_NUMBER.items()

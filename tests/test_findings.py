@@ -17,8 +17,9 @@ from evidence import (
     said,
     spikes,
     srank,
+    threshold_table,
 )
-from scripts.report import GRIDS, finding, packed
+from scripts.report import BY_NUMBER, GRIDS, by_number, finding, packed
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -106,7 +107,7 @@ def test_protection_is_lost_between_a_hundred_and_a_thousand_steps(controls):
         for arm in arms(packed("table3_small"), lambda run: str(run.config["msign_period"]), packed("attention_off"))
     }
     fell = {name: (len(arm.collapsed), len(arm.verdicts)) for name, arm in found.items()}
-    assert fell == dict.fromkeys(("1", "3", "10", "30", "100"), (0, 3)) | {
+    assert fell == dict.fromkeys(("1", "3", "10", "30", "60", "100", "180"), (0, 3)) | {
         "300": (2, 3),
         "1000": (3, 3),
         "10000": (3, 3),
@@ -118,6 +119,23 @@ def test_protection_is_lost_between_a_hundred_and_a_thousand_steps(controls):
         assert said(paired(ten, other.by_seed(loss))[0], 3) == words and words.lstrip("-") in REPORT
     assert p_text(paired(ten, found["100"].by_seed(loss))[1]) == "0.004"
     assert "r = 0.50 steps an application" in period_table(packed("table3_small"), packed("attention_off"))
+
+
+def test_how_many_matrices_are_replaced_counts_and_not_which():
+    fixed, below = ({arm.name: arm for arm in by_number(*grid)} for grid in BY_NUMBER.values())
+    for name, other, words, text_p in (
+        ("below 8", "P = 60", "-0.024 ± 0.006", "0.003"), ("below 16", "P = 30", "-0.021 ± 0.103", "0.48"), ("below 4", "P = 180", "0.087 ± 0.037", "0.010"),
+    ):  # fmt: skip
+        differences, p = paired(below[name].by_seed(loss), fixed[other].by_seed(loss))
+        assert said(differences, 3) == words and words.lstrip("-") in REPORT
+        assert p_text(p) == text_p and f"p = {text_p})" in REPORT
+        assert f"| {other}: " in next(row for row in threshold_table(below.values(), fixed.values()).splitlines() if f"| {name} |" in row)  # fmt: skip
+    assert {name: len(arm.collapsed) for name, arm in below.items()} == {
+        "below 2": 3,
+        "below 4": 0,
+        "below 8": 0,
+        "below 16": 0,
+    }
 
 
 def test_three_rivals_prevent_the_collapse_too(controls):
