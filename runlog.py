@@ -250,14 +250,12 @@ class RunLog:
         self._bar.update()
         self._srank = metrics.get("srank/attention", self._srank)
         shown = {"loss": metrics["train/loss"], "grad_norm": metrics["grad_norm"], "srank": self._srank}
-        self._bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()}, refresh=False)
+        shown = {k: f"{v:.3g}" for k, v in shown.items()} | {"tokens/s": f"{self.tokens_per_second(step):,.0f}"}
+        self._bar.set_postfix(shown, refresh=False)
         every = max(1, self.cfg.max_steps // 20)
         if self._bar.disable and (step % every == 0 or step == self._first + 3):
             left = (time.perf_counter() - self._began) / (step - self._first) * (self.cfg.max_steps - step)
-            print(
-                f"step {step}/{self.cfg.max_steps}", *(f"{k} {v:.4g}" for k, v in shown.items()), f"{left:.0f} s left"
-            )
-            sys.stdout.flush()
+            print(f"step {step}/{self.cfg.max_steps}", *map(" ".join, shown.items()), f"{left:.0f} s left", flush=True)
 
     def metrics_bytes(self) -> int:
         """Length of metrics.jsonl, now safely on disk."""

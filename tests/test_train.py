@@ -1,8 +1,15 @@
+import contextlib
+import fcntl
 import json
 import math
+import os
+import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import numpy as np
@@ -444,7 +451,27 @@ def test_fallback_is_loud_and_recorded(tmp_path, config_file, monkeypatch):
     assert record["data"]["folder"] == "stdlib-bytes"
     assert record["data"]["notes"]
     assert "fallback" in (folder / "events.jsonl").read_text()
-    assert " s left" in done.stdout  # the time to the end, after a few steps
+    assert re.search(
+        r"^step 6/6 loss [\d.]+ grad_norm [\d.]+ srank [\d.]+ tokens/s [\d,]+ \d+ s left$", done.stdout, re.M
+    )
+
+
+def test_a_terminal_sees_one_line_that_changes_and_no_scroll(config_file):
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("4H", 24, 140, 0, 0))
+    process = subprocess.Popen(command("train.py", config_file, "--max_steps=60"), stdout=end, stderr=end)
+    os.close(end)
+    said = b""
+    with contextlib.suppress(OSError):  # how Linux tells that nobody holds the other end any more
+        while part := os.read(terminal, 4096):
+            said += part
+    os.close(terminal)
+    assert process.wait() == 0
+    lines = said.decode().replace("\r\n", "\n").split("\n")
+    (bar,) = (line for line in lines if "/60 [" in line)
+    assert bar.count("\r") > 1  # the same line again and again
+    for item in ("loss=", "grad_norm=", "srank=", "tokens/s=", "60/60 ["):
+        assert item in bar.split("\r")[-1]
 
 
 def test_a_prepared_corpus_is_preferred_to_the_fallback(in_process, capsys):
