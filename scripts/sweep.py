@@ -50,7 +50,7 @@ from config import (
     run_cli,
     unknown_key,
 )
-from evidence import pack
+from evidence import pack, unpack
 from pool import Job, Pool
 from runlog import FREE_ON_RESUME, first_line, wandb_mode
 from runs import load_run
@@ -348,8 +348,9 @@ def register(path: Path, todo: list[Point], overrides: list[str], dry_run: bool)
 def record(grid: list[Point], args):
     if args.record:
         target = args.record / f"{args.grid.stem}.jsonl.gz"
-        pack(((p.axes, load_run(p.folder)) for p in grid if p.summary), target)
-        print(f"{sum(bool(p.summary) for p in grid)} of {len(grid)} points packed into {target}")
+        done = [p for p in grid if p.summary]
+        pack(((p.axes, load_run(p.folder)) for p in done), target)
+        print(f"{len(done)} of {len(grid)} points packed into {target}, which holds {len(unpack(target))}")
 
 
 def main() -> int:

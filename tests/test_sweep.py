@@ -210,3 +210,13 @@ def test_what_is_done_is_packed(grid, tmp_path):
     assert done.returncode == 0 and "1 of 6 points packed" in done.stdout, done.stdout
     (packed,) = evidence.unpack(tmp_path / "grid.jsonl.gz")
     assert packed.axes == {"msign_period": 0, "seed": 0} and len(packed.lines) == 10
+
+
+def test_what_was_recorded_elsewhere_stays(grid, tmp_path):
+    """Two machines share a grid, or a later session adds an arm: nothing recorded is lost, what is repeated is replaced."""
+    for number, only in enumerate((["--seed=0"], ["--seed=1"], ["--seed=0", "--max_steps=12"])):
+        more = ["--msign_period=0", f"--runs_dir={tmp_path}/{number}", f"--record={tmp_path}"]
+        done = run("scripts/sweep.py", grid, *only, *more)
+        assert done.returncode == 0, done.stderr
+    found = evidence.unpack(tmp_path / "grid.jsonl.gz")
+    assert [(run.axes["seed"], len(run.lines)) for run in found] == [(0, 12), (1, 10)]

@@ -16,5 +16,6 @@ arm = {
     "attention's lr ÷ 16": {"attn_lr": 0.0625},
     "attention in plain math": {"attn_kernel": "math"},
     "bf16": {"dtype": "bfloat16"},
+    "decay independent of the rate": {"decay_coupling": "independent", "weight_decay": 1e-4},
 }
 seed = [0, 1, 2]
