@@ -53,7 +53,7 @@ def random(W: Tensor) -> Tensor:
     for M, new in zip(W.reshape(-1, *W.shape[-2:]), out.view(-1, *W.shape[-2:]), strict=True):
         seed = int(M.detach().cpu().float().contiguous().view(torch.int32).long().sum()) % 2**32
         noise = torch.randn(M.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        new.copy_(msign.msign(noise) * (torch.linalg.matrix_norm(M.double()).cpu() / math.sqrt(min(M.shape))))
+        new.copy_(msign.msign(noise) * (torch.linalg.matrix_norm(M.detach().cpu().double()) / math.sqrt(min(M.shape))))
     return out
 
 
