@@ -1,0 +1,17 @@
+# What else prevents the late collapse of late_seeds.py: three of its seeds, 6000 steps, no weight decay, one and a half times the paper's rate.
+# AdamW and MSign are there; the first arm is the floor.
+
+_every = {"msign_period": 100}
+config = "configs/stress_constant.py"
+beta2 = 0.95
+lr_scale = 1.5
+weight_decay = 0.0
+max_steps = 6000
+eval_every = 1000
+arm = {
+    "attention off": {**_every, "msign_map": "zero"},
+    "W scaled to MSign's spectral norm": {**_every, "msign_map": "scale"},
+    "attention's lr ÷ 16": {"attn_lr": 0.0625},
+    "QK-norm": {"qk_norm": True},
+}
+seed = [1, 2, 3]
