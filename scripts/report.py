@@ -48,6 +48,7 @@ GRIDS = (
     "rivals",
     "late_collapse",
     "late_seeds",
+    "late_controls",
     "texts",
     "adaptive",
 )
@@ -56,6 +57,7 @@ FINDINGS = {
     "layers": ("table2_small", {"attention_off": ["attention off"]}),
     "controls": ("controls", {"table2_small": ["AdamW", "MSign (attention)"], "attention_off": ["attention off"]}),
     "rivals": ("rivals", {"attention_off": ["attention off"]}),
+    "late": ("late_controls", {"late_seeds": ["AdamW", "MSign (attention)"]}),
 }
 
 # grids whose runs differ in a number

@@ -37,6 +37,14 @@ def test_every_run_was_recorded_by_committed_code_and_every_arm_has_its_seeds(la
         assert all(v.run.code["dirty"] is False and v.run.config["max_steps"] == len(v.run.lines) for v in arm.verdicts)
 
 
+def test_the_first_two_questions_take_less_than_three_hours_on_two_cores():
+    """By the speeds of the recorded runs: Tables 2 and 3 in small, and their floor."""
+    runs = [run for grid in ("table2_small", "attention_off", "table3_small") for run in packed(grid)]
+    tokens = [len(run.lines) * run.config["batch_size"] * run.config["block_size"] for run in runs]
+    seconds = sum(n / run.tokens_per_second for n, run in zip(tokens, runs, strict=True))
+    assert seconds / 2 < 3 * 3600 and len(runs) == 70
+
+
 def test_attention_must_be_restored_and_of_it_w_q_and_w_k(layers):
     fell = {name: len(arm.collapsed) for name, arm in layers.items()}
     assert fell == {
