@@ -17,7 +17,7 @@ from scipy import stats
 
 from collapse import SPIKE, WINDOW, find_onsets
 from config import UserError
-from runs import Run, Verdict, verdicts
+from runs import Run, Verdict, portable, verdicts
 
 DIGITS = 4
 # what is kept of a run: every step's, and at their cadences these
@@ -39,7 +39,7 @@ def pack(runs: Iterable[tuple[dict, Run]], target: Path):
         record, summary = (json.loads((run.folder / name).read_text()) for name in ("record.json", "summary.json"))
         sparse = {key: [[line["iter"], short(line[key])] for line in run.lines if key in line] for key in SPARSE}
         lines[json.dumps(axes)] = json.dumps({
-            "axes": axes, "config": run.config, "code": record["code"],
+            "axes": axes, "config": portable(run.config), "code": record["code"],
             "tokens_per_second": short(summary["tokens_per_second"]), "peak_memory_gib": short(summary["peak_memory_gib"]),
             "lr": [short(line["lr"]) for line in run.lines],
             "every": {key: [short(line[key]) for line in run.lines] for key in EVERY_STEP},

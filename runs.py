@@ -288,10 +288,17 @@ def theory_table(run: Run) -> str:
     return "\n".join(out) + "\n"
 
 
+def portable(config: dict) -> dict:
+    """A run's configuration without the place on this machine where it was recorded."""
+    return config | {"runs_dir": DEFAULTS["runs_dir"]}
+
+
 def pack_run(folder: Path, target: Path):
     """Copy a run's small records to `target` for results/: record.json, events, summary and gzipped metrics."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in ("record.json", "events.jsonl", "summary.json"):
+    record = json.loads((folder / "record.json").read_text())
+    (target / "record.json").write_text(json.dumps(record | {"config": portable(record["config"])}, indent=1) + "\n")
+    for name in ("events.jsonl", "summary.json"):
         if (folder / name).is_file():
             (target / name).write_bytes((folder / name).read_bytes())
     packed = gzip.compress((folder / "metrics.jsonl").read_bytes(), mtime=0)

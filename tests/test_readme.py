@@ -336,8 +336,7 @@ def test_recorded_runs_say_what_the_readme_says():
             elif verdict.run.arm == "attention off":
                 assert verdict.collapse is None
             else:
-                assert verdict.run.final_loss() > verdict.floor
-                assert verdict.collapse or experiment == "constant"
+                assert verdict.run.final_loss() > verdict.floor and verdict.collapse
 
 
 def test_the_recorded_mechanism_is_what_the_readme_says():

@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 import theory
 from config import UserError
 from runs import DEFAULTS, THEOREMS, geometric_mean, load_run, onsets_table, pack_run, table, theory_table, verdicts
+from tests.conftest import ROOT
 from tests.test_theory import a_model
 
 
@@ -93,6 +95,15 @@ def test_packed_runs_read_the_same(arms, tmp_path):
     pack_run(arms[0].folder, tmp_path / "packed")
     again = load_run(tmp_path / "packed")
     assert (again.lines, again.config) == (arms[0].lines, arms[0].config)
+
+
+def test_what_is_recorded_does_not_say_where(tmp_path):
+    pack_run(made_up(tmp_path / "run", [1.0] * 5, runs_dir=str(tmp_path)), tmp_path / "packed")
+    assert str(tmp_path) not in (tmp_path / "packed" / "record.json").read_text()
+    packed = [gzip.decompress(path.read_bytes()).decode() for path in ROOT.glob("results/*.gz")]
+    assert len(packed) > 8 and all('"runs_dir": "/' not in text for text in packed)
+    records = [path.read_text() for path in ROOT.glob("results/*/*/record.json")]
+    assert len(records) == 24 and all('"runs_dir": "/' not in text for text in records)
 
 
 def test_what_is_not_a_run_is_refused(tmp_path):
