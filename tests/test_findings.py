@@ -5,10 +5,13 @@ import pytest
 
 from collapse import CLEARLY, find_onsets
 from evidence import (
+    LINKS,
     application_cost,
     arms,
     fluctuation,
     gap,
+    late,
+    ledger_table,
     loss,
     margin_table,
     p_text,
@@ -19,7 +22,7 @@ from evidence import (
     srank,
     threshold_table,
 )
-from scripts.report import BY_NUMBER, GRIDS, by_number, finding, packed
+from scripts.report import BY_NUMBER, GRIDS, by_number, finding, packed, regimes
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -144,6 +147,63 @@ def test_how_many_matrices_are_replaced_counts_and_not_which():
         "below 8": 0,
         "below 16": 0,
     }
+
+
+@pytest.fixture(scope="module")
+def late_seeds():
+    return {arm.name: arm for arm in arms(packed("late_seeds"))}
+
+
+def test_one_arm_of_twenty_collapses_late_by_the_protocol():
+    found = arms(packed("late_collapse"))
+    assert [arm.name for arm in found if any(map(late, arm.verdicts))] == ["no decay, lr × 1.5"]
+    assert len(found) == 20 and "Of twenty arms one counts" in REPORT
+
+
+def test_without_decay_adamw_collapses_late_while_logits_grow_and_the_stable_rank_stays(late_seeds):
+    adamw, msign = late_seeds["AdamW"], late_seeds["MSign (attention)"]
+    assert (len(adamw.collapsed), len(msign.collapsed)) == (3, 0)
+    assert all(v.collapse.step > 4000 for v in adamw.collapsed)
+    assert [late(v) for v in adamw.verdicts].count(True) == 1
+    differences, p = paired(msign.by_seed(loss), adamw.by_seed(loss))
+    assert said(differences, 3) == "-0.472 ± 0.095" and p < 0.001 and "0.472 ± 0.095 below AdamW (p < 0.001)" in REPORT
+    lowest = {v.run.config["seed"]: np.convolve(v.run.series("train/loss"), np.full(100, 0.01), "valid").min() for v in adamw.verdicts}  # fmt: skip
+    above, _ = paired(adamw.by_seed(loss), lowest)
+    assert said(above, 3) == "0.096 ± 0.039" and "0.096 ± 0.039 above its own lowest" in REPORT
+
+    def spread(arm, key, step, digits):
+        values = [dict(zip(*v.run.sparse(key), strict=True))[step] for v in arm.verdicts]
+        return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+    for step, words in ((1000, "441 to 628"), (2000, "889 to 1100"), (4000, "1716 to 2027"), (6000, "2252 to 3394")):
+        assert spread(adamw, "attention/max_logit", step, 0) == words and words in REPORT
+    assert spread(msign, "attention/max_logit", 6000, 0) == "263 to 277" and "MSign 263 to 277" in REPORT
+    assert spread(adamw, "srank/attention", 1000, 1) == "3.1 to 3.4"
+    assert all(spread(adamw, "srank/attention", step, 1) in ("3.3 to 3.8", "3.2 to 3.8", "3.2 to 3.7") for step in (2000, 3000, 4000, 5000, 6000))  # fmt: skip
+    onsets = [find_onsets(v.run.lines, v.collapse and v.collapse.step) for v in adamw.verdicts]
+    assert all(o.first == ["attention logits"] for o in onsets)
+    assert sum(o.lead("attention logits") < 0 for o in onsets) == 4
+
+
+def test_the_ledger_says_what_the_report_says():
+    """The words beside the table of the paper's chain: every number in them is in the table, and what moved first."""
+    rows = [[c.strip() for c in row.strip("|").split("|")] for row in ledger_table(regimes()).splitlines()[2:]]
+    cell = {(row[0], row[1]): dict(zip(("stable rank", "J", "alignment", "product", *LINKS), row[4:], strict=True)) for row in rows}  # fmt: skip
+    adamw = [cell[regime, "AdamW"] for regime in ("ramp", "constant 2 ×", "no decay")]
+    assert [of["stable rank"][:3] for of in adamw] == ["3.0", "2.5", "3.4"]
+    for words in (
+        *(of["alignment"] for of in adamw), adamw[0]["J"], cell["ramp", "MSign (attention)"]["J"], adamw[2]["J"], cell["no decay", "MSign (attention)"]["J"],
+        cell["ramp", "attention off"]["J"], *(of[link] for of in adamw[:2] for link in ("stable rank, ‖J‖₂", "product, gradient norm")),
+        adamw[0]["alignment, product"],
+    ):  # fmt: skip
+        assert words in REPORT.split("| link |")[1]
+    lower = [10 ** (float(of["product"][:3]) - float(cell[regime, "MSign (attention)"]["product"][:3])) for of, regime in zip(adamw, ("ramp", "constant 2 ×", "no decay"), strict=True)]  # fmt: skip
+    assert all(3 <= ratio <= 5.1 for ratio in lower)
+    firsts = [
+        find_onsets(v.run.lines, v.collapse and v.collapse.step).first
+        for runs in regimes().values() for arm in arms(runs) if arm.name == "AdamW" for v in arm.verdicts
+    ]  # fmt: skip
+    assert firsts.count(["attention logits"]) == 10 and firsts.count(["first-block gain"]) == 1 and len(firsts) == 11
 
 
 def test_three_rivals_prevent_the_collapse_too(controls):
