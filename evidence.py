@@ -31,14 +31,14 @@ def short(value: float | None) -> float | None:
 
 
 def pack(runs: Iterable[tuple[dict, Run]], target: Path):
-    """Write runs, each with its values on the grid's axes, to `target`, a .jsonl.gz, in the place of those that it holds with the
-    same values; others that it holds stay."""
+    """Write runs, each with its values on the grid's axes, to `target`, a .jsonl.gz, in the place of those of the
+    same names; others that it holds stay."""
     before = gzip.decompress(target.read_bytes()).decode().splitlines() if target.is_file() else []
-    lines = {json.dumps(json.loads(line)["axes"]): line for line in before}
+    lines = {json.loads(line)["config"]["name"]: line for line in before}
     for axes, run in runs:
         record, summary = (json.loads((run.folder / name).read_text()) for name in ("record.json", "summary.json"))
         sparse = {key: [[line["iter"], short(line[key])] for line in run.lines if key in line] for key in SPARSE}
-        lines[json.dumps(axes)] = json.dumps({
+        lines[run.name] = json.dumps({
             "axes": axes, "config": portable(run.config), "code": record["code"],
             "tokens_per_second": short(summary["tokens_per_second"]), "peak_memory_gib": short(summary["peak_memory_gib"]),
             "lr": [short(line["lr"]) for line in run.lines],
