@@ -246,7 +246,11 @@ class RunLog:
             import wandb
 
             scalars, charts = wandb_payload(line)
-            self._wandb.log(scalars | {k: wandb.Histogram(np_histogram=v) for k, v in charts.items()})
+            try:
+                self._wandb.log(scalars | {k: wandb.Histogram(np_histogram=v) for k, v in charts.items()})
+            except Exception as error:  # its service is a process of its own, which may die
+                self._wandb, self._wandb_mode = None, "off"
+                self._without_wandb(first_line(error))
         self._bar.update()
         self._srank = metrics.get("srank/attention", self._srank)
         shown = {"loss": metrics["train/loss"], "grad_norm": metrics["grad_norm"], "srank": self._srank}
@@ -280,9 +284,13 @@ class RunLog:
         if self._metrics is not None:
             self._metrics.close()
         if self._wandb:
-            if summary is not None:
-                self._wandb.summary["final"] = summary  # below a name of its own: val/loss is the smallest, see SUMMARY
-            self._wandb.finish()
+            try:
+                if summary is not None:
+                    self._wandb.summary["final"] = summary  # a name of its own: val/loss is the smallest, see SUMMARY
+                self._wandb.finish()
+            except Exception as error:
+                self._wandb_mode = "off"
+                self._without_wandb(first_line(error))
 
 
 class NoLog:

@@ -124,3 +124,27 @@ def test_what_cannot_be_read_is_one_line(recorded, tmp_path, monkeypatch):
     (old / "__main__.py").write_text("import click\nclick.Group('wandb')()\n")
     monkeypatch.setenv("PYTHONPATH", str(old.parent))
     refused(file, "read by wandb 0.31, not by the one installed here (Error: No such command 'leet'")
+
+
+@pytest.mark.parametrize("dies", ["init", "log", "finish"])
+def test_a_service_that_dies_is_announced_and_done_without(tmp_path, monkeypatch, capsys, dies):
+    class Service:
+        summary = {}
+
+        def __getattr__(self, name):
+            def call(*args, **kwargs):
+                if name == dies:
+                    raise ConnectionResetError("Connection lost")
+                return self
+
+            return call
+
+    monkeypatch.setattr(wandb, "init", Service().init)
+    log = RunLog(small(name="x", runs_dir=str(tmp_path), wandb="offline"), {})
+    log.start(0, 0)
+    for step in (1, 2):
+        log.log(step, {"train/loss": 2.0, "grad_norm": 1.0})
+    log.close({"status": "finished"})
+    assert [line["iter"] for line in read_metrics(log.folder)] == [1, 2] and (log.folder / "summary.json").exists()
+    assert capsys.readouterr().out.count("W&B cannot be used (Connection lost)") == 1
+    assert (log.folder / "events.jsonl").read_text().count('"wandb off"') == 1
