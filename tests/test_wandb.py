@@ -129,7 +129,8 @@ def test_what_cannot_be_read_is_one_line(recorded, tmp_path, monkeypatch):
 @pytest.mark.parametrize("dies", ["init", "log", "finish"])
 def test_a_service_that_dies_is_announced_and_done_without(tmp_path, monkeypatch, capsys, dies):
     class Service:
-        summary = {}
+        def __init__(self):
+            self.summary = {}
 
         def __getattr__(self, name):
             def call(*args, **kwargs):
