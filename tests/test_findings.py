@@ -185,6 +185,35 @@ def test_without_decay_adamw_collapses_late_while_logits_grow_and_the_stable_ran
     assert sum(o.lead("attention logits") < 0 for o in onsets) == 4
 
 
+def test_the_late_collapse_is_prevented_at_adamws_stable_ranks_and_spectral_norms_too(late_seeds):
+    found = {arm.name: arm for arm in finding("late")}
+    assert {name: (len(arm.collapsed), len(arm.verdicts)) for name, arm in found.items()} == {"AdamW": (5, 5), "MSign (attention)": (0, 5)} | dict.fromkeys(
+        ("attention off", "W scaled to MSign's spectral norm", "attention's lr ÷ 16", "QK-norm"), (0, 3))  # fmt: skip
+    for name, words, text_p in (
+        ("QK-norm", "-0.419 ± 0.036", "< 0.001"), ("attention's lr ÷ 16", "-0.390 ± 0.022", "< 0.001"),
+        ("W scaled to MSign's spectral norm", "0.085 ± 0.027", "0.005"),
+    ):  # fmt: skip
+        differences, p = paired(found[name].by_seed(loss), found["MSign (attention)"].by_seed(loss))
+        assert said(differences, 3) == words and words.lstrip("-") in REPORT and p_text(p) == text_p
+    off = found["attention off"].by_seed(loss)
+    rescued = [name for name, arm in found.items() if name not in ("AdamW", "attention off")]
+    assert all(d <= -0.18 for name in rescued for d in paired(found[name].by_seed(loss), off)[0])
+
+    def at_the_end(name, key, digits):
+        values = [v.run.sparse(key)[1][-1] for v in found[name].verdicts]
+        low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+        return low if low == high else f"{low} to {high}"
+
+    for name, key, digits, words in (
+        ("QK-norm", "srank/attention", 1, "4.8 to 5.1"), ("QK-norm", "sigma1/attention", 1, "20.8 to 21.6"), ("QK-norm", "attention/max_logit", 0, "8 to 9"),
+        ("AdamW", "srank/attention", 1, "3.2 to 3.7"), ("AdamW", "sigma1/attention", 1, "24.6 to 26.2"), ("MSign (attention)", "srank/attention", 0, "32"),
+        ("MSign (attention)", "sigma1/attention", 0, "8"), ("W scaled to MSign's spectral norm", "srank/attention", 1, "1.9 to 2.1"),
+    ):  # fmt: skip
+        assert at_the_end(name, key, digits) == words and words in REPORT
+    for name, words in (("MSign (attention)", "1.90 ± 0.06 against"), ("AdamW", "against 2.37 ± 0.07"), ("QK-norm", "QK-norm (1.51 ± 0.05)")):  # fmt: skip
+        assert said(list(found[name].by_seed(loss).values())) in words and words in README
+
+
 def test_the_ledger_says_what_the_report_says():
     """The words beside the table of the paper's chain: every number in them is in the table, and what moved first."""
     rows = [[c.strip() for c in row.strip("|").split("|")] for row in ledger_table(regimes()).splitlines()[2:]]
