@@ -98,7 +98,7 @@ def test_the_spectral_norm_is_what_must_be_bounded_and_not_the_stable_rank(contr
         differences, p = paired(controls[name].by_seed(loss), controls["MSign (attention)"].by_seed(loss))
         assert said(differences, 3) == words and words.lstrip("-") in REPORT
         assert p_text(p) == text_p and f"p = {text_p})" in REPORT
-    assert all(len(controls[name].collapsed) == 3 for name in ("β₂ 0.95", "weight decay × 10", "bf16"))
+    assert all(len(controls[name].collapsed) == 3 for name in ("β₂ 0.95", "weight decay × 10", "decay independent of the rate", "bf16"))
     assert said([v.run.lr_multiple(v.collapse.step) for v in controls["β₂ 0.95"].verdicts], 1) == "5.0 ± 0.1"
     assert controls["attention in plain math"].by_seed(loss).items() <= controls["AdamW"].by_seed(loss).items()
 
