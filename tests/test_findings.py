@@ -98,7 +98,10 @@ def test_the_spectral_norm_is_what_must_be_bounded_and_not_the_stable_rank(contr
         differences, p = paired(controls[name].by_seed(loss), controls["MSign (attention)"].by_seed(loss))
         assert said(differences, 3) == words and words.lstrip("-") in REPORT
         assert p_text(p) == text_p and f"p = {text_p})" in REPORT
-    assert all(len(controls[name].collapsed) == 3 for name in ("β₂ 0.95", "weight decay × 10", "decay independent of the rate", "bf16"))
+    assert all(
+        len(controls[name].collapsed) == 3
+        for name in ("β₂ 0.95", "weight decay × 10", "decay independent of the rate", "bf16")
+    )
     assert said([v.run.lr_multiple(v.collapse.step) for v in controls["β₂ 0.95"].verdicts], 1) == "5.0 ± 0.1"
     assert controls["attention in plain math"].by_seed(loss).items() <= controls["AdamW"].by_seed(loss).items()
 
@@ -180,6 +183,11 @@ def test_without_decay_adamw_collapses_late_while_logits_grow_and_the_stable_ran
     assert spread(msign, "attention/max_logit", 6000, 0) == "263 to 277" and "MSign 263 to 277" in REPORT
     assert spread(adamw, "srank/attention", 1000, 1) == "3.1 to 3.4"
     assert all(spread(adamw, "srank/attention", step, 1) in ("3.3 to 3.8", "3.2 to 3.8", "3.2 to 3.7") for step in (2000, 3000, 4000, 5000, 6000))  # fmt: skip
+    norms = {arm: np.array([v.run.series("grad_norm") for v in late_seeds[arm].verdicts], float) for arm in late_seeds}
+    grown = {arm: np.median(of[:, 5500:], 1) / np.median(of[:, 500:1000], 1) for arm, of in norms.items()}
+    assert 5 < grown["AdamW"].min() < grown["AdamW"].max() < 8.5
+    assert (round(grown["MSign (attention)"].min(), 1), round(grown["MSign (attention)"].max(), 1)) == (1.6, 2.0)
+    assert 1e2 < norms["AdamW"].max(1).min() < norms["AdamW"].max() < 3e3
     onsets = [find_onsets(v.run.lines, v.collapse and v.collapse.step) for v in adamw.verdicts]
     assert all(o.first == ["attention logits"] for o in onsets)
     assert sum(o.lead("attention logits") < 0 for o in onsets) == 4
