@@ -5,7 +5,7 @@ import pytest
 import checkpoint
 import parallel
 from scripts import faults
-from tests.conftest import refused, run
+from tests.conftest import ROOT, refused, run
 
 
 def test_a_few_of_each_fault_do_no_harm(tmp_path):
@@ -16,6 +16,15 @@ def test_a_few_of_each_fault_do_no_harm(tmp_path):
     for (title, _, quick), row in zip(faults.FAULTS.values(), rows, strict=True):
         assert row[1].strip() == title and int(row[2]) >= quick and row[2] == row[3]
     assert "No exceptions." in done.stdout
+
+
+def test_what_is_recorded_is_the_whole_and_without_exception():
+    rows = [line.split("|") for line in (ROOT / "results" / "faults.md").read_text().splitlines() if line.startswith("| ")][2:]  # fmt: skip
+    assert [row[1].strip() for row in rows] == [title for title, *_ in faults.FAULTS.values()]
+    assert all(row[2] == row[3] for row in rows)
+    assert sum(int(row[2]) for row in rows if "SIGKILL" in row[1]) >= 100
+    soak = (ROOT / "results" / "soak.md").read_text()
+    assert soak.count("| yes |") == 5 and "| no |" not in soak and "6000 steps" in soak
 
 
 @pytest.fixture

@@ -41,6 +41,7 @@ SHORT = {
     "scripts/plan.py": [],
     "scripts/evidence.py": ["--help"],
     "scripts/faults.py": ["--only", "read_only"],
+    "scripts/soak.py": ["--help"],
     "scripts/sweep.py": ["--max_steps=2", "--dry_run"],
     "data/text.py": [],
     "scripts/sample.py": [],
