@@ -269,11 +269,11 @@ def link(verdict: Verdict, cause: str, effect: str, least: int = 8) -> float:
     return float(stats.spearmanr(x[i], y[j]).statistic) if len(both) >= least else math.nan
 
 
-# the paper's chain: a name for a link, its cause and its effect as logged, and the sign that the paper's story gives it
+# the paper's chain: a name for a link, its cause and its effect as logged
 LINKS = {
-    "stable rank, ‖J‖₂": ("srank/attention", "jacobian/sigma1", -1),
-    "alignment, product": ("jacobian/alignment", "jacobian/product", 1),
-    "product, gradient norm": ("jacobian/product", "grad_norm", 1),
+    "stable rank, ‖J‖₂": ("srank/attention", "jacobian/sigma1"),
+    "alignment, product": ("jacobian/alignment", "jacobian/product"),
+    "product, gradient norm": ("jacobian/product", "grad_norm"),
 }
 
 
@@ -299,7 +299,7 @@ def ledger_table(regimes: dict[str, Sequence[Run]]) -> str:
             rows.append([
                 regime, arm.name, str(len(arm.verdicts)), f"{len(arm.collapsed)} of {len(arm.verdicts)}",
                 median("srank/attention", 1), median("jacobian/sigma1", 1), median("jacobian/alignment", 3), median("jacobian/product", 1, True),
-                *(over_seeds(lambda v, ends=ends[:2]: link(v, *ends), 2) for ends in LINKS.values()),
+                *(over_seeds(lambda v, ends=ends: link(v, *ends), 2) for ends in LINKS.values()),
             ])  # fmt: skip
     return markdown(rows)
 

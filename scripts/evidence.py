@@ -1,6 +1,6 @@
 """Rerun what the findings of results/REPORT.md rest on: every grid, what is missing of it, then the tables and figures.
 
-python scripts/evidence.py            # about six hours on two cores, the first two findings' grids within the first two; what was cut
+python scripts/evidence.py            # about six hours on two cores, Tables 2 and 3 in small within the first two and a quarter; what was cut
                                       # goes on with the same command
 python scripts/evidence.py --quick    # a quarter of an hour: ramps of half the length, two seeds; prints the tables, records nothing
 """

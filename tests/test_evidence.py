@@ -256,3 +256,13 @@ def test_a_late_collapse_is_smooth_first():
 
 def test_gap_is_validation_minus_training():
     assert evidence.gap(a_run([1.0] * 200, **{"val/loss": 2.25})) == pytest.approx(0.25)
+
+
+def test_a_link_is_a_rank_correlation_after_the_first_quarter():
+    run = a_run([1.0] * 1000)
+    for line in run.lines[49::50]:
+        step = line["iter"]
+        line |= {"jacobian/alignment": step if step > 250 else -step, "jacobian/product": 1 / step}
+    verdict = evidence.Verdict(run, None, None)
+    assert evidence.link(verdict, "jacobian/alignment", "jacobian/product") == pytest.approx(-1.0)
+    assert math.isnan(evidence.link(verdict, "jacobian/alignment", "jacobian/product", least=16))
