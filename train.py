@@ -17,22 +17,18 @@ from pathlib import Path
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-import budget
-import checkpoint
-import controls
-import machine
-import measure
 import mup
-import parallel
-import rivals
-import theory
-from collapse import Watch, final_loss, find_onsets
 from config import Config, UserError, load_config, run_cli
 from data import stdlib
 from data.reader import TokenFiles, is_prepared
+from engine import budget, checkpoint, machine, parallel
+from engine.runlog import NoLog, RunLog, read_metrics
 from model import GPT
 from msign import MSign, NonFiniteWeightError, counts
-from runlog import NoLog, RunLog, read_metrics
+from remedies import controls, rivals
+from stability import metrics as measure
+from stability import theory
+from stability.collapse import Watch, final_loss, find_onsets
 
 ARCHITECTURE = [
     "n_layer",

@@ -33,15 +33,13 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-import budget
-import machine
-import measure
 import model as gpt
 import msign
 import mup
-import parallel
 from config import Config, Number, Parser, UserError, load_config, output_stem, run_cli
+from engine import budget, machine, parallel
 from model import GPT, MLP, Attention, MoE
+from stability import metrics
 
 CPU = torch.device("cpu")
 PERIOD = 100
@@ -319,17 +317,17 @@ def instruments(report: Report, step: Step, rounds: int):
         """Of gradients and updates, as in train.py."""
         model(tokens, tokens).backward()
         began = time.perf_counter()
-        measure.norms("grad_norm", {n: p.grad for n, p in params.items()}, True)
+        metrics.norms("grad_norm", {n: p.grad for n, p in params.items()}, True)
         before = {n: p.detach().clone() for n, p in params.items()}
-        measure.norms("update_norm", {n: p.detach() - before[n] for n, p in params.items()}, True)
+        metrics.norms("update_norm", {n: p.detach() - before[n] for n, p in params.items()}, True)
         return time.perf_counter() - began
 
     work = {
         "step": (step, 1),
-        "spectra": (timed(lambda: measure.weights(model, True)), cfg.probe_every),
+        "spectra": (timed(lambda: metrics.weights(model, True)), cfg.probe_every),
         "norms of gradients and updates": (norms, cfg.probe_every),
-        "activations": (timed(lambda: measure.activations(model, tokens, True, print, contextlib.nullcontext())), cfg.probe_every),
-        f"Jacobians ({cfg.n_layer} blocks, {cfg.probe_batch} × {cfg.block_size})": (timed(lambda: measure.jacobians(model, tokens, True, print)), cfg.jacobian_every),
+        "activations": (timed(lambda: metrics.activations(model, tokens, True, print, contextlib.nullcontext())), cfg.probe_every),
+        f"Jacobians ({cfg.n_layer} blocks, {cfg.probe_batch} × {cfg.block_size})": (timed(lambda: metrics.jacobians(model, tokens, True, print)), cfg.jacobian_every),
     }  # fmt: skip
     times, together = alternate({name: do for name, (do, _) in work.items()}, rounds), 0.0
     for name, (_, every) in work.items():

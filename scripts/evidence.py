@@ -13,8 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from analysis.evidence import arms_table, label, period_table
 from config import Parser, output_folder, run_cli
-from evidence import arms_table, label, period_table
 from scripts.report import GRIDS, RESULTS, finding, packed
 
 SHORT = ["--warmup_steps=1250", "--max_steps=1500", "--seed=0,1"]

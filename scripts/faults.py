@@ -30,10 +30,9 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 
-import checkpoint
-import parallel
 import train
 from config import Parser, UserError, load_config, output_stem, run_cli
+from engine import checkpoint, parallel
 from model import GPT
 
 CONFIG = """

@@ -16,9 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import budget
-from budget import GPUS, Memory, Plan
 from config import Number, Parser, UserError, load_config, run_cli
+from engine import budget
+from engine.budget import GPUS, Memory, Plan
 
 # the step near which the paper's AdamW fails (Table 4, Fig 3), and MSign's overhead at P = 100 that it measured (Table 1)
 PAPER = {"nano_5m": (30_000, "−2.4 %"), "sigma_40m": (50_000, "6.7 %"), "llama_1b": (2_000, "6.2 %"),

@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from analysis.figures import fig1, fig2, fig3, fig4, heatmaps, save
+from analysis.runs import load_run
 from config import Parser, UserError, run_cli
-from figures import fig1, fig2, fig3, fig4, heatmaps, save
-from runs import load_run
 
 
 def main() -> int:

@@ -12,8 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from config import Parser, UserError, run_cli
-from evidence import (
+from analysis.evidence import (
     Arm,
     applications,
     arms,
@@ -33,8 +32,9 @@ from evidence import (
     threshold_table,
     unpack,
 )
-from figures import against, fig3, heatmaps, overview, save, scatter, strips
-from runs import load_run, onsets_table, table, theory_table, verdicts
+from analysis.figures import against, fig3, heatmaps, overview, save, scatter, strips
+from analysis.runs import load_run, onsets_table, table, theory_table, verdicts
+from config import Parser, UserError, run_cli
 from scripts.plan import paper_table
 
 RESULTS = ROOT / "results"

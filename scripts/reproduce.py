@@ -18,11 +18,11 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm
 
+from analysis.figures import overview, save
+from analysis.runs import load_run, pack_run, table, verdicts
 from config import Number, Parser, UserError, output_folder, read_config_file, run_cli
 from data import stdlib
-from figures import overview, save
-from pool import Job, Pool
-from runs import load_run, pack_run, table, verdicts
+from engine.pool import Job, Pool
 
 PERIOD = 100
 ARMS = {

@@ -13,10 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-import checkpoint
-import machine
 from config import FIELDS, Config, Number, Parser, UserError, run_cli
 from data.tokenizer import get_tokenizer
+from engine import checkpoint, machine
 from model import GPT
 from train import ARCHITECTURE
 

@@ -21,8 +21,8 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from analysis.evidence import markdown
 from config import Number, Parser, UserError, output_stem, run_cli
-from evidence import markdown
 from scripts.faults import Place
 
 CADENCES = ("probe_every", "layers_every", "jacobian_every", "theory_every", "eval_every", "ckpt_every", "msign_period")

@@ -36,6 +36,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from analysis.evidence import pack, unpack
+from analysis.runs import load_run
 from config import (
     FIELDS,
     Config,
@@ -50,10 +52,8 @@ from config import (
     run_cli,
     unknown_key,
 )
-from evidence import pack, unpack
-from pool import Job, Pool
-from runlog import FREE_ON_RESUME, first_line, wandb_mode
-from runs import load_run
+from engine.pool import Job, Pool
+from engine.runlog import FREE_ON_RESUME, first_line, wandb_mode
 
 OURS = ("name", "resume", "dry_run")  # set for every point
 ONE = ("runs_dir", "wandb_project", "wandb_group")  # of the whole grid
@@ -256,7 +256,7 @@ def slots(todo: list[Point], workers: int | None) -> list[dict[str, str]]:
     """What each worker adds to the environment of its runs: which GPU is theirs, or nothing."""
     import torch
 
-    import machine
+    from engine import machine
 
     named = {point.cfg.device for point in todo}
     chosen = machine.pick_device("auto").type

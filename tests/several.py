@@ -13,11 +13,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-import budget
 import msign
-import parallel
 import train
 from config import load_config
+from engine import budget, parallel
 
 
 def trainings(runs: list[list[str]]) -> list[int]:

@@ -7,9 +7,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import budget
-from budget import GPUS, Memory
 from config import ROOT, load_config
+from engine import budget
+from engine.budget import GPUS, Memory
 from msign import msign
 from tests.conftest import noisy_model, refused, run
 
@@ -154,7 +154,8 @@ def test_what_is_said_to_fit_does():
 def test_the_largest_build_on_meta_in_little_time_and_memory(name):
     code = f"""
 import sys, time; sys.path.insert(0, {str(ROOT)!r})
-import budget, machine, torch
+import torch
+from engine import budget, machine
 from config import load_config
 began = time.perf_counter()
 model = budget.on_meta(load_config([{f"{ROOT}/configs/{name}.py"!r}]))

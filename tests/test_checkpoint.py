@@ -3,8 +3,8 @@ import resource
 import pytest
 import torch
 
-import checkpoint
 from config import UserError
+from engine import checkpoint
 
 ARCHITECTURE = {"n_layer": 2, "d_model": 16}
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from collapse import Watch, final_loss, find_collapse, find_onsets, onset
+from stability.collapse import Watch, final_loss, find_collapse, find_onsets, onset
 
 
 def curve(*pieces):

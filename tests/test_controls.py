@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import msign
-from controls import MAPS, below, update_of
 from msign import MSign, apply_, restored_sign
+from remedies.controls import MAPS, below, update_of
 from tests.test_msign import COLLAPSED, model_and_adamw, train_steps, with_spectrum
 
 S = torch.tensor(COLLAPSED["0.attn.W_Q"], dtype=torch.float64)

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-import evidence
+from analysis import evidence
+from analysis.runs import Run, load_run, verdicts
 from config import UserError
-from runs import Run, load_run, verdicts
 from tests.test_runs import made_up
 
 

@@ -2,8 +2,7 @@
 
 import pytest
 
-import checkpoint
-import parallel
+from engine import checkpoint, parallel
 from scripts import faults
 from tests.conftest import ROOT, refused, run
 

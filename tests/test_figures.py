@@ -3,9 +3,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from collapse import Collapse
-from config import UserError
-from figures import (
+from analysis.figures import (
     COLORS,
     against,
     edges,
@@ -22,7 +20,9 @@ from figures import (
     strips,
     theorems,
 )
-from runs import Verdict, load_run, verdicts
+from analysis.runs import Verdict, load_run, verdicts
+from config import UserError
+from stability.collapse import Collapse
 from tests.conftest import ROOT
 from tests.test_runs import logged_theory, made_up
 

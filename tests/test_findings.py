@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from collapse import CLEARLY, find_onsets
-from evidence import (
+from analysis.evidence import (
     LINKS,
     application_cost,
     arms,
@@ -23,6 +22,7 @@ from evidence import (
     threshold_table,
 )
 from scripts.report import BY_NUMBER, GRIDS, by_number, finding, packed, regimes
+from stability.collapse import CLEARLY, find_onsets
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()

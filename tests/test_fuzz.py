@@ -15,7 +15,7 @@ from config import FIELDS, Config, UserError, load_config
 from data.reader import TokenFiles
 from model import GPT
 from msign import msign, restored_sign
-from probes import spectra
+from stability.probes import spectra
 from tests.conftest import SMALL
 
 settings.register_profile("here", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

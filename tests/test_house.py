@@ -1,6 +1,7 @@
-"""The rooms and what they may not do: who imports whom, and which calls occur nowhere."""
+"""The house: which room may import which, and which calls occur nowhere."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 
@@ -8,34 +9,57 @@ import pytest
 
 from tests.conftest import ROOT
 
-# a room imports only from rooms named before it; train.py and scripts/ may import anything
-ORDER = (
-    "config", "model", "mup", "msign", "controls", "rivals", "probes", "theory", "measure", "data", "collapse", "machine", "budget",
-    "parallel", "checkpoint", "runlog", "runs", "evidence", "figures", "pool", "train",
+# a room imports from itself and from the floors below its own; ROOMS maps a room to its files
+FLOORS = (
+    {"scripts"}, {"trials"}, {"train", "analysis"}, {"engine", "stability"}, {"mup"}, {"model", "remedies", "data"}, {"config", "msign"},
 )  # fmt: skip
-ROOMS = {path.stem: [path] for path in ROOT.glob("*.py")} | {"data": list((ROOT / "data").glob("*.py"))}
-SOURCES = [p for pattern in ("*.py", "data/*.py", "scripts/*.py", "configs/**/*.py") for p in ROOT.glob(pattern)]
+PACKAGES = ("scripts", "trials", "analysis", "engine", "stability", "remedies", "data")
+ROOMS = {path.stem: [path] for path in ROOT.glob("*.py")} | {
+    name: sorted((ROOT / name).glob("*.py")) for name in PACKAGES
+}
+SOURCES = [*(path for paths in ROOMS.values() for path in paths), *ROOT.glob("configs/**/*.py")]
 
 
 def imported(path) -> set[str]:
+    """Modules that a file imports, in full: `from engine import budget` is engine.budget."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
-    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
-    return {name.split(".")[0] for name in names}
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    for node in (node for node in nodes if isinstance(node, ast.ImportFrom) and node.module):
+        names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
 
 
-def test_every_room_has_its_place():
-    assert set(ROOMS) == set(ORDER)
+def rooms_of(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names} & set.union(*FLOORS, {"tests"})
 
 
-@pytest.mark.parametrize("room", ORDER)
-def test_a_room_imports_only_from_those_before_it(room):
-    found = set.union(*(imported(path) for path in ROOMS[room])) & {*ORDER, "scripts", "tests"} - {room}
-    assert found <= set(ORDER[: ORDER.index(room)])
+def test_every_room_has_its_floor_and_says_what_it_is_for():
+    assert set(ROOMS) == set.union(*FLOORS)
+    assert len({*ROOMS, "configs"}) <= 14
+    for name in set(PACKAGES) - {"scripts"}:
+        said = ast.get_docstring(ast.parse((ROOT / name / "__init__.py").read_text()))
+        assert said and "Lives here:" in said and "Does not:" in said and len(said.splitlines()) == 3, name
 
 
-def test_msign_needs_pytorch_and_nothing_else():
-    assert imported(ROOT / "msign.py") <= {"torch", *sys.stdlib_module_names}
+@pytest.mark.parametrize("floor", range(len(FLOORS)))
+def test_a_room_imports_only_from_the_floors_below(floor):
+    below = set.union(set(), *FLOORS[floor + 1 :])
+    for room in FLOORS[floor]:
+        for path in ROOMS[room]:
+            assert rooms_of(imported(path)) <= below | {room}, path
+
+
+def test_no_file_imports_itself_in_a_circle():
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path for paths in ROOMS.values() for path in paths
+    }
+    graph = {name: imported(path) & set(modules) - {name} for name, path in modules.items()}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize("path", ["msign.py", "stability/probes.py", "stability/collapse.py"])
+def test_what_can_be_copied_needs_pytorch_and_nothing_else(path):
+    assert {name.split(".")[0] for name in imported(ROOT / path)} <= {"torch", *sys.stdlib_module_names}
 
 
 def test_a_configuration_is_read_without_pytorch():

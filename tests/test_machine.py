@@ -5,9 +5,9 @@ import sys
 import pytest
 import torch
 
-import machine
-import probes
+from engine import machine
 from model import GPT
+from stability import probes
 from tests.conftest import ROOT, small
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def test_nothing_is_chosen_on_a_gpu():
 def test_peak_memory_is_the_processs_own():
     """Linux lets a child begin with its parent's peak, as getrusage tells it."""
     ballast = torch.ones(150_000_000)  # 0.6 GB
-    code = "import torch, machine; print(machine.peak_memory(torch.device('cpu')))"
+    code = "import torch; from engine import machine; print(machine.peak_memory(torch.device('cpu')))"
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert 5e7 < int(said) < machine.peak_memory(CPU)
     assert machine.peak_memory(CPU) > ballast.nbytes

@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import mup
-import parallel
 from config import UserError, load_config
+from engine import checkpoint, parallel
+from engine.runlog import PER_LAYER
 from model import GPT
-from runlog import PER_LAYER
 from scripts.sample import open_model
 from tests.conftest import ROOT, SMALL, refused, small
 from train import train

@@ -10,7 +10,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import mup
 from config import Config
 from model import GPT
-from probes import activations, geometric_mean, ill_conditioned, jacobians, norms, product_bounds, spectra, top_triples
+from stability.probes import (
+    activations,
+    geometric_mean,
+    ill_conditioned,
+    jacobians,
+    norms,
+    product_bounds,
+    spectra,
+    top_triples,
+)
 from tests.conftest import noisy_model, small
 
 

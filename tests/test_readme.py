@@ -12,8 +12,8 @@ import time
 import numpy as np
 import pytest
 
-from collapse import find_onsets
-from runs import load_run, verdicts
+from analysis.runs import load_run, verdicts
+from stability.collapse import find_onsets
 from tests.conftest import ROOT, command, run
 from tests.test_parallel import REDUCED, torchrun
 
@@ -308,7 +308,7 @@ def test_tables_and_figures_come_from_the_recorded_runs():
 
 
 def test_the_rule_of_the_readme_is_the_codes():
-    import collapse
+    from stability import collapse
 
     for number in (
         f"{collapse.WINDOW}-step",

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import mup
-import rivals
 from config import FIELDS, UserError
+from engine import checkpoint
 from model import GPT
 from msign import MSign
+from remedies import rivals
 from tests.conftest import refused, run, small
 
 NAMES = FIELDS["optimizer"].type.__args__

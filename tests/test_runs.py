@@ -4,9 +4,19 @@ import json
 import numpy as np
 import pytest
 
-import theory
+from analysis.runs import (
+    DEFAULTS,
+    THEOREMS,
+    geometric_mean,
+    load_run,
+    onsets_table,
+    pack_run,
+    table,
+    theory_table,
+    verdicts,
+)
 from config import UserError
-from runs import DEFAULTS, THEOREMS, geometric_mean, load_run, onsets_table, pack_run, table, theory_table, verdicts
+from stability import theory
 from tests.conftest import ROOT
 from tests.test_theory import a_model
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import evidence
+from analysis import evidence
 from config import UserError
 from scripts import sweep
 from tests.conftest import ROOT, command, refused, run

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mup
-import theory
 from model import GPT, MLP, Attention
+from stability import theory
 from tests.conftest import small
 
 eye = torch.eye

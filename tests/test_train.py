@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import mup
 import train
 from config import load_config
+from engine import checkpoint
 from model import GPT
 from tests.conftest import ROOT, command, refused, run, small
 

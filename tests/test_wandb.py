@@ -7,7 +7,7 @@ import pytest
 import wandb
 
 from config import UserError
-from runlog import RunLog, read_metrics, read_wandb, wandb_payload
+from engine.runlog import RunLog, read_metrics, read_wandb, wandb_payload
 from tests.conftest import run, small
 
 

@@ -18,10 +18,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-import budget
-import machine
 import mup
 from config import Config, UserError
+from engine import budget, machine
 from model import GPT
 
 PATIENCE = timedelta(minutes=10)  # of a rank that waits for the others; rank 0 may be measuring meanwhile

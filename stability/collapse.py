@@ -24,8 +24,8 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from itertools import accumulate
+from statistics import median
 
 WINDOW, RISE, STAYS, SPIKE, CLEARLY = 100, 0.1, 200, 10.0, 0.1
 # what a collapse can be labelled with: the logged key, and the direction that is worse
@@ -111,20 +111,21 @@ def find_collapse(
     if watch.collapse or floor is None:
         return watch.collapse
     end = final_loss(losses)
-    spikes = np.flatnonzero(np.array(grad_norms[WINDOW:]) > SPIKE * np.median(grad_norms))
-    if end > floor and len(spikes):
+    high = SPIKE * median(grad_norms)
+    spikes = [step for step, norm in enumerate(grad_norms, 1) if step > WINDOW and norm > high]
+    if end > floor and spikes:
         why = f"{len(spikes)} gradient norms beyond {SPIKE:g}x the median, final loss {end:.2f} above attention-off's {floor:.2f}"
-        return Collapse(int(spikes[0]) + WINDOW + 1, len(losses), why)
+        return Collapse(spikes[0], len(losses), why)
     return None
 
 
 def onset(steps: Sequence[int], worse: Sequence[float]) -> int | None:
     """The first step from which on `worse`, on a log scale, growing, is ln 2 above its minimum so far; None if too late to tell."""
-    worse = np.asarray(worse, float)
-    up = worse - np.minimum.accumulate(worse) >= math.log(2)
-    if not len(up) or not up[-1]:
+    up = [value - best >= math.log(2) for value, best in zip(worse, accumulate(worse, min), strict=True)]
+    if not up or not up[-1]:
         return None
-    first = steps[np.flatnonzero(~up)[-1] + 1]  # there is one that is not: the first value is its own minimum
+    last_not_up = max(i for i, is_up in enumerate(up) if not is_up)  # the first value is its own minimum: never up
+    first = steps[last_not_up + 1]
     return first if steps[-1] - first >= WINDOW else None
 
 
@@ -171,6 +172,6 @@ def find_onsets(lines: Sequence[Mapping[str, float | None]], until: int | None =
         return [step for step, _ in found], [direction * value for _, value in found]
 
     steps, norms = series("grad_norm", 1)
-    medians = [float(np.median(norms[i - WINDOW : i])) for i in range(WINDOW, len(norms) + 1)]
+    medians = [median(norms[i - WINDOW : i]) for i in range(WINDOW, len(norms) + 1)]
     signals = {name: onset(*series(key, direction)) for name, (key, direction) in SIGNALS.items()}
     return Onsets(signals, onset(steps[WINDOW - 1 :], medians))

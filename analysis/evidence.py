@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from collapse import SPIKE, WINDOW, find_onsets
+from analysis.runs import Run, Verdict, portable, verdicts
 from config import UserError
-from runs import Run, Verdict, portable, verdicts
+from stability.collapse import SPIKE, WINDOW, find_onsets
 
 DIGITS = 4
 # what is kept of a run: every step's, and at their cadences these

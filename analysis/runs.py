@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from collapse import CLEARLY, SIGNALS, Collapse, final_loss, find_collapse, find_onsets
 from config import FIELDS, UserError
-from runlog import read_metrics
+from engine.runlog import read_metrics
+from stability.collapse import CLEARLY, SIGNALS, Collapse, final_loss, find_collapse, find_onsets
 
 DEFAULTS = {name: f.default for name, f in FIELDS.items()}  # of what a record is older than
 
@@ -107,7 +107,7 @@ def load_run(path: str | Path) -> Run:
 
 def read_offline(path: Path) -> tuple[dict, list[dict]]:
     """Config and lines of an offline W&B run. One that was resumed left a file per part, all of the same name."""
-    from runlog import read_wandb
+    from engine.runlog import read_wandb
 
     files = [path] if path.is_file() and path.suffix == ".wandb" else sorted(path.rglob("*.wandb"))
     names = sorted({file.name for file in files})

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mup import role_of
-from probes import _Linearised, ill_conditioned, refuse_wrapped, spectra, uncompiled
+from stability.probes import _Linearised, ill_conditioned, refuse_wrapped, spectra, uncompiled
 
 ATTENTION = ("W_Q", "W_K", "W_V", "W_O")  # of multi-head attention, which the theorems are about
 # L_φ = sup |φ'|, rounded up; the paper's 1.13 (GELU) and 1.1 (SiLU) are upper bounds of them

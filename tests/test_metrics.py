@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-import measure
-from probes import activations, jacobians, spectra
+from stability import metrics
+from stability.probes import activations, jacobians, spectra
 from tests.conftest import noisy_model
 
 TOKENS = torch.arange(16).view(2, 8)
@@ -22,7 +22,7 @@ def no_warning(text):
 
 
 def test_weights(model):
-    got = measure.weights(model, each_layer=True)
+    got = metrics.weights(model, each_layer=True)
     matrices = {n: p for n, p in model.named_parameters() if "W_" in n}
     found = spectra(matrices)
     for name, spectrum in found.items():
@@ -35,13 +35,13 @@ def test_weights(model):
     gains = [block.mlp_norm.weight for block in model.blocks]
     assert got["norm_gain/mlp_norm"] == pytest.approx(torch.stack(gains).square().mean().sqrt().item())
     assert got["norm_gain/3.mlp_norm"] == pytest.approx(gains[3].square().mean().sqrt().item())
-    summary = measure.weights(model, each_layer=False)
+    summary = metrics.weights(model, each_layer=False)
     assert summary.items() <= got.items()
     assert not any("." in key for key in summary)
 
 
 def test_activations(model):
-    got = measure.activations(model, TOKENS, True, no_warning, torch.autocast("cpu", torch.bfloat16))
+    got = metrics.activations(model, TOKENS, True, no_warning, torch.autocast("cpu", torch.bfloat16))
     found = activations(model, TOKENS)
     assert got["residual/gain"] == pytest.approx((found.residual_rms[1] / found.residual_rms[0]).item())
     assert got["residual/rms"] == got["residual/rms/7"] == found.residual_rms[8].item()
@@ -49,11 +49,11 @@ def test_activations(model):
     assert got["attention/entropy"] == pytest.approx(sum(got[f"attention/entropy/{i}"] for i in range(8)) / 8)
     assert got["log_z"] == found.log_z
     assert 1e-4 < got["precision/error"] < 0.1  # bfloat16 has 8 bits
-    assert "precision/error" not in measure.activations(model, TOKENS, False, no_warning)
+    assert "precision/error" not in metrics.activations(model, TOKENS, False, no_warning)
 
 
 def test_jacobians(model):
-    got = measure.jacobians(model, TOKENS, True, no_warning, positions=4)
+    got = metrics.jacobians(model, TOKENS, True, no_warning, positions=4)
     found = jacobians(model.blocks, model.embed(TOKENS))
     assert got["jacobian/sigma1/5"] == pytest.approx(found.sigma[5].mean().item())
     assert got["jacobian/ratio/5"] == pytest.approx(found.ratio[5].max().item())
@@ -70,8 +70,8 @@ def test_a_broken_block_is_named_once_and_the_rest_measured(model):
     with torch.no_grad():
         model.blocks[4].mlp.W_down.weight[0, 0] = math.inf
     said = []
-    got = measure.weights(model, True) | measure.activations(model, TOKENS, True, said.append)
-    got |= measure.jacobians(model, TOKENS, True, said.append)
+    got = metrics.weights(model, True) | metrics.activations(model, TOKENS, True, said.append)
+    got |= metrics.jacobians(model, TOKENS, True, said.append)
     assert said == [f"{what}: block 4: its mlp.W_down.weight is not finite" for what in ("activations", "jacobians")]
     assert math.isnan(got["srank/4.W_down"])
     assert math.isfinite(got["srank/W_down"])

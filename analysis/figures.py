@@ -18,9 +18,9 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from collapse import WINDOW
+from analysis.runs import Run, Verdict, geometric_mean, verdicts
 from config import UserError
-from runs import Run, Verdict, geometric_mean, verdicts
+from stability.collapse import WINDOW
 
 # Okabe and Ito's colours, which the colour-blind can tell apart
 COLORS = {

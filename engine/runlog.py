@@ -43,6 +43,7 @@ FREE_ON_RESUME = {
     "recompute",
     "micro_batch",
 }
+ROOMS = ("data", "engine", "remedies", "stability")  # whose source is hashed into the record, with the top level's
 PER_LAYER = re.compile(r"(.+)/(\d+)((?:\.\w+)?)")  # a key of metrics.jsonl: family, layer, and .role or nothing
 # what W&B's table of runs shows of a metric where its last value says less
 SUMMARY = {
@@ -62,7 +63,7 @@ def code_version() -> dict:
         revision, dirty = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
     except OSError:  # no git on this machine
         revision, dirty = None, None
-    sources = sorted([*ROOT.glob("*.py"), *ROOT.glob("data/*.py")])
+    sources = sorted([*ROOT.glob("*.py"), *(p for room in ROOMS for p in (ROOT / room).glob("*.py"))])
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     return {"git": revision, "dirty": None if revision is None else bool(dirty), "sha256": digest}
 

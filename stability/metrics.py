@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-import probes
 from model import GPT
 from msign import ATTENTION, MLP
 from mup import role_of
-from probes import geometric_mean
+from stability import probes
+from stability.probes import geometric_mean
 
 
 def layer_of(name: str) -> int | None:
