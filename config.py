@@ -13,8 +13,9 @@ import shutil
 import sys
 import tempfile
 import textwrap
+import traceback
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -26,15 +27,22 @@ class UserError(Exception):
     """Bad input. Its message is one line that names the field, the value and what would be right."""
 
 
-def run_cli(main, prog: str):
-    """Run `main()`, turning bad input and a disk that refuses into one line on stderr and exit code 2; Ctrl-C is 130."""
+def run_cli(main: Callable[[], int], prog: str, leave: Callable[[int], None] = sys.exit):
+    """Run `main()` and leave with the exit code that it returns.
+
+    Bad input and a disk that refuses are one line on stderr and exit code 2; Ctrl-C is 130; any other exception is a traceback and 1.
+    """
     try:
-        sys.exit(main())
+        code = main()
     except (UserError, OSError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    leave(code)
 
 
 def opt(default, group: str, help: str):
@@ -64,7 +72,7 @@ class Config:
     mla_rope_dim: int = opt(0, "model", "MLA's rotary dimensions with position = rope; 0 = no positions in MLA")
     n_experts: int = opt(0, "model", "experts of the MLP; 0 = a dense one")
     top_k: int = opt(4, "model", "experts that a token goes to")
-    balance_coef: float = opt(0.01, "model", "of the experts' load-balancing loss")
+    balance_coef: float = opt(0.01, "optimizer", "of the experts' load-balancing loss")
     # parameterisation
     init_std: float = opt(0.02, "parameterisation", "initial standard deviation before multipliers")
     base_width: int = opt(768, "parameterisation", "width at which μP's multipliers are 1; 0 = standard parameterisation")
@@ -198,6 +206,11 @@ class Config:
         return self.base_width / self.d_model if self.base_width else 1.0
 
     @property
+    def architecture(self) -> dict:
+        """{field: value} of the fields that decide the shape of the model."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["group"] == "model"}
+
+    @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.block_size
 
@@ -216,6 +229,11 @@ class Config:
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+
+
+def due(every: int, step: int) -> bool:
+    """Whether what is done every so many steps (0: never) is done at this one; steps count from 1."""
+    return bool(every) and step % every == 0
 
 
 def check_type(f: dataclasses.Field, value):

@@ -4,7 +4,7 @@
     python train.py configs/nano_5m_msign.py --resume
     torchrun --nproc_per_node=8 train.py configs/gpt_3b.py
 
-Every run is a folder below runs/ (see runlog.py). `--dry_run` prints the plan and stops.
+Every run is a folder below runs/ (engine/runlog.py says what is in it). `--dry_run` prints the plan and stops.
 """
 
 import dataclasses
@@ -15,369 +15,310 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.optim import Optimizer
 
 import mup
-from config import Config, UserError, load_config, run_cli
-from data import stdlib
-from data.reader import TokenFiles, is_prepared
-from engine import budget, checkpoint, machine, parallel
+from config import Config, UserError, due, load_config, run_cli
+from data import corpora
+from engine import checkpoint, machine, parallel
+from engine.announce import announce
 from engine.runlog import NoLog, RunLog, read_metrics
+from engine.signals import Signals
 from model import GPT
 from msign import MSign, NonFiniteWeightError, counts
 from remedies import controls, rivals
-from stability import metrics as measure
-from stability import theory
 from stability.collapse import Watch, final_loss, find_onsets
-
-ARCHITECTURE = [
-    "n_layer",
-    "d_model",
-    "n_head",
-    "d_ff",
-    "vocab_size",
-    "block_size",
-    "norm",
-    "qk_norm",
-    "mlp",
-    "position",
-    "rope_theta",
-    "attention",
-    "n_kv_head",
-    "mla_rank",
-    "mla_rope_dim",
-    "n_experts",
-    "top_k",
-]
-
-
-def open_data(cfg: Config) -> tuple[TokenFiles, TokenFiles | None, list[str]]:
-    """Training and validation tokens, and what has to be announced about them."""
-    dataset, notes = cfg.dataset, []
-    if dataset not in stdlib.CORPORA and not is_prepared(dataset) and cfg.fallback:
-        names = [name.strip() for name in cfg.fallback.split(",")]
-        dataset = next((name for name in names if name in stdlib.CORPORA or is_prepared(name)), names[-1])
-        notes.append(f"DATA: {cfg.dataset!r} is not prepared here; training on {dataset!r} instead")
-    if dataset in stdlib.CORPORA:
-        found = stdlib.prepare(dataset, spare=Path(cfg.runs_dir) / ".data")
-        if found != dataset:
-            notes.append(f"DATA: data/ cannot be written; {dataset!r} is in {found}")
-        dataset = found
-    train = TokenFiles(dataset, "train", cfg.block_size, cfg.vocab_size)
-    val = TokenFiles(dataset, "val", cfg.block_size, cfg.vocab_size) if cfg.eval_every else None
-    return train, val, notes
-
-
-def build_optimizer(cfg: Config, model: GPT, group=None) -> torch.optim.Optimizer:
-    optimizer = rivals.build(cfg, mup.param_groups(model, cfg), model.named_parameters())
-    if not cfg.msign_period:
-        return optimizer
-    update = controls.update_of(cfg.msign_map, cfg.msign_backend, cfg.msign_below)
-    try:
-        return MSign(
-            optimizer, model.named_parameters(), cfg.msign_period, cfg.msign_targets, update=update, group=group,
-            reset=cfg.msign_reset,
-        )  # fmt: skip
-    except ValueError as error:
-        raise UserError(f"msign_targets = {cfg.msign_targets!r}: {error}") from error
-
-
-def print_plan(cfg: Config, model: GPT, optimizer, train: TokenFiles, world: parallel.World, sharded: bool):
-    print(f"{cfg.name}: {cfg.n_layer} layers, d {cfg.d_model}, {cfg.n_head} heads on {world.device}, {cfg.dtype}")
-    if world.size > 1:
-        print(
-            f"  {world.size} processes, "
-            + ("the model sharded (FSDP2)" if sharded else "each with the whole model (DDP)")
-        )
-    numel = {}
-    for name, p in model.named_parameters():
-        numel[mup.role_of(name)] = numel.get(mup.role_of(name), 0) + p.numel()
-    active = sum(map(model.active, model.parameters()))
-    of = f" ({active:,} a token)" if cfg.n_experts else ""
-    print(f"  parameters {sum(numel.values()):,}{of}: " + ", ".join(f"{role} {n:,}" for role, n in numel.items()))
-    for group in optimizer.param_groups:
-        print(f"  lr × {group['lr_mult']:<4g} decay {group['weight_decay']:<6g} {', '.join(group['roles'])}")
-    print(f"  data {cfg.dataset if train.folder.name == cfg.dataset else train.folder}: {len(train):,} tokens")
-    accumulate = cfg.batch_size // cfg.micro_batch // world.size
-    ranks = f"{world.size} × " if world.size > 1 else ""
-    flops = model.flops_per_token() * cfg.tokens_per_step
-    print(
-        f"  a step: {cfg.tokens_per_step:,} tokens = {ranks}{accumulate} × {cfg.micro_batch} × {cfg.block_size}, {flops:.3g} FLOPs"
-    )
-    memory = budget.Memory.of(cfg, world.size, sharded).total
-    print(f"  memory ≈ {memory / 2**30:.2f} GiB (weights, gradients, moments, one micro-batch's activations)")
-    print(
-        f"  {cfg.max_steps:,} steps, {cfg.schedule} schedule, peak lr {cfg.peak_lr:g} = {cfg.lr_scale:g} × {cfg.lr:g}"
-    )
-    if cfg.warmup_steps >= cfg.max_steps:
-        print(f"  NOTE: the warm-up ({cfg.warmup_steps:,} steps) outlasts the run; the peak rate is never held")
-    if cfg.msign_period:
-        what = {"sign": "MSign", "zero": "set to zero"}.get(cfg.msign_map, f"control: {cfg.msign_map}")
-        which = f", stable rank below {cfg.msign_below:g}" if cfg.msign_below else ""
-        print(
-            f"  {what} every {cfg.msign_period} steps on {len(optimizer.params)} matrices ({cfg.msign_targets}{which})"
-        )
-    else:
-        print(f"  plain {'AdamW' if cfg.optimizer == 'adamw' else cfg.optimizer}")
-
-
-class Signals:
-    """Remembers the first SIGINT or SIGTERM, so that the step can end and be saved; a second one kills."""
-
-    received = None
-
-    def __enter__(self):
-        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _note(self, number, frame):
-        self.received = signal.Signals(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    def __exit__(self, *exc):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+from stability.instruments import Instruments
 
 
 def train(cfg: Config) -> int:
     """The whole run. Returns the exit code: 0, or 128 + n after signal n."""
-    # --- set-up: everything that can be refused is refused before anything is written ---
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    train_data, val_data, notes = open_data(cfg)
-    world = parallel.start(cfg)
-    device = world.device
-    how, announced = parallel.choose(cfg, world)
-    sharded = how == "fsdp" and world.size > 1
-    notes += announced
-    model = parallel.build(cfg, world, sharded)
-    optimizer = build_optimizer(cfg, model, world.group)
-    if world.main:
-        print_plan(cfg, model, optimizer, train_data, world, sharded)
-    if cfg.dry_run:
+    run = Run(cfg)
+    if cfg.dry_run or not run.begin():
         return 0
-    arithmetic = machine.set_arithmetic(device, [p for p in model.parameters() if p.ndim == 2])
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
-    replica = parallel.Replica(model, world, sharded)
-    loss_of, compilation, announced = machine.compiled(cfg, model, device, autocast, replica)
-    notes += announced
-    for note in notes if world.main else []:
-        print(f"WARNING {note}", file=sys.stderr)
+    with machine.chosen_kernel(cfg), Signals() as signals:
+        stopped = loop(run, signals)
+        if stopped:
+            return stop(run, signals.received or signal.SIGTERM)  # which another rank received
+    return end(run)
 
-    def open_log():
-        return RunLog(cfg, {
-            "data": {"folder": train_data.folder.name, "fingerprint": train_data.fingerprint(), "notes": notes, **train_data.meta},
-            "machine": {"device": str(device), "threads": torch.get_num_threads(), "processor": platform.machine(),
-                        "attention_kernel": machine.attention_kernel(cfg, device), "dtype": cfg.dtype,
-                        "processes": world.size, "parallel": how if world.size > 1 else None,
-                        **arithmetic, **compilation,
-                        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None},
-            "parameters": sum(p.numel() for p in model.parameters()),
-        })  # fmt: skip
 
-    log = world.on_main(open_log, otherwise=NoLog())
-    folder = Path(cfg.runs_dir) / cfg.name
-    if world.tell(log.finished):
-        log.say(f"{folder}: already finished; nothing to resume")
-        return 0
-    architecture = {k: getattr(cfg, k) for k in ARCHITECTURE}
-    step, metrics_bytes, saved = 0, 0, world.tell(checkpoint.checkpoints(folder) if log.resumed else [])
-    if saved:
-        state = checkpoint.load(saved[-1], architecture, model, optimizer)
-        step, metrics_bytes = state["step"], state["metrics_bytes"]
-    for note in notes:
-        log.event("fallback", note=note)
-    watch = Watch()
-    for line in world.tell(log.start(step, metrics_bytes)):
-        watch.add(line["train/loss"], line["grad_norm"])
-    if log.resumed:
-        log.say(f"resumed after step {step}")
-    healthy = checkpoint.step_of(saved[0]) if saved else 0  # at most two are kept: the last healthy one, the last
-    writer = checkpoint.Sharded() if sharded else None
+# --- set-up ---
 
-    def save():
-        nonlocal healthy
-        here = [name for name, p in parameters.items() if not parallel.finite(p)]
-        for name, p in parameters.items():
-            moments = filter(torch.is_tensor, optimizer.state.get(p, {}).values())
-            here += [f"a moment of {name}"] * (not all(map(parallel.finite, moments)))
-        bad = world.agree(here)
+
+def build_optimizer(cfg: Config, model: GPT, group=None) -> Optimizer:
+    """The base optimizer, behind MSign or one of its controls if the run applies them. `group`: the processes that share its work."""
+    optimizer = rivals.build(cfg, mup.param_groups(model, cfg), model.named_parameters())
+    if not cfg.msign_period:
+        return optimizer
+    update = controls.update_of(cfg.msign_map, cfg.msign_backend, cfg.msign_below)
+    named = model.named_parameters()
+    try:
+        return MSign(
+            optimizer, named, cfg.msign_period, cfg.msign_targets, update=update, group=group, reset=cfg.msign_reset
+        )
+    except ValueError as error:
+        raise UserError(f"msign_targets = {cfg.msign_targets!r}: {error}") from error
+
+
+class Run:
+    """What a run is: its model, optimizer, data and record, and where it stands.
+
+    Building one refuses everything that can be refused, prints the plan, and writes nothing; `begin` opens the record.
+    step: the last step taken. healthy: the step of the last checkpoint before any sign of a collapse.
+    """
+
+    def __init__(self, cfg: Config):
+        if cfg.threads:
+            torch.set_num_threads(cfg.threads)
+        self.cfg = cfg
+        self.folder = Path(cfg.runs_dir) / cfg.name
+        self.train_data, self.val_data, notes = corpora.open_splits(cfg)
+        self.world = parallel.start(cfg)
+        self.device = self.world.device
+        self.how, announced = parallel.choose(cfg, self.world)
+        self.sharded = self.how == "fsdp" and self.world.size > 1
+        self.notes = notes + announced
+        self.model = parallel.build(cfg, self.world, self.sharded)
+        self.optimizer = build_optimizer(cfg, self.model, self.world.group)
+        self.accumulate = cfg.batch_size // cfg.micro_batch // self.world.size
+        self.step, self.healthy = 0, 0
+        self.log, self.watch = NoLog(), Watch()
+        if self.world.main:
+            announce(cfg, self.model, self.optimizer, self.train_data, self.world, self.sharded)
+
+    def begin(self) -> bool:
+        """Compile, open the record and go on from its last checkpoint. False when the run was finished before."""
+        cfg, world = self.cfg, self.world
+        matrices = [p for p in self.model.parameters() if p.ndim == 2]
+        self.arithmetic = machine.set_arithmetic(self.device, matrices)
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+        self.replica = parallel.Replica(self.model, world, self.sharded)
+        self.loss_of, compilation, announced = machine.compiled(
+            cfg, self.model, self.device, self.autocast, self.replica
+        )
+        self.arithmetic |= compilation
+        self.notes += announced
+        for note in self.notes if world.main else []:
+            print(f"WARNING {note}", file=sys.stderr)
+        self.log = world.on_main(lambda: RunLog(cfg, self.record()), otherwise=NoLog())
+        if world.tell(self.log.finished):
+            self.log.say(f"{self.folder}: already finished; nothing to resume")
+            return False
+        self.writer = checkpoint.Sharded() if self.sharded else None
+        self.restore()
+        probe, targets = (t.to(self.device) for t in (self.val_data or self.train_data).fixed_windows(cfg.probe_batch))
+        self.instruments = Instruments(
+            cfg, self.model, (probe, targets), lambda: parallel.whole(self.model, world), parallel.norms, self.autocast,
+            self.not_measured,
+        )  # fmt: skip
+        if cfg.msign_probe:
+            self.optimizer.observe = self.instruments.observe_msign
+        return True
+
+    def record(self) -> dict:
+        """What record.json says of this run besides its configuration, code and versions."""
+        cfg, data, gpu = self.cfg, self.train_data, self.device.type == "cuda"
+        return {
+            "data": {"folder": data.folder.name, "fingerprint": data.fingerprint(), "notes": self.notes, **data.meta},
+            "machine": {
+                "device": str(self.device), "threads": torch.get_num_threads(), "processor": platform.machine(),
+                "attention_kernel": machine.attention_kernel(cfg, self.device), "dtype": cfg.dtype,
+                "processes": self.world.size, "parallel": self.how if self.world.size > 1 else None, **self.arithmetic,
+                "gpu": torch.cuda.get_device_name(self.device) if gpu else None,
+            },
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+        }  # fmt: skip
+
+    def restore(self):
+        """Go on from the last checkpoint, if there is one, with the metrics that were logged until then."""
+        found = self.world.tell(checkpoint.checkpoints(self.folder) if self.log.resumed else [])
+        metrics_bytes = 0
+        if found:
+            state = checkpoint.load(found[-1], self.cfg.architecture, self.model, self.optimizer)
+            self.step, metrics_bytes = state["step"], state["metrics_bytes"]
+            self.healthy = checkpoint.step_of(found[0])  # at most two are kept: the last healthy one and the last
+        for note in self.notes:
+            self.log.event("fallback", note=note)
+        for line in self.world.tell(self.log.start(self.step, metrics_bytes)):
+            self.watch.add(line["train/loss"], line["grad_norm"])
+        if self.log.resumed:
+            self.log.say(f"resumed after step {self.step}")
+
+    def save(self):
+        """Write a checkpoint of this step, unless a weight or a moment is not finite: then the run has collapsed."""
+        bad = self.world.agree([name for name, tensor in self.tensors() if not parallel.finite(tensor)])
         if bad:
-            watch.not_finite(f"{bad[0]} is not finite")
+            self.watch.not_finite(f"{bad[0]} is not finite")
             return
-        healthy = healthy if watch.suspicious else step
-        about = {"architecture": architecture, "metrics_bytes": log.metrics_bytes()}
-        keep = {healthy, step}
-        if writer:
-            writer.save(folder, step, model, optimizer, about, lambda: checkpoint.prune(folder, keep))
-        elif world.main:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            checkpoint.save(folder, step, state | about)
+        self.healthy = self.healthy if self.watch.suspicious else self.step
+        about = {"architecture": self.cfg.architecture, "metrics_bytes": self.log.metrics_bytes()}
+        folder, keep = self.folder, {self.healthy, self.step}
+        if self.writer:
+            prune = lambda: checkpoint.prune(folder, keep)  # noqa: E731
+            self.writer.save(folder, self.step, self.model, self.optimizer, about, prune)
+        elif self.world.main:
+            state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+            checkpoint.save(folder, self.step, state | about)
             checkpoint.prune(folder, keep)
 
-    # --- the loop ---
-    accumulate = cfg.batch_size // cfg.micro_batch // world.size
-    parameters = dict(model.named_parameters())
-    clip_at = cfg.grad_clip if cfg.grad_clip and cfg.optimizer != "zclip" else float("inf")  # ZClip clips by itself
-    probe, probe_targets = (t.to(device) for t in (val_data or train_data).fixed_windows(cfg.probe_batch))
+    def tensors(self):
+        """(name, tensor) of every weight and of every moment."""
+        for name, p in self.model.named_parameters():
+            yield name, p
+            for moment in filter(torch.is_tensor, self.optimizer.state.get(p, {}).values()):
+                yield f"a moment of {name}", moment
 
-    def due(every: int) -> bool:
-        return bool(every) and step % every == 0
-
-    def draw(step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """This rank's micro-batches of a step, on their way to the device."""
-        x, y = map(world.share, train_data.batch(cfg.seed, step, cfg.batch_size))
-        if device.type == "cuda":
+    def draw(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        """This process's micro-batches of a step, each (micro_batch, block_size), on their way to the device."""
+        x, y = map(self.world.share, self.train_data.batch(self.cfg.seed, step, self.cfg.batch_size))
+        if self.device.type == "cuda":
             x, y = x.pin_memory(), y.pin_memory()
-        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        return list(zip(x.split(cfg.micro_batch), y.split(cfg.micro_batch), strict=True))
+        x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        return list(zip(x.split(self.cfg.micro_batch), y.split(self.cfg.micro_batch), strict=True))
 
-    def warn(text: str):
-        log.event("not measured", step=step, why=text)
-        log.say(f"step {step}: {text}")
+    def not_measured(self, why: str):
+        """Say and record that something could not be measured at this step."""
+        self.log.event("not measured", step=self.step, why=why)
+        self.log.say(f"step {self.step}: {why}")
 
-    def measured(each_layer: bool, every_block: bool, of_run: bool) -> dict[str, float]:
-        """What is measured on the whole model, by rank 0; the others wait."""
-        plain, found = parallel.whole(model, world), {}
-        try:
-            if plain is not None and not of_run:
-                found |= measure.weights(plain, False) | measure.activations(plain, probe, False, warn)
-                found |= measure.jacobians(plain, probe, False, warn)
-                return found
-            if plain is not None and due(cfg.probe_every):
-                found |= measure.weights(plain, each_layer)
-                found |= measure.activations(plain, probe, each_layer, warn, autocast)
-            if plain is not None and due(cfg.jacobian_every):
-                found |= measure.jacobians(plain, probe, True, warn, cfg.jacobian_positions)
-            if plain is not None and due(cfg.theory_every):
-                sides = theory.flat(plain, probe, probe_targets)
-                found |= {f"theory/{name}": value for name, value in sides.items()}
-        except torch.OutOfMemoryError as error:
-            warn(f"out of memory: {str(error).splitlines()[0]}")
-        return found
 
-    def around_msign(when: str):
-        found = measured(False, False, False)
-        metrics.update({f"{when}_msign/{k}": v for k, v in found.items()})
+# --- the loop ---
 
-    if cfg.msign_probe:
-        optimizer.observe = around_msign
-    batch, stop = draw(step + 1), False
-    with machine.chosen_kernel(cfg), Signals() as signals:
-        while step < cfg.max_steps and not stop:
-            step += 1
-            metrics = {}
-            # measured on the weights that this step's loss and gradient belong to, before they change
-            probing, each_layer = due(cfg.probe_every), due(cfg.layers_every)
-            if probing or due(cfg.jacobian_every) or due(cfg.theory_every):
-                metrics |= measured(each_layer, True, True)
-            if val_data and (step % cfg.eval_every == 0 or step == cfg.max_steps):
-                metrics["val/loss"] = evaluate(cfg, loss_of, autocast, val_data, world)
-                replica.reshard()
-            lr = cfg.lr_at(step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_mult"]
-            loss = torch.zeros((), device=device)
-            for i, (xs, ys) in enumerate(batch):
-                with replica.accumulating(last=i + 1 == accumulate):
-                    with autocast:
-                        part = loss_of(xs, ys) / accumulate
-                    part.backward()
-                loss += part.detach()
-            batch = draw(step + 1)  # while a GPU is still at work
-            if probing:
-                grads = parallel.norms({n: p.grad for n, p in parameters.items()})
-                metrics |= measure.norms("grad_norm", grads, each_layer)
-                before = {n: p.detach().clone() for n, p in parameters.items()}
-            grad_norm = parallel.clip_(list(parameters.values()), clip_at)
-            # the one moment of a step in which the host waits for the device, and for the other ranks
-            signalled = torch.tensor(float(signals.received is not None), device=device)
-            values = [*world.sum(torch.stack([loss / world.size, signalled])), grad_norm]
-            values = torch.stack(values).tolist()
-            stop = values[1] > 0
-            metrics = {"train/loss": values[0], "grad_norm": values[2], "lr": lr, **metrics}
-            watch.add(metrics["train/loss"], metrics["grad_norm"])
-            if watch.finite:
-                before_step = counts.copy()
-                try:
-                    optimizer.step()
-                except NonFiniteWeightError as error:
-                    watch.not_finite(str(error))
-                if due(cfg.msign_period):
-                    new = counts - before_step
-                    here = torch.tensor([float(new[key]) for key in ("fallbacks", "matrices")], device=device)
-                    metrics["msign/fallbacks"], metrics["msign/matrices"] = world.sum(here).tolist()
-                optimizer.zero_grad(set_to_none=True)
-                if probing:
-                    moved = parallel.norms({n: p.detach() - before[n] for n, p in parameters.items()})
-                    metrics |= measure.norms("update_norm", moved, each_layer)
-            log.log(step, metrics)
-            if watch.finite and (step == cfg.max_steps or (cfg.ckpt_every and step % cfg.ckpt_every == 0)):
-                save()
-            if watch.collapse and watch.collapse.noticed == step:
-                log.event("collapse", **dataclasses.asdict(watch.collapse))
-                log.say(f"{cfg.name}: {watch.collapse} (last healthy checkpoint: step {healthy})")
-            if not watch.finite:
-                break
-        if stop and watch.finite and step < cfg.max_steps:
-            save()
-            if writer:
-                writer.wait()
-            received = signals.received or signal.SIGTERM  # that another rank received
-            log.event("stopped", signal=received.name, step=step)
-            log.say(f"{received.name}: saved after step {step}; go on with --resume")
-            log.close()
-            return 128 + received
-    if writer:
-        writer.wait()
-    if not world.main:
-        return 0
 
-    # --- the end: finished, or collapsed to values that are not finite ---
-    lines = read_metrics(log.folder)
-    summary = {
-        "status": "finished" if watch.finite else "stopped: not finite",
-        "steps": step,
-        "collapse": watch.collapse and dataclasses.asdict(watch.collapse)
-        | {"lr_multiple": cfg.lr_at(watch.collapse.step) / cfg.lr, "last_healthy_checkpoint": healthy,
-           "onsets": str(find_onsets(lines, watch.collapse.step))},
-        "train/loss": final_loss([line["train/loss"] for line in lines]),
-        "val/loss": next((line["val/loss"] for line in reversed(lines) if "val/loss" in line), None),
-        "max_grad_norm": max(line["grad_norm"] or float("inf") for line in lines),
-        "tokens_per_second": log.tokens_per_second(step),
-        "peak_memory_gib": machine.peak_memory(device) / 2**30,
-    }  # fmt: skip
-    log.close(summary)
-    print(
-        f"{cfg.name}: {summary['status']} after step {step}; {watch.collapse or 'no collapse'}; record in {log.folder}"
-    )
-    return 0
+def loop(run: Run, signals: Signals) -> bool:
+    """Take steps until the last one, a value that is not finite, or a signal to any process. True if it was a signal."""
+    cfg, world, watch = run.cfg, run.world, run.watch
+    parameters = list(run.model.parameters())
+    clip_at = cfg.grad_clip if cfg.grad_clip and cfg.optimizer != "zclip" else float("inf")  # ZClip clips by itself
+    batch = run.draw(run.step + 1)
+    while run.step < cfg.max_steps:
+        run.step += 1
+        # measured on the weights that this step's loss and gradient belong to, before they change
+        metrics = run.instruments.before_step(run.step)
+        if run.val_data and (due(cfg.eval_every, run.step) or run.step == cfg.max_steps):
+            metrics["val/loss"] = evaluate(run)
+        lr = cfg.lr_at(run.step)
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr * group["lr_mult"]
+        loss = forward_backward(run, batch)
+        batch = run.draw(run.step + 1)  # while a GPU is still at work
+        metrics |= run.instruments.gradients(run.step)
+        grad_norm = parallel.clip_(parameters, clip_at)
+        # the one moment of a step in which the host waits for the device, and for the other ranks
+        signalled = torch.tensor(float(signals.received is not None), device=run.device)
+        sums = world.sum(torch.stack([loss / world.size, signalled]))
+        loss, signalled, grad_norm = torch.stack([*sums, grad_norm]).tolist()
+        watch.add(loss, grad_norm)
+        if watch.finite:
+            metrics |= update(run)
+        run.log.log(run.step, {"train/loss": loss, "grad_norm": grad_norm, "lr": lr, **metrics})
+        if watch.finite and (run.step == cfg.max_steps or due(cfg.ckpt_every, run.step)):
+            run.save()
+        if watch.collapse and watch.collapse.noticed == run.step:
+            run.log.event("collapse", **dataclasses.asdict(watch.collapse))
+            run.log.say(f"{cfg.name}: {watch.collapse} (last healthy checkpoint: step {run.healthy})")
+        if signalled or not watch.finite:
+            return bool(signalled) and watch.finite and run.step < cfg.max_steps
+    return False
+
+
+def forward_backward(run: Run, batch: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The mean loss of this process's micro-batches, nats per token; leaves the gradient of all processes' mean in .grad."""
+    loss = torch.zeros((), device=run.device)
+    for i, (x, y) in enumerate(batch):
+        with run.replica.accumulating(last=i + 1 == run.accumulate):
+            with run.autocast:
+                part = run.loss_of(x, y) / run.accumulate
+            part.backward()
+        loss += part.detach()
+    return loss
+
+
+def update(run: Run) -> dict[str, float]:
+    """Take the optimizer's step, MSign's application included. Returns what was measured of it."""
+    metrics, before = {}, counts.copy()
+    try:
+        run.optimizer.step()
+    except NonFiniteWeightError as error:
+        run.watch.not_finite(str(error))
+    if due(run.cfg.msign_period, run.step):
+        new = counts - before
+        here = torch.tensor([float(new[key]) for key in ("fallbacks", "matrices")], device=run.device)
+        metrics["msign/fallbacks"], metrics["msign/matrices"] = run.world.sum(here).tolist()
+    run.optimizer.zero_grad(set_to_none=True)
+    return run.instruments.updates(run.step) | metrics
 
 
 @torch.no_grad()
-def evaluate(cfg: Config, loss_of, autocast, data: TokenFiles, world: parallel.World) -> float:
-    """Mean loss over eval_batches micro-batches of fixed windows, which the ranks share."""
-    x, y = data.fixed_windows(cfg.eval_batches * cfg.micro_batch)
+def evaluate(run: Run) -> float:
+    """Mean loss over eval_batches micro-batches of fixed windows, which the processes share; nats per token."""
+    cfg, world = run.cfg, run.world
+    x, y = run.val_data.fixed_windows(cfg.eval_batches * cfg.micro_batch)
     batches = list(zip(x.split(cfg.micro_batch), y.split(cfg.micro_batch), strict=True))
-    total = torch.zeros((), device=world.device)
+    total = torch.zeros((), device=run.device)
     for i in range(0, cfg.eval_batches, world.size):
         mine = i + world.rank
-        xs, ys = batches[min(mine, cfg.eval_batches - 1)]  # a sharded model needs all ranks to pass through it
-        with autocast:
-            loss = loss_of(xs.to(world.device), ys.to(world.device))
+        x, y = batches[min(mine, cfg.eval_batches - 1)]  # a sharded model needs all ranks to pass through it
+        with run.autocast:
+            loss = run.loss_of(x.to(run.device), y.to(run.device))
         total += loss if mine < cfg.eval_batches else 0
+    run.replica.reshard()
     return world.sum(total).item() / cfg.eval_batches
 
 
+# --- the end ---
+
+
+def stop(run: Run, received: signal.Signals) -> int:
+    """Save a run that a signal stopped. Returns the exit code."""
+    run.save()
+    if run.writer:
+        run.writer.wait()
+    run.log.event("stopped", signal=received.name, step=run.step)
+    run.log.say(f"{received.name}: saved after step {run.step}; go on with --resume")
+    run.log.close()
+    return 128 + received
+
+
+def end(run: Run) -> int:
+    """Write the summary of a run that took its last step, or that met a value that is not finite. Returns the exit code."""
+    if run.writer:
+        run.writer.wait()
+    if not run.world.main:
+        return 0
+    cfg, watch, collapse = run.cfg, run.watch, run.watch.collapse
+    lines = read_metrics(run.folder)
+    if collapse:
+        collapse_summary = dataclasses.asdict(collapse) | {
+            "lr_multiple": cfg.lr_at(collapse.step) / cfg.lr,
+            "last_healthy_checkpoint": run.healthy,
+            "onsets": str(find_onsets(lines, collapse.step)),
+        }
+    summary = {
+        "status": "finished" if watch.finite else "stopped: not finite",
+        "steps": run.step,
+        "collapse": collapse_summary if collapse else None,
+        "train/loss": final_loss([line["train/loss"] for line in lines]),
+        "val/loss": next((line["val/loss"] for line in reversed(lines) if "val/loss" in line), None),
+        "max_grad_norm": max(line["grad_norm"] or float("inf") for line in lines),
+        "tokens_per_second": run.log.tokens_per_second(run.step),
+        "peak_memory_gib": machine.peak_memory(run.device) / 2**30,
+    }
+    run.log.close(summary)
+    outcome = collapse or "no collapse"
+    print(f"{cfg.name}: {summary['status']} after step {run.step}; {outcome}; record in {run.folder}")
+    return 0
+
+
 def main() -> int:
-    code = None
-    try:
-        code = train(load_config(sys.argv[1:]))
-        return code
-    finally:
-        parallel.finish(in_order=code is not None)
+    code = train(load_config(sys.argv[1:]))
+    parallel.finish()
+    return code
 
 
 if __name__ == "__main__":
-    # torchrun then shows the error of the rank that failed first
-    run_cli(record(main) if "TORCHELASTIC_RUN_ID" in os.environ else main, "train.py")
+    # torchrun shows the error of the rank that failed first
+    run_cli(record(main) if "TORCHELASTIC_RUN_ID" in os.environ else main, "train.py", parallel.leave)

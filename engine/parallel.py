@@ -4,8 +4,10 @@ torchrun tells every process its rank. DDP keeps the whole model on each; FSDP2 
 rows. What is logged does not depend on how many processes there are, but for rounding.
 """
 
+import atexit
 import os
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -111,12 +113,27 @@ def start(cfg: Config) -> World:
     return World(rank, size, device)
 
 
-def finish(in_order: bool):
-    """Leave the process group; in good order all ranks do so together, or gloo may abort on a connection that closed first."""
+def finish():
+    """Leave the process group, all ranks together: gloo may abort on a connection that another rank has closed."""
     if dist.is_initialized():
-        if in_order:
-            dist.barrier()
+        dist.barrier()
         dist.destroy_process_group()
+
+
+def leave(code: int):
+    """End this process with an exit code; one of several processes ends without taking the interpreter down.
+
+    gloo's worker threads outlive `destroy_process_group`, since DTensor's caches keep the device mesh and it the group. A
+    worker that lets go of a tensor needs the interpreter's lock. If Python is being finalised by then, it ends the thread
+    instead, and C++ aborts the process: "terminate called without an active exception". Nor can a rank that fails wait for
+    NCCL, in which the others may be blocked: torchrun stops them once this process has gone.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def choose(cfg: Config, world: World, total_memory: int | None = None) -> tuple[str, list[str]]:
@@ -210,13 +227,17 @@ def whole(model: GPT, world: World) -> GPT | None:
     return copy
 
 
-def norms(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, DTensors replaced by one number each, their norm: probes.norms then needs no shards."""
-    if not any(isinstance(x, DTensor) for x in tensors.values()):
-        return dict(tensors)
-    squares = torch.stack([(x.to_local() if isinstance(x, DTensor) else x).norm().square() for x in tensors.values()])
-    dist.all_reduce(squares)
-    return dict(zip(tensors, squares.sqrt().unbind(), strict=True))
+def norms(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """‖·‖_F of every (name, tensor) by name, of whole tensors where they are sharded; of a generator, one at a time."""
+    own, sharded = {}, False
+    for name, x in tensors:
+        sharded |= isinstance(x, DTensor)
+        own[name] = (x.to_local() if isinstance(x, DTensor) else x).norm()
+    if sharded:
+        squares = torch.stack(list(own.values())).square()
+        dist.all_reduce(squares)
+        own = dict(zip(own, squares.sqrt().unbind(), strict=True))
+    return own
 
 
 def clip_(parameters: list[nn.Parameter], limit: float) -> Tensor:

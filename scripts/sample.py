@@ -17,7 +17,6 @@ from config import FIELDS, Config, Number, Parser, UserError, run_cli
 from data.tokenizer import get_tokenizer
 from engine import checkpoint, machine
 from model import GPT
-from train import ARCHITECTURE
 
 
 @torch.no_grad()
@@ -51,7 +50,7 @@ def open_model(path: Path, device: torch.device) -> tuple[GPT, dict]:
         raise UserError(f"{path}: no such checkpoint; there is {', '.join(p.name for p in saved)}")
     cfg = Config(**{key: value for key, value in record["config"].items() if key in FIELDS})
     model = GPT(cfg)
-    checkpoint.load_weights(path, {name: getattr(cfg, name) for name in ARCHITECTURE}, model)
+    checkpoint.load_weights(path, cfg.architecture, model)
     return model.to(device).eval(), record
 
 

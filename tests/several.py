@@ -15,7 +15,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import msign
 import train
-from config import load_config
+from config import load_config, run_cli
 from engine import budget, parallel
 
 
@@ -96,10 +96,15 @@ def refusals() -> dict:
     return out
 
 
-if __name__ == "__main__":
+def main() -> int:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     result = globals()[sys.argv[1]](*map(json.loads, sys.argv[2:]))
     if dist.get_rank() == 0:
         print("RESULT " + json.dumps(result))
-    parallel.finish(in_order=True)
+    parallel.finish()
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main, "several.py", parallel.leave)

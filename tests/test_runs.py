@@ -148,7 +148,7 @@ def offline(folder, monkeypatch, parts):
     def read_wandb(path):
         return {"name": path.stem, "seed": 3}, parts[path.relative_to(folder).with_suffix("").as_posix()]
 
-    monkeypatch.setattr("runlog.read_wandb", read_wandb)
+    monkeypatch.setattr("engine.runlog.read_wandb", read_wandb)
 
 
 def test_an_offline_wandb_run_is_a_run(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ import torch
 import mup
 import train
 from config import load_config
+from data.reader import TokenFiles
 from engine import checkpoint
 from model import GPT
 from tests.conftest import ROOT, command, refused, run, small
@@ -110,7 +111,7 @@ def test_logged_values_are_those_of_a_plain_loop(in_process):
     """Loss, pre-clip gradient norm and learning rate against a loop written without train.py."""
     _, folder = in_process("--grad_clip=0.5")
     cfg = small(grad_clip=0.5)
-    data = train.TokenFiles(json.loads((folder / "record.json").read_text())["config"]["dataset"], "train", 8, 256)
+    data = TokenFiles(json.loads((folder / "record.json").read_text())["config"]["dataset"], "train", 8, 256)
     model = GPT(cfg)
     mup.init_weights(model, cfg)
     optimizer = torch.optim.AdamW(mup.param_groups(model, cfg), betas=(0.9, 0.95), eps=1e-8)
@@ -288,7 +289,7 @@ def test_a_value_that_is_not_finite_ends_the_run_in_good_order(in_process):
 
 def test_the_last_healthy_checkpoint_outlives_a_collapse(in_process, monkeypatch):
     for name, value in dict(WINDOW=4, RISE=0.3, STAYS=8).items():
-        monkeypatch.setattr(f"collapse.{name}", value)
+        monkeypatch.setattr(f"stability.collapse.{name}", value)
     losses = []
 
     def loss_that_rises(self, *batch, loss=GPT.forward):  # a real collapse comes at another step on another processor

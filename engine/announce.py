@@ -1,0 +1,47 @@
+"""What is printed before a run: its model, its groups of parameters, its data, a step, its memory, its schedule."""
+
+import mup
+from config import Config
+from data.reader import TokenFiles
+from engine import budget
+from engine.parallel import World
+from model import GPT
+
+
+def announce(cfg: Config, model: GPT, optimizer, train: TokenFiles, world: World, sharded: bool):
+    """Print the plan of a run that is about to start."""
+    print(f"{cfg.name}: {cfg.n_layer} layers, d {cfg.d_model}, {cfg.n_head} heads on {world.device}, {cfg.dtype}")
+    if world.size > 1:
+        how = "the model sharded (FSDP2)" if sharded else "each with the whole model (DDP)"
+        print(f"  {world.size} processes, {how}")
+    numel: dict[str, int] = {}
+    for name, p in model.named_parameters():
+        numel[mup.role_of(name)] = numel.get(mup.role_of(name), 0) + p.numel()
+    active = f" ({sum(map(model.active, model.parameters())):,} a token)" if cfg.n_experts else ""
+    roles = ", ".join(f"{role} {count:,}" for role, count in numel.items())
+    print(f"  parameters {sum(numel.values()):,}{active}: {roles}")
+    for group in optimizer.param_groups:
+        print(f"  lr × {group['lr_mult']:<4g} decay {group['weight_decay']:<6g} {', '.join(group['roles'])}")
+    print(f"  data {cfg.dataset if train.folder.name == cfg.dataset else train.folder}: {len(train):,} tokens")
+    accumulate = cfg.batch_size // cfg.micro_batch // world.size
+    ranks = f"{world.size} × " if world.size > 1 else ""
+    batch = f"{ranks}{accumulate} × {cfg.micro_batch} × {cfg.block_size}"
+    flops = model.flops_per_token() * cfg.tokens_per_step
+    print(f"  a step: {cfg.tokens_per_step:,} tokens = {batch}, {flops:.3g} FLOPs")
+    memory = budget.Memory.of(cfg, world.size, sharded).total / 2**30
+    print(f"  memory ≈ {memory:.2f} GiB (weights, gradients, moments, one micro-batch's activations)")
+    peak = f"peak lr {cfg.peak_lr:g} = {cfg.lr_scale:g} × {cfg.lr:g}"
+    print(f"  {cfg.max_steps:,} steps, {cfg.schedule} schedule, {peak}")
+    if cfg.warmup_steps >= cfg.max_steps:
+        print(f"  NOTE: the warm-up ({cfg.warmup_steps:,} steps) outlasts the run; the peak rate is never held")
+    print(f"  {intervention(cfg, optimizer)}")
+
+
+def intervention(cfg: Config, optimizer) -> str:
+    """What is done to the weights besides the optimizer's step, in words."""
+    if not cfg.msign_period:
+        return f"plain {'AdamW' if cfg.optimizer == 'adamw' else cfg.optimizer}"
+    what = {"sign": "MSign", "zero": "set to zero"}.get(cfg.msign_map, f"control: {cfg.msign_map}")
+    which = f", stable rank below {cfg.msign_below:g}" if cfg.msign_below else ""
+    matrices = f"{len(optimizer.params)} matrices ({cfg.msign_targets}{which})"
+    return f"{what} every {cfg.msign_period} steps on {matrices}"

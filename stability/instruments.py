@@ -1,0 +1,91 @@
+"""Every measurement that a training run takes, at its cadence, as {name: value} for the log."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from config import Config, due
+from model import GPT
+from stability import metrics, theory
+
+
+class Instruments:
+    """The measurements of one run, on a fixed probe batch; they change no weight, no gradient, no random state.
+
+    model: the model in training, perhaps sharded. whole: returns the same model with whole weights on the process that
+    measures, None on the others; all processes call it together. norms: turns (name, tensor) pairs into {name: ‖·‖_F}, over
+    all processes. probe: inputs and targets, each (probe_batch, block_size). warn: is told what could not be measured.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        model: GPT,
+        probe: tuple[Tensor, Tensor],
+        whole: Callable[[], GPT | None],
+        norms: Callable[[Iterable[tuple[str, Tensor]]], Mapping[str, Tensor]],
+        autocast,
+        warn: Callable[[str], None],
+    ):
+        self.cfg, self.whole, self.norms, self.autocast, self.warn = cfg, whole, norms, autocast, warn
+        self.parameters = dict(model.named_parameters())
+        self.tokens, self.targets = probe
+        self.weights_before: dict[str, Tensor] = {}
+        self.around_msign: dict[str, float] = {}
+
+    def before_step(self, step: int) -> dict[str, float]:
+        """What is due at `step`, of the weights that its loss and gradient belong to."""
+        cfg, tokens, warn = self.cfg, self.tokens, self.warn
+        each_layer = due(cfg.layers_every, step)
+        taken = []
+        if due(cfg.probe_every, step):
+            taken.append(lambda model: metrics.weights(model, each_layer))
+            taken.append(lambda model: metrics.activations(model, tokens, each_layer, warn, self.autocast))
+        if due(cfg.jacobian_every, step):
+            taken.append(lambda model: metrics.jacobians(model, tokens, True, warn, cfg.jacobian_positions))
+        if due(cfg.theory_every, step):
+            taken.append(self._theorems)
+        return self._measure(taken)
+
+    def gradients(self, step: int) -> dict[str, float]:
+        """grad_norm/…, before clipping; and remembers the weights, for `updates`."""
+        if not due(self.cfg.probe_every, step):
+            return {}
+        self.weights_before = {name: p.detach().clone() for name, p in self.parameters.items()}
+        found = self.norms((name, p.grad) for name, p in self.parameters.items())
+        return metrics.norms("grad_norm", found, due(self.cfg.layers_every, step))
+
+    def updates(self, step: int) -> dict[str, float]:
+        """update_norm/… of the step just taken, and what was measured around MSign's application in it."""
+        found, self.around_msign = self.around_msign, {}
+        if self.weights_before:
+            # one difference at a time, and no copy survives the step: a second and third model would not fit beside a large one
+            moved = ((name, p.detach() - self.weights_before.pop(name)) for name, p in self.parameters.items())
+            found |= metrics.norms("update_norm", self.norms(moved), due(self.cfg.layers_every, step))
+        return found
+
+    def observe_msign(self, when: str):
+        """Measure right "before" or "after" an application; `updates` returns it, named before_msign/… and after_msign/…"""
+        found = self._measure([
+            lambda model: metrics.weights(model, False),
+            lambda model: metrics.activations(model, self.tokens, False, self.warn),
+            lambda model: metrics.jacobians(model, self.tokens, False, self.warn),
+        ])  # fmt: skip
+        self.around_msign |= {f"{when}_msign/{name}": value for name, value in found.items()}
+
+    def _theorems(self, model: GPT) -> dict[str, float]:
+        sides = theory.flat(model, self.tokens, self.targets)
+        return {f"theory/{name}": value for name, value in sides.items()}
+
+    def _measure(self, taken: list[Callable[[GPT], dict[str, float]]]) -> dict[str, float]:
+        """All measurements `taken`, by the process that holds the whole model; the others wait for it."""
+        found, model = {}, self.whole() if taken else None
+        if model is None:
+            return found
+        try:
+            for measure in taken:
+                found |= measure(model)
+        except torch.OutOfMemoryError as error:
+            self.warn(f"out of memory: {str(error).splitlines()[0]}")
+        return found
