@@ -1,8 +1,16 @@
 """Shared helpers: small configurations, corpora on disk, and train.py in a subprocess."""
 
+import io
+import multiprocessing
 import os
+import runpy
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +30,24 @@ SMALL = dict(
 )  # fmt: skip
 
 
+def pytest_configure(config):
+    """Everything temporary goes to one folder of this run of the tests, which goes with it: torchrun, for one, leaves its own behind.
+
+    What torch.compile has compiled is kept from run to run.
+    """
+    if not hasattr(config, "workerinput"):  # the process that starts the workers, which inherit its environment
+        folder = tempfile.mkdtemp(prefix="msign-")
+        os.environ["TMPDIR"], tempfile.tempdir = folder, folder
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".pytest_cache" / "torchinductor"))
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
 @pytest.fixture(autouse=True)
 def default_arithmetic():
     """What machine.set_arithmetic chooses holds for the whole process; no test leaves it to the next."""
+    threads = torch.get_num_threads()
     yield
+    torch.set_num_threads(threads)
     torch.set_flush_denormal(False)
     torch.backends.mkldnn.matmul.fp32_precision = "none"
 
@@ -70,15 +92,96 @@ def command(*args) -> list[str]:
     return [sys.executable, str(ROOT / args[0]), *map(str, args[1:])]
 
 
+# importing PyTorch takes longer than most of what is tested: one server a worker does it once, and is forked
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.conftest", "train", "analysis.figures"])
+
+
+def _as_script(words: list[str], cwd: str, env: dict[str, str], output: tuple[str, str]):
+    """In the forked process: be `python words`."""
+    for descriptor, path in zip((1, 2), output, strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    sys.path.insert(0, str(Path(words[0]).parent))
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def start(*args, cwd=ROOT, output=(os.devnull, os.devnull), **env) -> multiprocessing.Process:
+    """A script of the repository, as `python script …` starts it, but forked from a process that has imported PyTorch."""
+    words = [str(ROOT / args[0]), *map(str, args[1:])]
+    process = FORKS.Process(
+        target=_as_script, args=(words, str(cwd), {**os.environ, "OMP_NUM_THREADS": "1", **env}, output)
+    )
+    process.start()
+    return process
+
+
+def finished(processes: dict[multiprocessing.Process, str], timeout: float) -> list[subprocess.CompletedProcess]:
+    """How processes ended whose output goes to <path>.out and <path>.err. All are killed when the time is up."""
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0, deadline - time.monotonic()))
+    late = [process for process in processes if process.is_alive()]
+    for process in late:
+        process.kill()
+    said = [[Path(path + ending).read_text() for ending in (".out", ".err")] for path in processes.values()]
+    assert not late, f"still running after {timeout} s: {said}"
+    return [
+        subprocess.CompletedProcess([], process.exitcode, *texts)
+        for process, texts in zip(processes, said, strict=True)
+    ]
+
+
 def run(*args, cwd=ROOT, timeout=300, **env) -> subprocess.CompletedProcess:
-    """A script of the repository as a user would call it."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run(command(*args), cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment)
+    """`start`, its end and its output."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/0"
+        (done,) = finished({start(*args, cwd=cwd, output=(path + ".out", path + ".err"), **env): path}, timeout)
+    return done
 
 
-def refused(*args, says: str, **kwargs):
+def ranks(size: int, *args, timeout=300, **env) -> list[subprocess.CompletedProcess]:
+    """A script on several processes that find each other as torchrun's do; what each said, rank by rank."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    together = {"WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
+    with tempfile.TemporaryDirectory() as folder:
+        processes = {}
+        for rank in range(size):
+            path = f"{folder}/{rank}"
+            environment = {k: str(v) for k, v in {**together, "RANK": rank, "LOCAL_RANK": rank, **env}.items()}
+            processes[start(*args, output=(path + ".out", path + ".err"), **environment)] = path
+        return finished(processes, timeout)
+
+
+def here(script, *args, **env) -> subprocess.CompletedProcess:
+    """A script of the repository (or, after "-m", a module) in this process, with its command line, output and exit code."""
+    words = ["-m", *args] if script == "-m" else [script, *args]
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "path", [str(ROOT), *sys.path])
+        patch.chdir(ROOT)
+        for name, value in env.items():
+            patch.setenv(name, value)
+        try:
+            if script == "-m":
+                patch.setattr(sys, "argv", list(map(str, args)))
+                runpy.run_module(str(args[0]), run_name="__main__", alter_sys=True)
+            else:
+                patch.setattr(sys, "argv", list(map(str, words)))
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as left:
+            code = left.code or 0
+    return subprocess.CompletedProcess(list(map(str, words)), code, out.getvalue(), err.getvalue())
+
+
+def refused(*args, says: str, call=here, **env):
     """Assert that the call exits with code 2 and one line on stderr that contains `says`."""
-    done = run(*args, **kwargs)
+    done = call(*args, **env)
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert says in done.stderr, done.stderr

@@ -56,5 +56,5 @@ def test_what_is_not_a_run_is_refused(adamw, tmp_path):
 
 def test_runs_of_which_nothing_can_be_drawn_are_refused(tmp_path):
     short = made_up(tmp_path / "short", [2.0] * 3)
-    refused("scripts/plot.py", short, cwd=tmp_path, says="none of the figures can be drawn from these runs")
+    refused("scripts/plot.py", short, call=run, cwd=tmp_path, says="none of the figures can be drawn from these runs")
     assert not (tmp_path / "figures").exists()

@@ -22,7 +22,7 @@ from config import load_config
 from data.reader import TokenFiles
 from engine import checkpoint
 from model import GPT
-from tests.conftest import ROOT, command, refused, run, small
+from tests.conftest import ROOT, command, refused, run, small, start
 
 
 def lines_of(folder):
@@ -337,23 +337,21 @@ def test_killed_at_any_moment_and_resumed_is_bitwise_the_same(config_file, tmp_p
     folder, kills = tmp_path / "runs" / "killed", 0
     while not (folder / "summary.json").exists():
         assert kills < 60
-        process = subprocess.Popen(
-            command("train.py", *arguments, "--name=killed", "--resume"), stdout=subprocess.DEVNULL
-        )
+        process = start("train.py", *arguments, "--name=killed", "--resume")
         before = lines_of(folder) if (folder / "metrics.jsonl").exists() else ""
         deadline = time.time() + 120
         # let it start and get a few steps further before the clock of its death starts
-        while process.poll() is None and time.time() < deadline:
+        while process.is_alive() and time.time() < deadline:
             now = lines_of(folder) if (folder / "metrics.jsonl").exists() else ""
             if len(now) > len(before) + 1000:
                 break
             before = min(before, now, key=len)
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.15))
-        if process.poll() is None:
+        if process.is_alive():
             process.kill()
             kills += 1
-        process.wait()
+        process.join()
     assert kills >= 2
     whole = tmp_path / "runs" / "whole"
     assert lines_of(whole) == lines_of(folder)
@@ -440,7 +438,7 @@ def test_a_full_disk_is_one_line_and_what_was_saved_survives(config_file, tmp_pa
     assert ("File too large" in done.stderr) or ("cannot be written" in done.stderr)
     assert [p.name for p in folder.glob("ckpt*")] == [saved.name]
     assert saved.read_bytes() == before
-    assert subprocess.run(go_on, capture_output=True, timeout=120).returncode == 0
+    assert run("train.py", config_file, "--max_steps=400", "--resume").returncode == 0
 
 
 def test_fallback_is_loud_and_recorded(tmp_path, config_file, monkeypatch):
@@ -488,7 +486,7 @@ def test_wandb_that_cannot_be_reached_is_announced_and_online_refused(config_fil
     assert done.returncode == 0, done.stderr
     assert "W&B cannot be reached" in done.stdout
     assert "wandb offline" in (tmp_path / "runs" / "small" / "events.jsonl").read_text()
-    refused("train.py", config_file, "--wandb=online", "--name=x", says="wandb = 'online'", **key)
+    refused("train.py", config_file, "--wandb=online", "--name=x", says="wandb = 'online'", call=run, **key)
     assert not (tmp_path / "runs" / "x").exists()
 
 
