@@ -12,6 +12,7 @@ import os
 import platform
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -149,27 +150,19 @@ class Run:
 
     def save(self):
         """Write a checkpoint of this step, unless a weight or a moment is not finite: then the run has collapsed."""
-        bad = self.world.agree([name for name, tensor in self.tensors() if not parallel.finite(tensor)])
-        if bad:
-            self.watch.not_finite(f"{bad[0]} is not finite")
+        if bad := parallel.not_finite(self.model, self.optimizer, self.world):
+            self.watch.not_finite(f"{bad} is not finite")
             return
         self.healthy = self.healthy if self.watch.suspicious else self.step
         about = {"architecture": self.cfg.architecture, "metrics_bytes": self.log.metrics_bytes()}
         folder, keep = self.folder, {self.healthy, self.step}
         if self.writer:
-            prune = lambda: checkpoint.prune(folder, keep)  # noqa: E731
+            prune = partial(checkpoint.prune, folder, keep)
             self.writer.save(folder, self.step, self.model, self.optimizer, about, prune)
         elif self.world.main:
             state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
             checkpoint.save(folder, self.step, state | about)
             checkpoint.prune(folder, keep)
-
-    def tensors(self):
-        """(name, tensor) of every weight and of every moment."""
-        for name, p in self.model.named_parameters():
-            yield name, p
-            for moment in filter(torch.is_tensor, self.optimizer.state.get(p, {}).values()):
-                yield f"a moment of {name}", moment
 
     def draw(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """This process's micro-batches of a step, each (micro_batch, block_size), on their way to the device."""
@@ -291,16 +284,16 @@ def end(run: Run) -> int:
         return 0
     cfg, watch, collapse = run.cfg, run.watch, run.watch.collapse
     lines = read_metrics(run.folder)
-    if collapse:
-        collapse_summary = dataclasses.asdict(collapse) | {
-            "lr_multiple": cfg.lr_at(collapse.step) / cfg.lr,
-            "last_healthy_checkpoint": run.healthy,
-            "onsets": str(find_onsets(lines, collapse.step)),
-        }
     summary = {
         "status": "finished" if watch.finite else "stopped: not finite",
         "steps": run.step,
-        "collapse": collapse_summary if collapse else None,
+        "collapse": collapse
+        and {
+            **dataclasses.asdict(collapse),
+            "lr_multiple": cfg.lr_at(collapse.step) / cfg.lr,
+            "last_healthy_checkpoint": run.healthy,
+            "onsets": str(find_onsets(lines, collapse.step)),
+        },
         "train/loss": final_loss([line["train/loss"] for line in lines]),
         "val/loss": next((line["val/loss"] for line in reversed(lines) if "val/loss" in line), None),
         "max_grad_norm": max(line["grad_norm"] or float("inf") for line in lines),

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 import mup
 from config import Config, UserError
@@ -173,6 +174,16 @@ def build(cfg: Config, world: World, sharded: bool) -> GPT:
 def finite(p: Tensor) -> bool:
     """Whether what this rank has of p is finite."""
     return bool(torch.isfinite(p.to_local() if isinstance(p, DTensor) else p).all())
+
+
+def not_finite(model: nn.Module, optimizer: Optimizer, world: World) -> str | None:
+    """The first weight, or weight whose moments, some rank finds not to be finite, in words; None if all are."""
+    found = []
+    for name, p in model.named_parameters():
+        moments = filter(torch.is_tensor, optimizer.state.get(p, {}).values())
+        found += [] if finite(p) else [name]
+        found += [] if all(map(finite, moments)) else [f"a moment of {name}"]
+    return next(iter(world.agree(found)), None)
 
 
 @torch.no_grad()

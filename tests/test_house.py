@@ -85,3 +85,33 @@ def test_no_code_from_data_and_no_shell_strings(path):
         assert name != "exec" or path.name == "config.py"
         assert options.get("shell", "False") == "False" and options.get("allow_pickle", "False") == "False"
         assert name != "torch.load" or options.get("weights_only") == "True"
+
+
+def functions(path):
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+
+
+def length(node) -> int:
+    return node.end_lineno - node.lineno + 1
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_functions_are_short_and_keep_to_their_own_variables(path):
+    assert [node.name for node in functions(path) if length(node) > 80] == []
+    assert not any(isinstance(node, ast.Nonlocal | ast.Global) for node in ast.walk(ast.parse(path.read_text())))
+
+
+def test_the_driver_is_read_in_one_sitting():
+    path = ROOT / "train.py"
+    assert len(path.read_text().splitlines()) <= 300
+    (loop,) = (node for node in functions(path) if node.name == "loop")
+    assert length(loop) <= 60
+
+
+def test_the_front_page_is_short_and_no_line_of_prose_is_long():
+    """Python's lines are ruff's to check; a table's row and a link cannot be broken."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md"), *ROOT.glob("results/*.md")]
+    for page in pages:
+        for number, line in enumerate(page.read_text().splitlines(), 1):
+            assert len(line) <= 120 or line.lstrip().startswith("|") or "](" in line, f"{page.name}:{number}"
