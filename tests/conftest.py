@@ -1,7 +1,7 @@
 """Shared helpers: small configurations, corpora on disk, and train.py in a subprocess."""
 
 import io
-import multiprocessing
+import multiprocessing.util
 import os
 import runpy
 import shutil
@@ -39,7 +39,7 @@ def pytest_configure(config):
         folder = tempfile.mkdtemp(prefix="msign-")
         os.environ["TMPDIR"], tempfile.tempdir = folder, folder
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".pytest_cache" / "torchinductor"))
-        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        multiprocessing.util.Finalize(None, shutil.rmtree, (folder, True), exitpriority=-1000)  # after its own folder there
 
 
 @pytest.fixture(autouse=True)
