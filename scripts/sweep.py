@@ -272,11 +272,11 @@ def slots(todo: list[Point], workers: int | None) -> list[dict[str, str]]:
 
 def prepare(todo: list[Point]):
     """Write the embedded corpora that are needed, before several runs would at once."""
-    from train import open_data
+    from data.corpora import open_splits
 
     for cfg in {(p.cfg.dataset, p.cfg.fallback): p.cfg for p in todo}.values():
         with contextlib.suppress(UserError):  # the run will say so
-            open_data(cfg)
+            open_splits(cfg)
 
 
 def run(todo: list[Point], grid: list[Point], workers: list[dict[str, str]]):
