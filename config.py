@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import re
 import shutil
 import sys
 import tempfile
@@ -28,7 +29,7 @@ class UserError(Exception):
 
 
 def run_cli(main, prog: str):
-    """Run `main()` and exit. Bad input and a disk that refuses are one line on stderr and exit code 2; Ctrl-C is 130."""
+    """Run `main()` and exit. Bad input or a full disk is one line on stderr and exit code 2; Ctrl-C is 130."""
     try:
         sys.exit(main())
     except (UserError, OSError) as error:
@@ -169,7 +170,7 @@ class Config:
         "attention", "MSign", "attention | mlp | blocks | matrix names or patterns, comma-separated (W_V,W_O)")
     msign_backend: Literal["auto", "eigh", "svd", "polar"] = opt(
         "auto", "MSign",
-        "auto = polar on CUDA, else eigh | eigh = fp64 Gram matrix | svd = fp32, the paper's letter | polar = fp32 products")
+        "auto = polar on CUDA, else eigh | eigh = fp64 Gram matrix | svd = fp32, the paper's | polar = fp32 products")
     msign_map: Literal["sign", "zero", "scale", "clip", "soft", "random"] = opt(
         "sign", "MSign",
         "replace W by its norm-restored sign | a control (controls.py): 0, W at the sign's spectral norm, "
@@ -260,6 +261,9 @@ class Config:
         yield one_copy, "parallel", f"ddp or auto with optimizer={self.optimizer!r}"
         a_name = self.name == Path(self.name).name and self.name not in (".", "..")
         yield a_name and len(self.name.encode()) <= 200, "name", "a single folder name of at most 200 bytes"
+        for name in ("dataset", "fallback", "runs_dir"):
+            longest = max(len(part.encode()) for part in re.split("[/,]", getattr(self, name)))
+            yield longest <= 255, name, "a path whose parts have at most 255 bytes each"
 
     @property
     def architecture(self) -> dict:
@@ -311,8 +315,8 @@ def check_type(f: dataclasses.Field, value):
         holds, right = type(value) is bool, "True or False"
     else:  # no path, record or message of one line can hold control characters and surrogates
         unfit = {"Cc", "Cs", "Zl", "Zp"}
-        holds = type(value) is str and len(value) <= 2000 and not unfit & set(map(unicodedata.category, value))
-        right = "a string of at most 2000 characters, none of them a control character"
+        holds = type(value) is str and not unfit & set(map(unicodedata.category, value)) and len(value.encode()) <= 2000
+        right = "a string of at most 2000 bytes without control characters"
     if not holds:
         raise UserError(f"{f.name} = {shown(value)}: must be {right}")
 

@@ -32,7 +32,7 @@ def test_file_then_command_line(tmp_path):
         ("n_layer = 10**9999", [], "n_layer = 2^33215…: must be a whole number of 1 to 9.22337e+18"),
         ("threads = 9999", [], "threads = 9999: must be a whole number of 0 to 1024"),
         ("logit_power = 100", [], "logit_power = 100: must be a power of 16 that float32 holds, such as 0"),
-        ("name = 'two\\nlines'", [], "must be a string of at most 2000 characters, none of them a control"),
+        ("name = 'two\\nlines'", [], "must be a string of at most 2000 bytes without control characters"),
         ("lr = ", [], "SyntaxError"),
         ("import os", [], "'os': no such field"),
         ("", ["--max_stps=3"], "nearest is max_steps"),
