@@ -240,7 +240,7 @@ def command_lines():
     draw = random.Random(0)
     while True:
         some = draw.sample(fields, draw.choice([2, 2, 3]))
-        yield [f"--{f.name}={draw.choice(sum(values_of(f), []))}" for f in some]
+        yield [f"--{f.name}={draw.choice([*itertools.chain(*values_of(f))])}" for f in some]
 
 
 def outcome(arguments: list[str]) -> str:
