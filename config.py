@@ -9,12 +9,14 @@ import argparse
 import dataclasses
 import difflib
 import math
+import re
 import shutil
 import sys
 import tempfile
 import textwrap
 import traceback
 import typing
+import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +32,8 @@ class UserError(Exception):
 def run_cli(main: Callable[[], int], prog: str, leave: Callable[[int], None] = sys.exit):
     """Run `main()` and leave with the exit code that it returns.
 
-    Bad input and a disk that refuses are one line on stderr and exit code 2; Ctrl-C is 130; any other exception is a traceback and 1.
+    Bad input or a disk that refuses is one line on stderr and exit code 2; Ctrl-C is 130; any other exception is a
+    traceback and exit code 1.
     """
     try:
         code = main()
@@ -45,8 +48,67 @@ def run_cli(main: Callable[[], int], prog: str, leave: Callable[[int], None] = s
     leave(code)
 
 
-def opt(default, group: str, help: str):
-    return field(default=default, metadata={"group": group, "help": help})
+@dataclass(frozen=True)
+class Number:
+    """A finite number from `low` to `high`: the range of a field of Config, or the type of an option for argparse."""
+
+    kind: type
+    low: float
+    high: float = math.inf
+
+    @property
+    def top(self) -> float:
+        """The largest value: `high`, or what the computation can hold (64-bit whole numbers, float32)."""
+        return min(self.high, 2**63 - 1 if self.kind is int else FLOAT32[1])
+
+    def __contains__(self, value) -> bool:
+        """Whether value has this kind (an int may stand for a float) and lies in the range."""
+        return type(value) in (int, self.kind) and self.low <= value <= self.top
+
+    def right(self, value) -> str:
+        """What would be right instead of value, in words."""
+        kind = "a whole number" if self.kind is int else "a number"
+        if self.high < math.inf or (type(value) in (int, float) and self.top < value):
+            return f"{kind} of {self.low:g} to {self.top:g}"
+        return f"{kind} above 0" if self.low == FLOAT32[0] else f"{kind} of {self.low:g} or more"
+
+    def __call__(self, text: str) -> int | float:
+        value = number_in(text, self.kind)
+        if value not in self:
+            raise argparse.ArgumentTypeError(f"{shown(text)}: must be {self.right(value)}")
+        return value
+
+
+FLOAT32 = (2.0**-126, 3.4028234663852886e38)  # the smallest normal one and the largest
+SIZE, COUNT, POWER = Number(int, 1), Number(int, 0), Number(float, -100, 100)
+POSITIVE, NOT_NEGATIVE, SHARE, MEMORY = (
+    Number(float, FLOAT32[0]), Number(float, 0), Number(float, 0, 1), Number(float, 0, 0.999999999)
+)  # fmt: skip
+
+
+def opt(default, group: str, help: str, range: Number | None = None):
+    return field(default=default, metadata={"group": group, "help": help, "range": range})
+
+
+def shown(value) -> str:
+    """The value as a message shows it: its repr, shortened."""
+    if type(value) is int and value.bit_length() > 256:
+        return f"{'-' * (value < 0)}2^{value.bit_length() - 1}…"
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def in_float32(value: float) -> bool:
+    """Whether value is above 0 and neither too small nor too large for a factor in float32."""
+    return FLOAT32[0] <= value <= FLOAT32[1]
+
+
+def power(base: float, exponent: float) -> float:
+    """base^exponent; infinity where it overflows, or where base is 0 and exponent negative."""
+    try:
+        return base**exponent
+    except (OverflowError, ZeroDivisionError):
+        return math.inf
 
 
 @dataclass(frozen=True)
@@ -55,160 +117,172 @@ class Config:
 
     # fmt: off
     # model
-    n_layer: int = opt(24, "model", "blocks")
-    d_model: int = opt(48, "model", "width of the residual stream")
-    n_head: int = opt(6, "model", "attention heads; must divide d_model")
-    d_ff: int = opt(192, "model", "hidden width of the MLP, or of each expert's")
-    vocab_size: int = opt(50304, "model", "rows of the embedding and of the untied head")
-    block_size: int = opt(256, "model", "context length in tokens")
+    n_layer: int = opt(24, "model", "blocks", SIZE)
+    d_model: int = opt(48, "model", "width of the residual stream", SIZE)
+    n_head: int = opt(6, "model", "attention heads; must divide d_model", SIZE)
+    d_ff: int = opt(192, "model", "hidden width of the MLP, or of each expert's", SIZE)
+    vocab_size: int = opt(50304, "model", "rows of the embedding and of the untied head", SIZE)
+    block_size: int = opt(256, "model", "context length in tokens", SIZE)
     norm: Literal["layernorm", "rmsnorm"] = opt("layernorm", "model", "of every block and of the output, with gains")
     mlp: Literal["gelu", "swiglu"] = opt("gelu", "model", "plain MLP with GELU | gated with SiLU, three matrices")
-    position: Literal["learned", "rope", "none"] = opt("learned", "model", "an embedding | rotated queries and keys | none")
-    rope_theta: float = opt(10_000.0, "model", "base of RoPE's wavelengths")
-    attention: Literal["mha", "mla", "alternating"] = opt("mha", "model", "multi-head | latent | MHA in even blocks, MLA in odd ones")
+    position: Literal["learned", "rope", "none"] = opt(
+        "learned", "model", "embedding | rotated queries and keys | none")
+    rope_theta: float = opt(10_000.0, "model", "base of RoPE's wavelengths", POSITIVE)
+    attention: Literal["mha", "mla", "alternating"] = opt(
+        "mha", "model", "multi-head | latent | MHA in even blocks, MLA in odd ones")
     qk_norm: bool = opt(False, "model", "normalise every head's queries and keys, with gains (MHA only)")
-    n_kv_head: int = opt(0, "model", "heads of keys and values in MHA; 0 = n_head; must divide n_head")
-    mla_rank: int = opt(0, "model", "MLA's latent dimensions")
-    mla_rope_dim: int = opt(0, "model", "MLA's rotary dimensions with position = rope; 0 = no positions in MLA")
-    n_experts: int = opt(0, "model", "experts of the MLP; 0 = a dense one")
-    top_k: int = opt(4, "model", "experts that a token goes to")
-    balance_coef: float = opt(0.01, "optimizer", "of the experts' load-balancing loss")
+    n_kv_head: int = opt(0, "model", "heads of keys and values in MHA; 0 = n_head; must divide n_head", COUNT)
+    mla_rank: int = opt(0, "model", "MLA's latent dimensions", COUNT)
+    mla_rope_dim: int = opt(0, "model", "MLA's rotary dimensions with position = rope; 0 = no positions in MLA", COUNT)
+    n_experts: int = opt(0, "model", "experts of the MLP; 0 = a dense one", COUNT)
+    top_k: int = opt(4, "model", "experts that a token goes to", SIZE)
     # parameterisation
-    init_std: float = opt(0.02, "parameterisation", "initial standard deviation before multipliers")
-    base_width: int = opt(768, "parameterisation", "width at which μP's multipliers are 1; 0 = standard parameterisation")
-    embed_lr_power: float = opt(0.5, "parameterisation", "embedding lr × (base_width/d_model)^this; paper 0.5, practice 0")
-    logit_power: float = opt(0.0, "parameterisation", "logits × (base_width/d_model)^this; paper 0, practice 1")
-    attn_scale_power: float = opt(0.5, "parameterisation", "attention logits ÷ d_head^this; paper 0.5, practice 1")
-    attn_lr: float = opt(1.0, "parameterisation", "learning rate of attention's matrices × this")
-    norm_lr: float = opt(1.0, "parameterisation", "learning rate of the norms' gains × this")
-    head_lr: float = opt(1.0, "parameterisation", "learning rate of the read-out × this")
+    init_std: float = opt(0.02, "parameterisation", "initial standard deviation before multipliers", POSITIVE)
+    base_width: int = opt(
+        768, "parameterisation", "width at which μP's multipliers are 1; 0 = standard parameterisation", COUNT)
+    embed_lr_power: float = opt(
+        0.5, "parameterisation", "embedding lr × (base_width/d_model)^this; paper 0.5, practice 0", POWER)
+    logit_power: float = opt(0.0, "parameterisation", "logits × (base_width/d_model)^this; paper 0, practice 1", POWER)
+    attn_scale_power: float = opt(0.5, "parameterisation", "attention logits ÷ d_head^this; paper 0.5, practice 1",
+        POWER)
+    attn_lr: float = opt(1.0, "parameterisation", "learning rate of attention's matrices × this", POSITIVE)
+    norm_lr: float = opt(1.0, "parameterisation", "learning rate of the norms' gains × this", POSITIVE)
+    head_lr: float = opt(1.0, "parameterisation", "learning rate of the read-out × this", POSITIVE)
     # data
     dataset: str = opt("openwebtext", "data", "a folder below data/, or a path to a folder of .bin files")
-    fallback: str = opt("", "data", "corpora to use, with a warning, when dataset is not prepared: the first that is, comma-separated")
-    batch_size: int = opt(480, "data", "sequences a step")
-    micro_batch: int = opt(12, "data", "sequences a forward pass; must divide batch_size")
+    fallback: str = opt(
+        "", "data", "corpora to use, with a warning, when dataset is not prepared: the first that is, comma-separated")
+    batch_size: int = opt(480, "data", "sequences a step", SIZE)
+    micro_batch: int = opt(12, "data", "sequences a forward pass; must divide batch_size", SIZE)
     # optimizer
-    optimizer: Literal["adamw", "spam", "stable_spam", "adagc", "muon", "spectral_sphere", "zclip"] = opt("adamw", "optimizer", "AdamW | a rival with AdamW's rates and decays (rivals.py); one process or DDP")
-    lr: float = opt(6e-4, "optimizer", "learning rate of parameters whose multiplier is 1")
-    lr_scale: float = opt(1.0, "optimizer", "peak of the schedule as a multiple of lr")
+    optimizer: Literal["adamw", "spam", "stable_spam", "adagc", "muon", "spectral_sphere", "zclip"] = opt(
+        "adamw", "optimizer", "AdamW | a rival with AdamW's rates and decays (rivals.py); one process or DDP")
+    lr: float = opt(6e-4, "optimizer", "learning rate of parameters whose multiplier is 1", POSITIVE)
+    lr_scale: float = opt(1.0, "optimizer", "peak of the schedule as a multiple of lr", POSITIVE)
     schedule: Literal["linear", "constant"] = opt("linear", "optimizer", "after warm-up: linear decay | constant")
-    warmup_steps: int = opt(2000, "optimizer", "linear warm-up")
-    min_lr_ratio: float = opt(0.1, "optimizer", "end of the linear decay as a share of the peak")
-    max_steps: int = opt(50_000, "optimizer", "steps of the run, and horizon of the schedule")
-    beta1: float = opt(0.9, "optimizer", "AdamW β₁")
-    beta2: float = opt(0.95, "optimizer", "AdamW β₂")
-    eps: float = opt(1e-8, "optimizer", "AdamW ε")
-    weight_decay: float = opt(0.1, "optimizer", "AdamW's λ; with independent decay, the share lost a step at the peak")
-    decay_coupling: Literal["coupled", "independent"] = opt("coupled", "optimizer", "decay a step: coupled lr·λ as in PyTorch | independent λ·lr/peak")
-    grad_clip: float = opt(1.0, "optimizer", "largest global gradient norm (ZClip takes it over); 0 = off")
+    warmup_steps: int = opt(2000, "optimizer", "linear warm-up", COUNT)
+    min_lr_ratio: float = opt(0.1, "optimizer", "end of the linear decay as a share of the peak", SHARE)
+    max_steps: int = opt(50_000, "optimizer", "steps of the run, and horizon of the schedule", SIZE)
+    beta1: float = opt(0.9, "optimizer", "AdamW β₁", MEMORY)
+    beta2: float = opt(0.95, "optimizer", "AdamW β₂", MEMORY)
+    eps: float = opt(1e-8, "optimizer", "AdamW ε", POSITIVE)
+    weight_decay: float = opt(
+        0.1, "optimizer", "AdamW's λ; with independent decay, the share lost a step at the peak", NOT_NEGATIVE)
+    decay_coupling: Literal["coupled", "independent"] = opt(
+        "coupled", "optimizer", "decay a step: coupled lr·λ as in PyTorch | independent λ·lr/peak")
+    grad_clip: float = opt(
+        1.0, "optimizer", "largest global gradient norm (ZClip takes it over); 0 = off", NOT_NEGATIVE)
+    balance_coef: float = opt(0.01, "optimizer", "weight of the experts' load-balancing loss", NOT_NEGATIVE)
     # MSign
-    msign_period: int = opt(0, "MSign", "apply every so many steps; 0 = never (plain AdamW)")
-    msign_targets: str = opt("attention", "MSign", "attention | mlp | blocks | matrix names or patterns, comma-separated (W_V,W_O)")
-    msign_backend: Literal["auto", "eigh", "svd", "polar"] = opt("auto", "MSign", "auto = polar on CUDA, else eigh | eigh = fp64 Gram matrix | svd = fp32, the paper's letter | polar = fp32 products")
-    msign_map: Literal["sign", "zero", "scale", "clip", "soft", "random"] = opt("sign", "MSign", "replace W by its norm-restored sign | a control (controls.py): 0, W at the sign's spectral norm, singular values clipped at it, square-rooted singular values, a random sign")
-    msign_below: float = opt(0.0, "MSign", "only the matrices whose stable rank is below this; 0 = all")
+    msign_period: int = opt(0, "MSign", "apply every so many steps; 0 = never (plain AdamW)", COUNT)
+    msign_targets: str = opt(
+        "attention", "MSign", "attention | mlp | blocks | matrix names or patterns, comma-separated (W_V,W_O)")
+    msign_backend: Literal["auto", "eigh", "svd", "polar"] = opt(
+        "auto", "MSign",
+        "auto = polar on CUDA, else eigh | eigh = fp64 Gram matrix | svd = fp32, the paper's | polar = fp32 products")
+    msign_map: Literal["sign", "zero", "scale", "clip", "soft", "random"] = opt(
+        "sign", "MSign",
+        "replace W by its norm-restored sign | a control (controls.py): 0, W at the sign's spectral norm, "
+        "singular values clipped at it, square-rooted singular values, a random sign")
+    msign_below: float = opt(0.0, "MSign", "only the matrices whose stable rank is below this; 0 = all", NOT_NEGATIVE)
     msign_reset: bool = opt(False, "MSign", "also start its targets' moments anew")
     # measurements
-    probe_every: int = opt(50, "measurements", "steps between spectra, norms of gradients and updates, activations; 0 = never")
-    layers_every: int = opt(250, "measurements", "steps between every layer's own values, a multiple of probe_every; 0 = never")
-    jacobian_every: int = opt(1000, "measurements", "steps between layer Jacobians; 0 = never")
-    jacobian_positions: int = opt(0, "measurements", "with them, this many single tokens' own Jacobians")
-    theory_every: int = opt(0, "measurements", "steps between both sides of the paper's theorems; 0 = never")
+    probe_every: int = opt(
+        50, "measurements", "steps between spectra, norms of gradients and updates, activations; 0 = never", COUNT)
+    layers_every: int = opt(
+        250, "measurements", "steps between every layer's own values, a multiple of probe_every; 0 = never", COUNT)
+    jacobian_every: int = opt(1000, "measurements", "steps between layer Jacobians; 0 = never", COUNT)
+    jacobian_positions: int = opt(0, "measurements", "with them, this many single tokens' own Jacobians", COUNT)
+    theory_every: int = opt(0, "measurements", "steps between both sides of the paper's theorems; 0 = never", COUNT)
     msign_probe: bool = opt(False, "measurements", "also measure right before and after every MSign application")
-    probe_batch: int = opt(2, "measurements", "sequences that are measured on, always the same")
-    eval_every: int = opt(500, "measurements", "steps between validation losses; 0 = never")
-    eval_batches: int = opt(8, "measurements", "micro-batches of the fixed validation set")
+    probe_batch: int = opt(2, "measurements", "sequences that are measured on, always the same", SIZE)
+    eval_every: int = opt(500, "measurements", "steps between validation losses; 0 = never", COUNT)
+    eval_batches: int = opt(8, "measurements", "micro-batches of the fixed validation set", SIZE)
     # run
     name: str = opt("", "run", "folder below runs_dir; default: the config file's name")
     runs_dir: str = opt("runs", "run", "where run folders go")
     resume: bool = opt(False, "run", "go on from the run's last checkpoint")
     dry_run: bool = opt(False, "run", "print the plan and stop before the first step")
-    ckpt_every: int = opt(500, "run", "steps between checkpoints; 0 = only at the end")
-    seed: int = opt(0, "run", "of the initial weights and of the batches")
+    ckpt_every: int = opt(500, "run", "steps between checkpoints; 0 = only at the end", COUNT)
+    seed: int = opt(0, "run", "of the initial weights and of the batches", COUNT)
     device: str = opt("auto", "run", "auto | cpu | cuda | cuda:N | mps")
     dtype: Literal["float32", "bfloat16"] = opt("float32", "run", "bfloat16 = autocast")
-    attn_kernel: Literal["auto", "chunked", "math", "flash", "efficient", "cudnn"] = opt("auto", "run", "auto = chunked, model.py's own, for heads up to 64 on a CPU, else PyTorch's choice")
-    compile: Literal["off", "blocks", "whole"] = opt("off", "run", "torch.compile each block (fast to start) | the whole loss, with CUDA graphs on a GPU")
-    parallel: Literal["auto", "ddp", "fsdp"] = opt("auto", "run", "with several processes: ddp = a whole model on each | fsdp = shards | auto = ddp where it fits")
+    attn_kernel: Literal["auto", "chunked", "math", "flash", "efficient", "cudnn"] = opt(
+        "auto", "run", "auto = chunked, model.py's own, for heads up to 64 on a CPU, else PyTorch's choice")
+    compile: Literal["off", "blocks", "whole"] = opt(
+        "off", "run", "torch.compile each block (fast to start) | the whole loss, with CUDA graphs on a GPU")
+    parallel: Literal["auto", "ddp", "fsdp"] = opt(
+        "auto", "run", "with several processes: ddp = a whole model on each | fsdp = shards | auto = ddp where it fits")
     recompute: bool = opt(False, "run", "keep only the blocks' inputs, compute them again in the backward pass")
-    threads: int = opt(0, "run", "CPU threads; 0 = PyTorch's choice")
-    wandb: Literal["auto", "online", "offline", "off"] = opt("auto", "run", "auto = online when logged in, else offline")
+    threads: int = opt(0, "run", "CPU threads; 0 = PyTorch's choice", Number(int, 0, 1024))
+    wandb: Literal["auto", "online", "offline", "off"] = opt(
+        "auto", "run", "auto = online when logged in, else offline")
     wandb_project: str = opt("msign", "run", "W&B project")
     wandb_group: str = opt("", "run", "W&B group; default: the config file's name")
     # fmt: on
-
     def __post_init__(self):
         for f in dataclasses.fields(self):
             check_type(f, getattr(self, f.name))
-        positive = (
-            "n_layer d_model n_head d_ff vocab_size block_size batch_size micro_batch max_steps eval_batches probe_batch"
-            " lr lr_scale eps init_std top_k rope_theta attn_lr norm_lr head_lr"
-        )
-        not_negative = (
-            "base_width warmup_steps weight_decay grad_clip msign_period msign_below probe_every layers_every jacobian_every theory_every eval_every ckpt_every seed"
-            " threads min_lr_ratio n_kv_head mla_rank mla_rope_dim n_experts balance_coef"
-        )
-        for name in positive.split():
-            self._require(getattr(self, name) > 0, name, "a number above 0")
-        for name in not_negative.split():
-            self._require(getattr(self, name) >= 0, name, "0 or more")
-        for name in ("beta1", "beta2"):
-            self._require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
-        self._require(self.min_lr_ratio <= 1, "min_lr_ratio", "at most 1")
-        if self.d_model % self.n_head:
-            fits = [h for h in range(1, self.d_model + 1) if self.d_model % h == 0]
-            near = min(fits, key=lambda h: abs(h - self.n_head))
-            self._require(False, "n_head", f"a divisor of d_model={self.d_model}, such as {near}")
-        if self.n_kv_head:
-            self._require(self.n_head % self.n_kv_head == 0, "n_kv_head", f"a divisor of n_head={self.n_head}")
-        self._require(
-            not self.qk_norm or self.attention == "mha", "qk_norm", f"False with attention={self.attention!r}"
-        )
-        if self.attention != "mha":
-            self._require(self.mla_rank > 0, "mla_rank", f"above 0 with attention={self.attention!r}")
-            self._require(self.mla_rope_dim % 2 == 0, "mla_rope_dim", "even")
-        if self.position == "rope" and self.attention != "mla":
-            d_head = self.d_model // self.n_head
-            self._require(d_head % 2 == 0, "n_head", f"such that heads have an even width for RoPE, not {d_head}")
-        if self.n_experts:
-            self._require(self.n_experts >= self.top_k, "n_experts", f"at least top_k={self.top_k}, or 0")
-        if self.theory_every:
-            as_stated = (self.norm, self.mlp, self.attention, self.n_experts) == ("layernorm", "gelu", "mha", 0)
-            as_stated = as_stated and self.position != "rope" and not self.n_kv_head and not self.qk_norm
-            self._require(
-                as_stated,
-                "theory_every",
-                "0 for anything but the dense model with LayerNorm, GELU, MHA, no RoPE, no QK-norm",
-            )
-        self._require(
-            self.batch_size % self.micro_batch == 0, "micro_batch", f"a divisor of batch_size={self.batch_size}"
-        )
-        if self.layers_every and self.probe_every:
-            whole = self.layers_every % self.probe_every == 0
-            self._require(whole, "layers_every", f"a multiple of probe_every={self.probe_every}")
-        fits = 0 <= self.jacobian_positions < self.block_size
-        self._require(fits, "jacobian_positions", f"0 or more, and below block_size={self.block_size}")
-        self._require(self.msign_period or not self.msign_probe, "msign_probe", "False when msign_period = 0")
-        if self.decay_coupling == "independent":
-            self._require(self.weight_decay < 0.01, "weight_decay", "a share lost per step, such as 1e-4")
-        if self.optimizer != "adamw":
-            self._require(self.parallel != "fsdp", "parallel", f"ddp or auto with optimizer={self.optimizer!r}")
-        name_ok = self.name == Path(self.name).name and self.name not in (".", "..")
-        self._require(name_ok, "name", "a single folder name")
+        for holds, name, right in (*self._model_rules(), *self._run_rules()):
+            if not holds:
+                raise UserError(f"{name} = {shown(getattr(self, name))}: must be {right}")
 
-    def _require(self, ok: bool, name: str, right: str):
-        if not ok:
-            raise UserError(f"{name} = {getattr(self, name)!r}: must be {right}")
+    def _model_rules(self):
+        """Rules between fields that concern the model: (whether it holds, the field to blame, what would be right)."""
+        near = range(min(self.n_head, self.d_model), 0, -1)[:10_000]
+        near = next((n for n in near if self.d_model % n == 0), 1)
+        yield self.d_model % self.n_head == 0, "n_head", f"a divisor of d_model={self.d_model}, such as {near}"
+        d_head = max(1, self.d_model // self.n_head)
+        kv_fits = not self.n_kv_head or self.n_head % self.n_kv_head == 0
+        yield kv_fits, "n_kv_head", f"a divisor of n_head={self.n_head}"
+        mla = self.attention != "mha"
+        yield not (mla and self.qk_norm), "qk_norm", f"False with attention={self.attention!r}"
+        yield not mla or self.mla_rank > 0, "mla_rank", f"above 0 with attention={self.attention!r}"
+        yield not mla or self.mla_rope_dim % 2 == 0, "mla_rope_dim", "even"
+        rotates = self.position == "rope" and self.attention != "mla"
+        even = f"such that heads have an even width for RoPE, not {d_head}"
+        yield not rotates or d_head % 2 == 0, "n_head", even
+        enough = not self.n_experts or self.n_experts >= self.top_k
+        yield enough, "n_experts", f"at least top_k={self.top_k}, or 0"
+        # every factor that the model multiplies with has to be a number that float32 holds
+        d_qk = d_head + (self.mla_rope_dim if mla and self.position == "rope" else 0)
+        for base, name in ((self.width_mult, "embed_lr_power"), (self.width_mult, "logit_power"),
+                           (1 / d_qk, "attn_scale_power")):  # fmt: skip
+            right = f"a power of {base:g} that float32 holds, such as {FIELDS[name].default:g}"
+            yield in_float32(power(base, getattr(self, name))), name, right
+
+    def _run_rules(self):
+        """The same for training and measuring."""
+        yield self.batch_size % self.micro_batch == 0, "micro_batch", f"a divisor of batch_size={self.batch_size}"
+        whole = not (self.layers_every and self.probe_every) or self.layers_every % self.probe_every == 0
+        yield whole, "layers_every", f"a multiple of probe_every={self.probe_every}"
+        inside = self.jacobian_positions < self.block_size
+        yield inside, "jacobian_positions", f"0 or more, and below block_size={self.block_size}"
+        # the paper's theorems are about this architecture
+        as_stated = (self.norm, self.mlp, self.attention, self.n_experts) == ("layernorm", "gelu", "mha", 0)
+        as_stated = as_stated and self.position != "rope" and not self.n_kv_head and not self.qk_norm
+        right = "0 for anything but the dense model with LayerNorm, GELU, MHA, no RoPE, no QK-norm"
+        yield as_stated or not self.theory_every, "theory_every", right
+        yield self.msign_period or not self.msign_probe, "msign_probe", "False when msign_period = 0"
+        independent = self.decay_coupling == "independent"
+        yield not independent or self.weight_decay < 0.01, "weight_decay", "a share lost per step, such as 1e-4"
+        one_copy = self.optimizer == "adamw" or self.parallel != "fsdp"
+        yield one_copy, "parallel", f"ddp or auto with optimizer={self.optimizer!r}"
+        a_name = self.name == Path(self.name).name and self.name not in (".", "..")
+        yield a_name and len(self.name.encode()) <= 200, "name", "a single folder name of at most 200 bytes"
+        for name in ("dataset", "fallback", "runs_dir"):
+            longest = max(len(part.encode()) for part in re.split("[/,]", getattr(self, name)))
+            yield longest <= 255, name, "a path whose parts have at most 255 bytes each"
+
+    @property
+    def architecture(self) -> dict:
+        """{field: value} of the fields that decide the shape of the model: those of the group "model"."""
+        return {name: getattr(self, name) for name, f in FIELDS.items() if f.metadata["group"] == "model"}
 
     @property
     def width_mult(self) -> float:
         """m = base_width / d_model, the m of every μP rule; 1 under the standard parameterisation."""
         return self.base_width / self.d_model if self.base_width else 1.0
-
-    @property
-    def architecture(self) -> dict:
-        """{field: value} of the fields that decide the shape of the model."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["group"] == "model"}
 
     @property
     def tokens_per_step(self) -> int:
@@ -229,6 +303,14 @@ class Config:
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+GROUPS: dict[str, list[dataclasses.Field]] = {}
+for _f in FIELDS.values():
+    GROUPS.setdefault(_f.metadata["group"], []).append(_f)
+
+
+def choices_of(f: dataclasses.Field) -> tuple[str, ...]:
+    """The values of a field that has a few named ones; () for any other."""
+    return typing.get_args(f.type) if typing.get_origin(f.type) is Literal else ()
 
 
 def due(every: int, step: int) -> bool:
@@ -237,39 +319,51 @@ def due(every: int, step: int) -> bool:
 
 
 def check_type(f: dataclasses.Field, value):
-    """Raise UserError unless `value` is of the field's declared type (an int may stand for a float)."""
-    if typing.get_origin(f.type) is Literal:
-        choices = typing.get_args(f.type)
-        if value not in choices:
-            raise UserError(f"{f.name} = {value!r}: must be one of {', '.join(choices)}")
-        return
-    wanted = (int, float) if f.type is float else (f.type,)
-    if type(value) not in wanted or (f.type is float and not math.isfinite(value)):
-        kind = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a string"}[f.type]
-        raise UserError(f"{f.name} = {value!r}: must be {kind}")
-    if f.type is str and "\0" in value:
-        raise UserError(f"{f.name} = {value!r}: must not hold a NUL, which no path can")
+    """Raise UserError unless `value` has the field's declared type and lies in its range."""
+    limits = f.metadata["range"]
+    if choices := choices_of(f):
+        holds, right = value in choices, f"one of {', '.join(choices)}"
+    elif limits:
+        holds, right = value in limits, limits.right(value)
+    elif f.type is bool:
+        holds, right = type(value) is bool, "True or False"
+    else:  # no path, record or message of one line can hold control characters and surrogates
+        unfit = {"Cc", "Cs", "Zl", "Zp"}
+        holds = type(value) is str and not unfit & set(map(unicodedata.category, value)) and len(value.encode()) <= 2000
+        right = "a string of at most 2000 bytes without control characters"
+    if not holds:
+        raise UserError(f"{f.name} = {shown(value)}: must be {right}")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The one of names that is most like name."""
+    return difflib.get_close_matches(name[:100], names, n=1, cutoff=0)[0]
 
 
 def unknown_key(name: str, where: str) -> UserError:
-    near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0)
-    return UserError(f"{name!r}: no such field ({where}); nearest is {near[0]}")
+    return UserError(f"{shown(name)}: no such field ({where}); nearest is {nearest(name, FIELDS)}")
+
+
+def number_in(text: str, kind: type) -> int | float | str:
+    """The text as a number of that kind; the text itself where it is none."""
+    try:
+        return kind(text)
+    except ValueError:
+        return text
 
 
 def parse_value(f: dataclasses.Field, text: str):
     """The command line's text as the field's type; a text that does not parse is left for check_type."""
     if f.type is bool:
         return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
-    if f.type in (int, float):
-        try:
-            return f.type(text)
-        except ValueError:
-            return text
-    return text
+    return number_in(text, f.type) if f.type in (int, float) else text
 
 
 def assignments(path: Path) -> dict:
-    """What a file of plain assignments assigns, but for names that begin with an underscore. Raises UserError if it does not run."""
+    """What a file of plain assignments assigns, without names that begin with an underscore.
+
+    Raises UserError if the file does not run.
+    """
     values = {}
     try:
         exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), values)
@@ -282,10 +376,8 @@ def read_config_file(path: str | Path) -> dict:
     """The assignments of a config file as a dict. Raises UserError on anything but known fields."""
     path = Path(path)
     if not path.is_file():
-        here = sorted(p.as_posix() for p in (ROOT / "configs").glob("*.py"))
-        near = difflib.get_close_matches(path.stem, [Path(p).stem for p in here], n=1, cutoff=0)
-        hint = f"; nearest is configs/{near[0]}.py" if near else ""
-        raise UserError(f"{path}: no such config file{hint}")
+        near = nearest(path.stem, [p.stem for p in sorted((ROOT / "configs").glob("*.py"))])
+        raise UserError(f"{shown(str(path))}: no such config file; nearest is configs/{near}.py")
     values = assignments(path)
     for name, value in values.items():
         if name not in FIELDS:
@@ -301,36 +393,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-@dataclass(frozen=True)
-class Number:
-    """An option's type for argparse: a finite number of that kind, from `low` to `high`."""
-
-    kind: type
-    low: float
-    high: float = math.inf
-
-    def __call__(self, text: str) -> int | float:
-        try:
-            value = self.kind(text)
-        except ValueError:
-            value = math.nan
-        if not self.low <= value <= self.high or value == math.inf:
-            upto = f" to {self.high:g}" if self.high < math.inf else " or more"
-            kind = "a whole number" if self.kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r}: must be {kind} of {self.low:g}{upto}")
-        return value
-
-
 def output_folder(text: str) -> Path:
-    """An option's type for argparse: a folder that can be written to, which is made before any work that would be lost."""
+    """An option's type for argparse: a folder that can be written to. It is made before any work could be lost."""
     path = Path(text)
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: must be a place that can be written to ({error.strerror})"
-        ) from error
+        right = f"must be a place that can be written to ({error.strerror})"
+        raise argparse.ArgumentTypeError(f"{text!r}: {right}") from error
     return path
 
 
@@ -339,66 +410,53 @@ def output_stem(text: str) -> Path:
     return output_folder(str(Path(text).parent)) / Path(text).name
 
 
-def parser_of(fields: Iterable[dataclasses.Field]) -> Parser:
-    """train.py's command line, of these fields alone."""
+def parser_of(groups: dict[str, list[dataclasses.Field]]) -> Parser:
+    """train.py's command line, of the fields in these groups alone."""
     parser = Parser(
-        prog="train.py", usage="train.py CONFIG.py [--field=value ...]", description="Train a GPT with AdamW or MSign.", allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=120), add_help=False,
+        prog="train.py", usage="train.py CONFIG.py [--field=value ...]", description="Train a GPT with AdamW or MSign.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=120),
+        allow_abbrev=False, add_help=False,
     )  # fmt: skip
     parser.add_argument("config", help="a file of plain assignments, such as configs/nano_5m_msign.py")
     parser.add_argument("-h", "--help", nargs="?", const="", action=Help, help="this; a group, a field, or all")
-    groups = {}
-    for f in fields:
-        group = f.metadata["group"]
-        groups.setdefault(group, parser.add_argument_group(group) if group not in groups else None)
-        choices = typing.get_args(f.type) if typing.get_origin(f.type) is Literal else ()
-        metavar = "|".join(choices) or f.type.__name__.upper()
-        flag = {"nargs": "?", "const": "true"} if f.type is bool else {}
-        help = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
-        groups[group].add_argument(f"--{f.name}", metavar=metavar, help=help, default=None, **flag)
+    for group, fields in groups.items():
+        options = parser.add_argument_group(group)
+        for f in fields:
+            metavar = "|".join(choices_of(f)) or f.type.__name__.upper()
+            flag = {"nargs": "?", "const": "true"} if f.type is bool else {}
+            help = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
+            options.add_argument(f"--{f.name}", metavar=metavar, help=help, **flag)
     return parser
 
 
 class Help(argparse.Action):
-    """`--help` prints every field with its default on one screen; `--help=GROUP`, `=FIELD` or `=all`, what they mean."""
+    """`--help` prints every field with its default on one screen; `--help=GROUP`, `=FIELD` or `=all` explains them."""
 
     def __call__(self, parser, namespace, what, option_string=None):
-        groups: dict[str, list[dataclasses.Field]] = {}
-        for f in FIELDS.values():
-            groups.setdefault(f.metadata["group"], []).append(f)
+        one = {name: {f.metadata["group"]: [f]} for name, f in FIELDS.items()}
+        known = {"all": GROUPS, **{group: {group: fields} for group, fields in GROUPS.items()}, **one}
+        if what and what not in known:
+            raise UserError(f"help = {shown(what)}: no such group or field; nearest is {nearest(what, known)}")
         if what:
-            known = {"all": list(FIELDS.values()), **groups, **{name: [f] for name, f in FIELDS.items()}}
-            if what not in known:
-                near = difflib.get_close_matches(what, known, n=1, cutoff=0)
-                raise UserError(f"help = {what!r}: no such group or field; nearest is {near[0]}")
             print(parser_of(known[what]).format_help(), end="")
-        else:
-            print(
-                "train.py CONFIG.py [--field=value ...]\n\nEvery field and its default; --help=GROUP, --help=FIELD or --help=all says what they mean."
-            )
-            lines = textwrap.TextWrapper(
-                min(118, shutil.get_terminal_size().columns), subsequent_indent=" " * 18, break_on_hyphens=False
-            )
-            for group, fields in groups.items():
-                lines.initial_indent = f"{group:17} "
-                print(lines.fill("  ".join(f"{f.name}={f.default}" for f in fields)))
+            parser.exit()
+        print("train.py CONFIG.py [--field=value ...]\n")
+        print("Every field and its default; --help=GROUP, --help=FIELD or --help=all says what they mean.")
+        width = min(118, shutil.get_terminal_size().columns)
+        for group, fields in GROUPS.items():
+            line = f"{group:17} " + "  ".join(f"{f.name}={f.default}" for f in fields)
+            print(textwrap.fill(line, width, subsequent_indent=" " * 18, break_on_hyphens=False))
         parser.exit()
 
 
 def load_config(argv: list[str]) -> Config:
     """`CONFIG.py [--field=value ...]` as a Config. Raises UserError; `--help` prints and exits 0."""
-    parser = parser_of(FIELDS.values())
-    args, rest = parser.parse_known_args(argv)
+    args, rest = parser_of(GROUPS).parse_known_args(argv)
     for text in rest:
-        name = text.lstrip("-").split("=")[0].replace("-", "_")
-        raise (
-            unknown_key(name, "on the command line")
-            if text.startswith("-")
-            else UserError(f"{text!r}: unexpected; overrides are written --field=value")
-        )
-    values = read_config_file(args.config)
-    given = {k: v for k, v in vars(args).items() if v is not None and k != "config"}
-    values |= {k: parse_value(FIELDS[k], v) for k, v in given.items()}
-    name = Path(args.config).stem
-    values = {"name": name, "wandb_group": name} | values
-    return Config(**values)
+        if text.startswith("-"):
+            raise unknown_key(text.lstrip("-").split("=")[0].replace("-", "_"), "on the command line")
+        raise UserError(f"{shown(text)}: unexpected; overrides are written --field=value")
+    given = {name: parse_value(FIELDS[name], v) for name, v in vars(args).items() if v is not None and name != "config"}
+    values = read_config_file(args.config) | given
+    stem = Path(args.config).stem
+    return Config(**{"wandb_group": stem} | values | {"name": values.get("name") or stem})

@@ -118,8 +118,10 @@ def _polar(W: Tensor) -> Tensor:
     if W.shape[-2] < W.shape[-1]:
         return _polar(W.mT).mT
     flat = W.reshape(-1, *W.shape[-2:]).float()
-    tiny, before = torch.finfo(torch.float32).tiny, torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # TF32's 1e-3 would drown what has to be told apart from noise
+    tiny, before = torch.finfo(torch.float32).tiny, None
+    if W.is_cuda:  # TF32's 1e-3 would drown what has to be told apart from noise
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
     try:
         X = flat / flat.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(tiny)
         B = X.mT @ X
@@ -138,7 +140,8 @@ def _polar(W: Tensor) -> Tensor:
             X = X @ (2.5 * A - 1.5 * (A @ A))
         residual = torch.linalg.matrix_norm(X @ (X.mT @ X) - X)
     finally:
-        torch.set_float32_matmul_precision(before)
+        if before:
+            torch.set_float32_matmul_precision(before)
     wrong = ~(residual <= POLAR_TOLERANCE * torch.linalg.matrix_norm(X))
     fallbacks = int(wrong.sum())
     if fallbacks:

@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from config import Config
+from config import Config, UserError, in_float32
 from model import GPT
 
 
@@ -67,6 +67,9 @@ RULES = {
     "head": Rule(std=1),
 }
 
+LR_FIELDS = (
+    "lr lr_scale attn_lr norm_lr head_lr embed_lr_power base_width d_model beta1"  # what a learning rate is made of
+)
 ATTENTION = ("W_Q", "W_K", "W_V", "W_O", "W_DKV", "W_UK", "W_UV", "W_KR")
 
 
@@ -85,7 +88,16 @@ def init_std(role: str, cfg: Config) -> float:
         return cfg.init_std
     rule = RULES[role]
     depth = sqrt(2 * cfg.n_layer) if rule.depth else 1.0
-    return rule.std * cfg.init_std * cfg.width_mult**rule.std_power / depth
+    std = cfg.init_std * cfg.width_mult**rule.std_power / depth
+    return rule.std * in_range(std, "init_std base_width d_model", cfg, f"a standard deviation of {role}")
+
+
+def in_range(value: float, fields: str, cfg: Config, what: str) -> float:
+    """The value, which the fields scale. Raises UserError unless it is a positive number that float32 holds."""
+    if not in_float32(value):
+        first, *others = (f"{name} = {getattr(cfg, name)}" for name in fields.split())
+        raise UserError(f"{first}: must give {what} that float32 holds, not {value:g} (with {', '.join(others)})")
+    return value
 
 
 def lr_mult(role: str, cfg: Config) -> float:
@@ -121,6 +133,8 @@ def param_groups(model: nn.Module, cfg: Config) -> list[dict]:
     for name, p in model.named_parameters():
         role = role_of(name)
         mult = lr_mult(role, cfg)
+        for rate in (cfg.peak_lr * mult, cfg.peak_lr * mult / (1 - cfg.beta1)):  # before and after Adam's correction
+            in_range(rate, LR_FIELDS, cfg, f"a learning rate of {role}")
         decay = cfg.weight_decay if RULES[role].decay else 0.0
         if cfg.decay_coupling == "independent":
             decay /= cfg.peak_lr * mult

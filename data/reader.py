@@ -46,7 +46,7 @@ class TokenFiles:
     """
 
     def __init__(self, dataset: str, split: str, block_size: int, vocab_size: int):
-        self.folder = corpus_dir(dataset)
+        self.folder, self.split = corpus_dir(dataset), split
         self.block_size = block_size
         self.paths = sorted(self.folder.glob(f"*{split}*.bin"))
         if not self.paths:
@@ -77,7 +77,10 @@ class TokenFiles:
                 f"{path}: {size} bytes, but {expected} tokens take {needed}: truncated or damaged {dtype} file"
             )
         if expected <= self.block_size:
-            raise UserError(f"{path}: {expected} tokens; one window takes block_size + 1 = {self.block_size + 1}")
+            raise UserError(
+                f"block_size = {self.block_size}: must be less; {path} has {expected} tokens; "
+                f"one window takes block_size + 1 = {self.block_size + 1}"
+            )
         return np.memmap(path, dtype, "r", offset=start, shape=(expected,))
 
     def _max_token(self, path: Path, tokens: np.ndarray) -> int:
@@ -118,6 +121,14 @@ class TokenFiles:
         """The batch of a step, a function of (seed, step) alone: a counter-based generator, no state to save."""
         rng = np.random.Generator(np.random.Philox(key=[seed, step]))
         return self.windows(rng.integers(0, self.ends[-1], batch_size))
+
+    def require(self, field: str, value: int, count: int):
+        """Raise UserError, naming the field that asks for them, unless there are `count` different windows."""
+        if count > self.ends[-1]:
+            raise UserError(
+                f"{field} = {value}: must be less; it asks for {count} different windows of {self.block_size} tokens, "
+                f"and the {self.split} files in {self.folder} have {self.ends[-1]}"
+            )
 
     def fixed_windows(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The same `count` evenly spaced windows at every call, for evaluation."""

@@ -40,6 +40,17 @@ def on_meta(cfg: Config) -> GPT:
         return GPT(cfg)
 
 
+def parameters(cfg: Config) -> float:
+    """How many parameters the model has, counted on two of its blocks; infinity where 64 bits cannot number them."""
+    try:
+        model = on_meta(replace(cfg, n_layer=2))
+    except RuntimeError:  # PyTorch counts the bytes of a matrix in 64 bits
+        return float("inf")
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]  # MHA and MLA may alternate
+    rest = sum(p.numel() for p in model.parameters()) - sum(blocks)
+    return rest + (cfg.n_layer + 1) // 2 * blocks[0] + cfg.n_layer // 2 * blocks[1]
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one of `ranks` GPUs at the largest moment of a step. Weights, gradients and AdamW's two moments are fp32."""

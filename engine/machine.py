@@ -1,18 +1,22 @@
 """How a run computes on this machine: device, kernels, arithmetic, compilation, and their names for the run's record."""
 
 import contextlib
+import os
 import platform
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from config import Config, UserError
+from config import FIELDS, Config, UserError, shown
+from engine import budget
 from model import GPT, uses_chunked
 
 KERNELS = {
@@ -21,6 +25,9 @@ KERNELS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
+NAMED_KERNELS = ("chunked", *KERNELS)  # every value of cfg.attn_kernel but "auto"
+SHAPE = ("n_layer", "d_model", "d_ff", "vocab_size", "block_size", "mla_rank", "mla_rope_dim", "n_experts")
+MODULES = 1e5  # bytes of one block's Python objects
 
 
 def pick_device(name: str) -> torch.device:
@@ -63,6 +70,91 @@ def attention_kernel(cfg: Config, device: torch.device) -> str:
 def chosen_kernel(cfg: Config):
     """Context in which PyTorch's attention runs on the kernel of cfg.attn_kernel."""
     return sdpa_kernel(KERNELS[cfg.attn_kernel]) if cfg.attn_kernel in KERNELS else contextlib.nullcontext()
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that the device has; of a CPU, those that this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    limit = Path("/sys/fs/cgroup/memory.max")  # of the container
+    text = limit.read_text().strip() if limit.is_file() else ""
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(installed, int(text)) if text.isdigit() else installed
+
+
+def require(cfg: Config, device: torch.device, ranks: int = 1, local_ranks: int = 1):
+    """Raise UserError unless the run fits into this machine's memory and its attention kernel runs on the device.
+
+    ranks: processes of the run; local_ranks: those on this machine.
+    """
+    here = memory_of(device)
+    share = here // local_ranks if device.type != "cuda" else here
+    for name, need in needs(cfg, device, ranks):
+        if need > share:
+            size = "more than can be counted" if need == float("inf") else f"{need / 2**30:.3g} GiB"
+            of_each = f" for each of {local_ranks} processes" if share != here else ""
+            raise UserError(
+                f"{name} = {shown(getattr(cfg, name))}: must be less; with the other fields it takes {size} "
+                f"of memory, and {device} has {share / 2**30:.3g} GiB{of_each}"
+            )
+    if cfg.attn_kernel != "auto" and not kernel_runs(cfg, device):
+        others = [name for name in NAMED_KERNELS if kernel_runs(replace(cfg, attn_kernel=name), device)]
+        raise UserError(
+            f"attn_kernel = {cfg.attn_kernel!r}: must be one that computes this attention on {device} in {cfg.dtype}: "
+            f"{', '.join(['auto', *others])}"
+        )
+
+
+def needs(cfg: Config, device: torch.device, ranks: int) -> Iterable[tuple[str, float]]:
+    """What the run takes at least: (the field that does most to it, bytes), piece by piece, the cheapest to count first.
+
+    A dry run takes only the weights.
+    """
+    state = 4 if cfg.dry_run else 16  # fp32 weights, gradients and two moments
+    shards = ranks if ranks > 1 and cfg.parallel != "ddp" else 1
+    sizes = [name for name in SHAPE if getattr(cfg, name) > FIELDS[name].default]
+    largest = max(sizes or SHAPE, key=lambda name: getattr(cfg, name) / max(FIELDS[name].default, 1))
+    yield largest, budget.parameters(cfg) * state / shards
+    yield "n_layer", cfg.n_layer * MODULES
+    if cfg.dry_run:
+        return
+    tokens = cfg.block_size + 1
+    for name, windows in (("batch_size", cfg.batch_size), ("probe_batch", cfg.probe_batch),
+                          ("eval_batches", cfg.eval_batches * cfg.micro_batch if cfg.eval_every else 0)):  # fmt: skip
+        yield name, windows * (18 * tokens + 200)  # as they are stored, and twice as 64-bit numbers
+    if cfg.compile == "off":  # a compiler may keep less than is counted here
+        need = budget.Memory.of(cfg, ranks, shards > 1).total
+        d_head = cfg.d_model // cfg.n_head
+        if cfg.attn_kernel == "math" or uses_chunked(cfg.attn_kernel, d_head, device):
+            causal = 1 if cfg.attn_kernel == "math" else 2  # the chunks leave out what the mask hides
+            layers = 1 if cfg.recompute else cfg.n_layer
+            need += 4 * layers * cfg.micro_batch * cfg.n_head * cfg.block_size**2 // causal  # attention's weights
+        yield "micro_batch" if cfg.micro_batch > 1 else "block_size", need
+
+
+@contextlib.contextmanager
+def _quiet():
+    """PyTorch explains in several warnings why a kernel does not run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def kernel_runs(cfg: Config, device: torch.device) -> bool:
+    """Whether cfg.attn_kernel computes this configuration's attention on the device: one block of each kind, one sequence."""
+    with torch.device("meta"):
+        model = GPT(replace(cfg, n_layer=2, n_experts=0, d_ff=1, vocab_size=2, theory_every=0, recompute=False))
+    model.to_empty(device=device)
+    x = torch.zeros(1, cfg.block_size, dtype=torch.long, device=device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+    try:
+        with _quiet(), autocast, chosen_kernel(cfg):
+            model(x, x).backward()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return False
+    return True
 
 
 def set_arithmetic(device: torch.device, matrices: Iterable[Tensor]) -> dict[str, str]:

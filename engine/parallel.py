@@ -108,6 +108,7 @@ def start(cfg: Config) -> World:
         torch.cuda.set_device(device)
     if cfg.parallel == "fsdp" and cfg.compile == "whole":
         raise UserError("compile = 'whole': must be blocks or off with parallel = 'fsdp'")
+    machine.require(cfg, device, size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if size > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=PATIENCE, device_id=device if device.type == "cuda" else None)

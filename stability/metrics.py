@@ -136,6 +136,8 @@ def jacobians(
             model.blocks, x, sorted({round(i * (T - 1) / positions) for i in range(1, positions + 1)})
         )
         for name, values in (("sigma1", of_tokens.sigma), ("alignment", of_tokens.alignment)):
+            if not len(values):  # one block has no neighbour to be aligned with
+                continue
             metrics[f"jacobian/token_{name}/mean"] = values.nanmean().item()
             metrics[f"jacobian/token_{name}/max"] = values.nan_to_num(0).max().item()
     if each_layer:

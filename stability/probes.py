@@ -176,7 +176,8 @@ def product_bounds(sigma: Tensor, ratio: Tensor, alignment: Tensor) -> tuple[Ten
     product of the σ₁ cos φ, zero once an angle may reach 90°; it is as certain as the σ₂/σ₁ it is given.
     """
     L = len(sigma)
-    M, a = sigma.amin(0), alignment.amin(0)
+    M = sigma.amin(0)
+    a = alignment.amin(0) if L > 1 else torch.ones_like(M)
     stated = a ** (L - 1) * M**L
     angle = torch.zeros_like(sigma[0])
     held = sigma[0].clone()

@@ -39,7 +39,9 @@ def pytest_configure(config):
         folder = tempfile.mkdtemp(prefix="msign-")
         os.environ["TMPDIR"], tempfile.tempdir = folder, folder
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".pytest_cache" / "torchinductor"))
-        multiprocessing.util.Finalize(None, shutil.rmtree, (folder, True), exitpriority=-1000)  # after its own folder there
+        multiprocessing.util.Finalize(
+            None, shutil.rmtree, (folder, True), exitpriority=-1000
+        )  # after its own folder there
 
 
 @pytest.fixture(autouse=True)

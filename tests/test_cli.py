@@ -1,4 +1,4 @@
-"""Every command of the repository, given every option wrongly: one line that names the option or the value, before any work."""
+"""Every command, given every option wrongly: one line that names the option or the value, before any work."""
 
 import importlib
 import math
@@ -13,9 +13,10 @@ from tests.conftest import ROOT
 
 # what each needs to get as far as its options
 COMMANDS = {
-    "scripts.bench": [], "scripts.coord_check": [], "scripts.evidence": [], "scripts.faults": [], "scripts.plan": ["configs/gpt_3b.py"],
-    "scripts.plot": ["results/ramp/ramp-adamw-seed0"], "scripts.report": ["--check"], "scripts.reproduce": [], "scripts.sample": ["runs/none"],
-    "scripts.soak": [], "scripts.sweep": ["configs/sweeps/table2_small.py"], "data.text": ["README.md", "--name=x"], "data.openwebtext": [],
+    "scripts.bench": [], "scripts.coord_check": [], "scripts.evidence": [], "scripts.faults": [],
+    "scripts.plan": ["configs/gpt_3b.py"], "scripts.plot": ["results/ramp/ramp-adamw-seed0"],
+    "scripts.report": ["--check"], "scripts.reproduce": [], "scripts.sample": ["runs/none"], "scripts.soak": [],
+    "scripts.sweep": ["configs/sweeps/table2_small.py"], "data.text": ["README.md", "--name=x"], "data.openwebtext": [],
     "data.nemotron_cc": [], "data.fineweb_edu": [],
 }  # fmt: skip
 FOLDERS = {"out", "record", "runs_dir"}  # where something is written

@@ -78,7 +78,7 @@ def headed(count, actual):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "0 tokens; one window takes block_size + 1 = 9"),
+        (b"", "has 0 tokens; one window takes block_size + 1 = 9"),
         (bytes(16), "8 tokens; one window takes"),
         (bytes(101), "truncated or damaged"),
         (headed(60, 50), "60 tokens take 1144: truncated"),
