@@ -118,7 +118,7 @@ def activations(
 def jacobians(
     model: GPT, tokens: Tensor, each_layer: bool, warn: Callable[[str], None], positions: int = 0
 ) -> dict[str, float]:
-    """Layer Jacobians J(ℓ) on the probe batch tokens (B, T). All names begin with jacobian/; `probes` defines the terms.
+    """Layer Jacobians J(ℓ) on the probe batch tokens (B, T), all named jacobian/…; for the terms see `probes`.
 
     sigma1:             ‖J(ℓ)‖₂, geometric mean over blocks and sequences.
     alignment:          mean over pairs of adjacent blocks and over sequences, as in Fig 1.

@@ -192,7 +192,7 @@ def test_jacobians_that_are_not_flagged_are_right_where_lanczos_is_hard(monkeypa
     mup.init_weights(model, cfg)
     x = model.embed(torch.arange(128).view(2, 64)).detach()
     got = jacobians(model.blocks, x)
-    monkeypatch.setattr("probes.top_triples", partial(top_triples, tolerance=0.0))
+    monkeypatch.setattr("stability.probes.top_triples", partial(top_triples, tolerance=0.0))
     best = jacobians(model.blocks, x, steps=60, seed=5)
     sure = ~ill_conditioned(got.ratio, got.residual)
     assert 0.2 < sure.double().mean() < 0.95
