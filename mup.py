@@ -28,6 +28,7 @@ from torch import Tensor
 
 from config import Config
 from model import GPT
+from msign import ATTENTION
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,6 @@ RULES = {
     "final_norm": _NORM,
     "head": Rule(std=1),
 }
-
-ATTENTION = ("W_Q", "W_K", "W_V", "W_O", "W_DKV", "W_UK", "W_UV", "W_KR")
 
 
 def role_of(name: str) -> str:
