@@ -1,6 +1,6 @@
 """MSign: every P steps, replace weight matrices by their norm-restored matrix sign (arXiv 2602.01734, Alg. 1).
 
-This file needs PyTorch and nothing else, so it can be copied into another project:
+This file needs PyTorch (2.9 or later) and nothing else, so it can be copied into another project:
 
     optimizer = MSign(torch.optim.AdamW(model.parameters()), model.named_parameters(), period=100)
 
