@@ -1,8 +1,11 @@
-"""Every model of the paper's Table 4 in a single file, from one set of blocks: pre-norm, no biases, untied head.
+"""Every model of the paper's Table 4 in one file, built from one set of blocks: pre-norm, no biases, untied head.
 
-Shapes: B sequences, T tokens, d = d_model, h = n_head, k = d // h, V = vocab_size, E = n_experts. Every weight
-matrix is its own parameter, named as in the paper (W_Q, W_K, W_V, W_O, W_up, W_down; W_gate of a gated MLP): a fused
-qkv matrix would change what the matrix sign does. Initialisation belongs to `mup.py`.
+Shapes: B sequences, T tokens, d = d_model, h = n_head, k = d // h (width of one head), V = vocab_size,
+E = n_experts, L = n_layer. H(ℓ) is the residual stream after block ℓ, (B, T, d); H(0) is the embedding.
+
+Every weight matrix is a parameter of its own and is named as in the paper: W_Q, W_K, W_V, W_O, W_up, W_down, and
+W_gate in a gated MLP. One fused matrix for W_Q, W_K and W_V would change what the matrix sign does. `mup.py` sets the
+initial values.
 """
 
 import math
@@ -17,20 +20,20 @@ from torch.utils.checkpoint import checkpoint
 from config import Config
 
 NORM_EPS = 1e-5
-ROWS = 64  # queries a chunk of chunked_attention
-LOGITS = 2**24  # the loss makes the logits in chunks of about this many, and never more of them at once
+ROWS = 64  # queries in one chunk of chunked_attention
+LOGITS = 2**24  # the loss never holds more logits than about this many; it computes them in chunks
 
 
 def uses_chunked(kernel: str, d_head: int, device: torch.device) -> bool:
-    """Whether attention runs on `chunked_attention`; "auto" takes it where it was measured to be the fastest."""
+    """Whether attention runs on `chunked_attention`. "auto" chooses it where it was measured to be the fastest."""
     return kernel == "chunked" or (kernel == "auto" and device.type == "cpu" and d_head <= 64)
 
 
 class _Scores(torch.autograd.Function):
-    """A (G, k, M), B (G, k, N) -> Aᵀ B + bias, (G, M, N); and `_Weigh`, V (G, k, N), P (G, M, N) -> V Pᵀ, (G, k, M).
+    """Attention logits AᵀB + bias, (G, M, N), of queries A (G, k, M) and keys B (G, k, N), G = B · h heads in all.
 
-    Each is the other's derivative, so that gradients of every order are made of the same three products. With k ≪ T
-    a CPU runs these up to four times as fast as the products that autograd would write down, P V and Pᵀ G.
+    `_Scores` and `_Weigh` are each other's derivatives, so gradients of every order need only three products. With
+    k ≪ T a CPU runs these three up to four times as fast as the products PV and PᵀG, which autograd would choose.
     """
 
     @staticmethod
@@ -45,6 +48,8 @@ class _Scores(torch.autograd.Function):
 
 
 class _Weigh(torch.autograd.Function):
+    """Weighted values VPᵀ, (G, k, M), of values V (G, k, N) and attention weights P (G, M, N)."""
+
     @staticmethod
     def forward(ctx, V, P):
         ctx.save_for_backward(V, P)
@@ -57,23 +62,28 @@ class _Weigh(torch.autograd.Function):
 
 
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention that stores its weights, for a CPU: scaled q, k (B, h, T, k), v (B, h, T, k') -> (B, T, h·k').
+    """Causal attention for a CPU, (B, T, h·k'), of queries and keys q, k (B, h, T, k) and values v (B, h, T, k').
 
-    Queries go in chunks of ROWS, each against the keys it can see, so that almost half of T × T is never computed.
+    The queries are already multiplied by the scale of the logits. They are split into chunks of ROWS. A chunk meets
+    only the keys that it may see, so almost half of the T × T logits are never computed. The attention weights are
+    stored for the backward pass.
     """
     B, h, T, _ = q.shape
     q, k, v = (x.mT.reshape(B * h, -1, T) for x in (q, k, v))
     future = q.new_full((T, T), -math.inf).triu(1)
-    out = []
+    chunks = []
     for start in range(0, T, ROWS):
         end = min(start + ROWS, T)
         scores = _Scores.apply(q[..., start:end], k[..., :end], future[start:end, :end])
-        out.append(_Weigh.apply(v[..., :end], torch.softmax(scores, -1).to(v.dtype)))
-    return (torch.cat(out, -1) if len(out) > 1 else out[0]).view(B, -1, T).mT
+        chunks.append(_Weigh.apply(v[..., :end], torch.softmax(scores, -1).to(v.dtype)))
+    return (torch.cat(chunks, -1) if len(chunks) > 1 else chunks[0]).view(B, -1, T).mT
 
 
 def rotate(x: Tensor, theta: float) -> Tensor:
-    """RoPE (arXiv 2104.09864): position t turns the pair (i, i + k/2) of x (..., T, k) by t · theta^(−2i/k)."""
+    """RoPE (arXiv 2104.09864) of x (..., T, k), in the same shape.
+
+    At position t the pair of components (i, i + k/2) is rotated by the angle t · theta^(−2i/k).
+    """
     T, k = x.shape[-2:]
     frequency = theta ** (-torch.arange(0, k, 2, dtype=torch.float32, device=x.device) / k)
     angle = torch.arange(T, device=x.device)[:, None] * frequency
@@ -83,7 +93,7 @@ def rotate(x: Tensor, theta: float) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with n_kv_head heads of keys and values (all of them by default), (B, T, d) -> (B, T, d)."""
+    """Causal self-attention, (B, T, d) -> (B, T, d). Keys and values have n_kv_head heads, by default n_head."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -100,13 +110,14 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = norm(cfg, self.d_qk), norm(cfg, self.d_qk)
 
     def make_keys_and_values(self, cfg: Config):
+        """Create the matrices for keys and values, and set d_qk, the width of one head's queries and keys."""
         self.d_qk = self.d_v
         self.W_K = nn.Linear(cfg.d_model, self.n_kv_head * self.d_qk, bias=False)
         self.W_V = nn.Linear(cfg.d_model, self.n_kv_head * self.d_v, bias=False)
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, multiplied by the scale of the logits, keys and values: (B, heads, T, k) each."""
-        # three parameters, one product: a third of the calls, which is what small widths pay for
+        """Queries (already multiplied by the scale of the logits), keys and values, each (B, heads, T, k)."""
+        # one product for the three parameters: small models spend their time on the number of calls
         normed = hasattr(self, "q_norm")
         W_Q = self.W_Q.weight if normed else self.W_Q.weight * self.scale
         qkv = F.linear(x, torch.cat([W_Q, self.W_K.weight, self.W_V.weight]))
@@ -119,7 +130,10 @@ class Attention(nn.Module):
         return rotate(q, self.theta), rotate(k, self.theta), v
 
     def logits(self, x: Tensor) -> Tensor:
-        """What the softmax sees, (B, h, T, T), -inf above the diagonal; for measuring, `forward` never stores them."""
+        """The attention logits that enter the softmax, (B, h, T, T), with -inf above the diagonal.
+
+        Only measurements call this method; `forward` never stores the logits.
+        """
         q, k, _ = self.qkv(x)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
@@ -139,9 +153,10 @@ class Attention(nn.Module):
 class MLA(Attention):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), (B, T, d) -> (B, T, d).
 
-    Keys and values come from a normalised latent of mla_rank dimensions, W_UK n(W_DKV x) and W_UV n(W_DKV x). Position is in
-    mla_rope_dim further dimensions of every query and of one key for all heads, W_KR x; with none of them it has
-    no positions. Queries are not compressed. The paper states neither rank nor rotary part: these are our choice.
+    Keys and values are made from one latent vector of mla_rank dimensions: W_UK n(W_DKV x) and W_UV n(W_DKV x), where
+    n is a norm. Positions enter through mla_rope_dim further dimensions of every query and of one key W_KR x that all
+    heads share; with mla_rope_dim = 0 there are no positions. Queries are not compressed. The paper states neither
+    mla_rank nor mla_rope_dim; both are our choice.
     """
 
     def make_keys_and_values(self, cfg: Config):
@@ -166,7 +181,7 @@ class MLA(Attention):
 
 
 class MLP(nn.Module):
-    """W_down GELU(W_up x), or gated W_down (SiLU(W_gate x) ∘ W_up x); (B, T, d) -> (B, T, d)."""
+    """W_down GELU(W_up x), or with a gate W_down (SiLU(W_gate x) ∘ W_up x); (B, T, d) -> (B, T, d)."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -182,9 +197,10 @@ class MLP(nn.Module):
 
 
 class Stack(nn.Module):
-    """One matrix for every expert, weight (E, m, n): inputs that are sorted by expert, (E, C, n) -> (E, C, m).
+    """One matrix (m, n) for each of E experts, stored as weight (E, m, n).
 
-    On a GPU in bf16 the inputs are (M, n) without padding, `ends` (E,) says where each expert's end.
+    Inputs are sorted by expert. Padded, they are (E, C, n) and the result is (E, C, m). Without padding (on a GPU in
+    bf16) they are (M, n) and the result is (M, m); `ends` (E,) then holds the row at which each expert's inputs end.
     """
 
     def __init__(self, E: int, n: int, m: int):
@@ -198,12 +214,15 @@ class Stack(nn.Module):
 
 
 class MoE(nn.Module):
-    """Mixture of experts, each a gated (or plain) MLP; (B, T, d) -> (B, T, d).
+    """Mixture of experts, each of them a gated or a plain MLP; (B, T, d) -> (B, T, d).
 
-    A token goes to the top_k experts of its softmax over all, with these weights scaled to sum to 1, as in Mixtral (arXiv
-    2401.04088). No token is dropped: on a GPU in bf16 the products are over groups of any length, elsewhere every group
-    is padded to the longest. `balance` is the last forward pass's load-balancing loss, E Σₑ fₑ Pₑ (Switch, arXiv 2101.03961; fₑ is
-    the number of the e-th expert's tokens over all tokens, Pₑ the mean of its softmax), top_k when balanced.
+    The router takes a softmax over all experts. A token goes to the top_k experts with the largest shares, and these
+    shares are rescaled to sum to 1, as in Mixtral (arXiv 2401.04088). No token is dropped. On a GPU in bf16 the groups
+    of tokens may differ in length; elsewhere every group is padded to the longest.
+
+    `balance` is the load-balancing loss of the last forward pass, E Σₑ fₑ Pₑ (Switch, arXiv 2101.03961). fₑ is the
+    fraction of tokens that go to expert e, and Pₑ is the mean over tokens of its softmax share. The loss equals top_k
+    when the load is balanced.
     """
 
     def __init__(self, cfg: Config):
@@ -216,7 +235,7 @@ class MoE(nn.Module):
         self.W_down = Stack(cfg.n_experts, cfg.d_ff, cfg.d_model)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and experts of tokens x (N, d), (N, top_k) each."""
+        """The weights and the indices of the experts that the tokens x (N, d) go to, each (N, top_k)."""
         share = torch.softmax(self.router(x), -1, torch.promote_types(x.dtype, torch.float32))
         weight, expert = share.topk(self.top_k, -1)
         load = F.one_hot(expert, share.shape[-1]).sum(1).to(share.dtype).mean(0)
@@ -227,46 +246,53 @@ class MoE(nn.Module):
         N, E = x.shape[0] * x.shape[1], self.router.out_features
         flat = x.flatten(0, 1)
         weight, expert = self.route(flat)
-        expert, order = expert.flatten().sort(stable=True)  # pairs of token and expert, by expert
+        expert, order = expert.flatten().sort(stable=True)  # the N · top_k pairs of token and expert, by expert
         ends = torch.searchsorted(expert, torch.arange(E, device=x.device), right=True)
-        gathered = flat.index_select(0, order // self.top_k)  # flat[…] has a slower backward pass
+        gathered = flat.index_select(0, order // self.top_k)  # indexing with flat[…] has a slower backward pass
         if x.is_cuda and torch.is_autocast_enabled("cuda"):
-            y, slot = self.experts(gathered.to(torch.get_autocast_dtype("cuda")), ends.int()), order.argsort()
+            y = self.experts(gathered.to(torch.get_autocast_dtype("cuda")), ends.int())
+            slot = order.argsort()  # the row of y for each pair, with the pairs in the order of the tokens again
         else:
             begins = F.pad(ends, (1, -1))
             longest = int((ends - begins).max())
             slot = torch.arange(len(order), device=x.device) - begins[expert] + expert * longest
             padded = gathered.new_zeros(E * longest, x.shape[-1]).index_copy(0, slot, gathered)
-            y, slot = self.experts(padded.view(E, longest, -1), None).flatten(0, 1), slot[order.argsort()]
+            y = self.experts(padded.view(E, longest, -1), None).flatten(0, 1)
+            slot = slot[order.argsort()]
         y = y.index_select(0, slot).view(N, self.top_k, -1)
         return (y * weight.unsqueeze(-1).to(y.dtype)).sum(1).view(x.shape)
 
     def experts(self, x: Tensor, ends: Tensor | None) -> Tensor:
+        """Every expert's MLP applied to its own inputs; for x and `ends` see `Stack`."""
         if hasattr(self, "W_gate"):
             return self.W_down(F.silu(self.W_gate(x, ends)) * self.W_up(x, ends), ends)
         return self.W_down(F.gelu(self.W_up(x, ends)), ends)
 
 
 class LayerNorm(nn.LayerNorm):
-    """PyTorch's, with gains of the input's precision: blocks sharded in bf16 leave the residual stream in fp32."""
+    """PyTorch's LayerNorm without bias; its gains are cast to the dtype of the input.
+
+    The cast is needed because the gains of a block sharded in bf16 are bf16 while the residual stream is fp32.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), None, self.eps)
 
 
 class RMSNorm(nn.RMSNorm):
-    """Likewise."""
+    """PyTorch's RMSNorm; its gains are cast to the dtype of the input, as in `LayerNorm`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def norm(cfg: Config, d: int) -> nn.Module:
+    """The normalisation layer that cfg.norm names, over d dimensions."""
     return RMSNorm(d, eps=NORM_EPS) if cfg.norm == "rmsnorm" else LayerNorm(d, eps=NORM_EPS, bias=False)
 
 
 class Block(nn.Module):
-    """H(ℓ-1) -> H(ℓ), the map whose Jacobian the paper studies; (B, T, d) -> (B, T, d)."""
+    """One block, H(ℓ−1) -> H(ℓ): the map whose Jacobian the paper studies; (B, T, d) -> (B, T, d)."""
 
     def __init__(self, cfg: Config, index: int):
         super().__init__()
@@ -296,7 +322,10 @@ class GPT(nn.Module):
         self.logit_scale = cfg.width_mult**cfg.logit_power
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """H(0), the residual stream before the first block: (B, T) -> (B, T, d)."""
+        """H(0), the residual stream before the first block: (B, T) -> (B, T, d).
+
+        Raises ValueError when there are more than block_size tokens.
+        """
         T = tokens.shape[1]
         if self.cfg.block_size < T:
             raise ValueError(f"{T} tokens: the context holds at most block_size={self.cfg.block_size}")
@@ -318,10 +347,10 @@ class GPT(nn.Module):
         return self.head(self.final_norm(x)) * self.logit_scale
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V), or with targets, one position ahead of tokens, their mean cross-entropy in nats.
+        """Logits (B, T, V); with targets (B, T), the mean cross-entropy in nats instead.
 
-        With experts, the gradient of that is also balance_coef times that of the load-balancing loss, mean over blocks; the
-        value is the cross-entropy alone.
+        targets[:, t] is the token that follows tokens[:, t]. With experts, the value is still the cross-entropy alone,
+        but its gradient also holds that of balance_coef times the load-balancing loss, averaged over the blocks.
         """
         x = self.hidden(tokens)
         if targets is None:
@@ -333,37 +362,45 @@ class GPT(nn.Module):
         return loss
 
     def cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Of H(L) (B, T, d) and targets (B, T)."""
+        """Mean cross-entropy in nats of H(L) (B, T, d) and targets (B, T)."""
         if targets.numel() * self.cfg.vocab_size <= LOGITS:
             return F.cross_entropy(self.logits(x).flatten(0, 1).float(), targets.flatten())
         x = self.final_norm(x).flatten(0, 1) * self.logit_scale
         rows = max(1, LOGITS // self.cfg.vocab_size)
-        if x.device.type == "cpu":  # a chunk's logits as large as W itself, both of which then stay in the cache
+        if x.device.type == "cpu":  # a chunk's logits are then no larger than the head, and both stay in the cache
             rows = min(rows, self.cfg.d_model)
         options = LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
         return F.linear_cross_entropy(x, self.head.weight, targets.flatten(), options=options)
 
     def active(self, p: Tensor) -> int:
-        """How many entries of a parameter a token meets: all, but of n_experts only top_k."""
+        """The number of entries of parameter p that one token uses: all, but only those of top_k experts in a stack."""
         return p.numel() * self.cfg.top_k // self.cfg.n_experts if p.ndim == 3 else p.numel()
 
     def flops_per_token(self) -> int:
-        """Forward and backward FLOPs of a token: 6 per matmul weight it meets, and 6·T·h·(k + k') a layer for attention
-        (12·T·d when both are d/h; PaLM, app. B)."""
+        """FLOPs per token of a forward and a backward pass (PaLM, arXiv 2204.02311, app. B).
+
+        They are 6 for each matrix entry that the token uses, and 6 · T · h · (k + k') in each layer for attention,
+        where k and k' are the widths of one head's keys and values. With k = k' = d/h the latter is 12 · T · d.
+        """
         matmul = sum(self.active(p) for n, p in self.named_parameters() if p.ndim >= 2 and "_emb" not in n)
         heads = sum(block.attn.n_head * (block.attn.d_qk + block.attn.d_v) for block in self.blocks)
         return 6 * matmul + 6 * self.cfg.block_size * heads
 
     def activation_bytes(self, bytes_per_value: int = 4) -> int:
-        """Estimate of what one micro-batch keeps for its backward pass: attention's scores and experts' padding not counted."""
+        """An estimate, in bytes, of the activations that one micro-batch keeps for its backward pass.
+
+        The attention weights and the padding of experts are not counted.
+        """
         cfg = self.cfg
         mlp = (4 if cfg.mlp == "swiglu" else 2) * cfg.d_ff
         if cfg.n_experts:
-            mlp = cfg.top_k * (mlp + 5 * cfg.d_model)  # the tokens sorted by expert, and back
-        # norms, q, k, v, attention, residuals; the rotated halves of q and k; what autocast leaves in fp32
-        block = (10 + 6 * (cfg.position == "rope")) * cfg.d_model + mlp
-        block = block * bytes_per_value + 4 * cfg.d_model * (4 - bytes_per_value)
+            mlp = cfg.top_k * (mlp + 5 * cfg.d_model)  # tokens are copied into the order of the experts and back
+        # values kept for each token: norms, q, k, v, attention and residuals; with RoPE the rotated halves of q and k
+        values = (10 + 6 * (cfg.position == "rope")) * cfg.d_model + mlp
+        kept_in_fp32 = 4 * cfg.d_model  # autocast does not convert these
+        block = values * bytes_per_value + kept_in_fp32 * (4 - bytes_per_value)
+        # recomputation keeps the fp32 input of every block, and all of one block at a time
         blocks = cfg.n_layer * 4 * cfg.d_model + block if cfg.recompute else cfg.n_layer * block
         tokens = cfg.micro_batch * cfg.block_size
-        logits = 3 * min(tokens * cfg.vocab_size, LOGITS)  # logits, log-softmax, their gradient
+        logits = 3 * min(tokens * cfg.vocab_size, LOGITS)  # logits, log-softmax and their gradient, in fp32
         return tokens * blocks + logits * 4

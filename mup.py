@@ -1,25 +1,26 @@
-"""μP: one table, role -> initial standard deviation, learning-rate multiplier, weight decay.
+"""μP in one table, RULES: the initial standard deviation, learning-rate multiplier and weight decay of every role.
 
-With m = base_width / d_model (16 for NanoGPT-5M: 768 / 48) and L = n_layer, the rules of Table 4 are
+A role is the part of a parameter's name that says what the parameter is for: "blocks.3.attn.W_Q.weight" has the role
+W_Q. A new architecture needs its roles in RULES; a parameter without a role is an error.
 
-| paper                                                  | here                                 |
-|--------------------------------------------------------|--------------------------------------|
-| 2-D weights inside blocks: init × 4 (= √m), lr × 16 (= m) | W_*: std_power 1/2, lr_power 1    |
-| W_Q = 0 at init                                        | W_Q: std 0                           |
-| W_O and W_down further divided by √(2L)                | W_O, W_down: depth True              |
-| embedding lr × 4 (= √m)                                | tok_emb, pos_emb: cfg.embed_lr_power |
-| decay on matrices and embeddings, none on norms        | column decay                         |
+With m = base_width / d_model (16 for NanoGPT-5M: 768 / 48) and L = n_layer, the rules of the paper's Table 4 are
 
-Without μP (base_width = 0) every matrix has deviation init_std and multiplier 1.
+| paper                                                          | here                                 |
+|----------------------------------------------------------------|--------------------------------------|
+| 2-D weights inside blocks: init × 4 (= √m), lr × 16 (= m)      | W_*: std_power 1/2, lr_power 1       |
+| W_Q = 0 at init                                                | W_Q: std 0                           |
+| W_O and W_down further divided by √(2L)                        | W_O, W_down: depth True              |
+| embedding lr × 4 (= √m)                                        | tok_emb, pos_emb: cfg.embed_lr_power |
+| decay on matrices and embeddings, none on norms                | decay                                |
 
-A role is the component of the parameter's name that the table holds ("blocks.3.attn.W_Q.weight" ->
-W_Q). Adding an architecture means adding its roles here; a parameter without a role is an error.
+Without μP (base_width = 0) every matrix has the deviation init_std and the multiplier 1.
 """
 
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import sqrt
+from math import inf, log, nan, sqrt
+from statistics import linear_regression
 
 import torch
 import torch.nn as nn
@@ -27,16 +28,19 @@ from torch import Tensor
 
 from config import Config, UserError, in_float32
 from model import GPT
+from msign import ATTENTION
 
 
 @dataclass(frozen=True)
 class Rule:
-    std: float  # multiple of cfg.init_std; 0 = zeros
-    std_power: float = 0.0  # init std × m^this
-    depth: bool = False  # init std ÷ √(2L)
-    lr_power: float | None = 0.0  # lr × m^this; None = cfg.embed_lr_power
-    decay: bool = True
-    ones: bool = False  # init 1 instead (gains)
+    """What μP prescribes for one role."""
+
+    std: float  # initial deviation as a multiple of cfg.init_std; 0 = the matrix starts at zero
+    std_power: float = 0.0  # the initial deviation is multiplied by m^std_power
+    depth: bool = False  # the initial deviation is divided by √(2L)
+    lr_power: float | None = 0.0  # the learning rate is multiplied by m^lr_power; None = m^cfg.embed_lr_power
+    decay: bool = True  # whether weight decay applies
+    ones: bool = False  # a norm's gains, which start at 1
 
 
 _HIDDEN = Rule(std=1, std_power=0.5, lr_power=1)
@@ -49,7 +53,7 @@ RULES = {
     "W_Q": Rule(std=0, lr_power=1),
     "W_K": _HIDDEN,
     "W_V": _HIDDEN,
-    "W_DKV": _HIDDEN,  # MLA: to the latent, from it to keys and values, the rotary key
+    "W_DKV": _HIDDEN,  # MLA: W_DKV makes the latent, W_UK and W_UV the keys and values from it, W_KR the rotary key
     "W_UK": _HIDDEN,
     "W_UV": _HIDDEN,
     "W_KR": _HIDDEN,
@@ -67,14 +71,12 @@ RULES = {
     "head": Rule(std=1),
 }
 
-LR_FIELDS = (
-    "lr lr_scale attn_lr norm_lr head_lr embed_lr_power base_width d_model beta1"  # what a learning rate is made of
-)
-ATTENTION = ("W_Q", "W_K", "W_V", "W_O", "W_DKV", "W_UK", "W_UV", "W_KR")
+# what a learning rate is made of
+LR_FIELDS = "lr lr_scale attn_lr norm_lr head_lr embed_lr_power base_width d_model beta1"
 
 
 def role_of(name: str) -> str:
-    """The one role that a parameter's dotted name contains. Raises ValueError naming it otherwise."""
+    """The role of the parameter with this dotted name. Raises ValueError unless the name contains exactly one role."""
     roles = [part for part in name.split(".") if part in RULES]
     if len(roles) != 1:
         raise ValueError(
@@ -84,7 +86,8 @@ def role_of(name: str) -> str:
 
 
 def init_std(role: str, cfg: Config) -> float:
-    if not cfg.base_width:  # LLaMA-1B and -MoE-3B: one deviation for all
+    """The initial standard deviation of a role's parameters."""
+    if not cfg.base_width:  # without μP, as in LLaMA-1B and LLaMA-MoE-3B
         return cfg.init_std
     rule = RULES[role]
     depth = sqrt(2 * cfg.n_layer) if rule.depth else 1.0
@@ -101,33 +104,45 @@ def in_range(value: float, fields: str, cfg: Config, what: str) -> float:
 
 
 def lr_mult(role: str, cfg: Config) -> float:
+    """The factor between cfg.lr and the learning rate of a role's parameters."""
+    if role == "head":
+        scale = cfg.head_lr
+    elif RULES[role].ones:
+        scale = cfg.norm_lr
+    else:
+        scale = cfg.attn_lr if role in ATTENTION else 1.0
     power = RULES[role].lr_power
-    kind = "head" if role == "head" else "norm" if RULES[role].ones else "attn" if role in ATTENTION else None
-    scale = getattr(cfg, f"{kind}_lr") if kind else 1.0
     return scale * cfg.width_mult ** (cfg.embed_lr_power if power is None else power)
 
 
 @torch.no_grad()
 def init_weights(model: nn.Module, cfg: Config, fill: Callable[[Tensor, Tensor], object] = Tensor.copy_):
-    """Initialise in place. A parameter's values depend on (cfg.seed, its name) alone, not on order, device or shards:
-    `fill` puts a whole parameter's values into it, or into what there is of it."""
+    """Set all parameters of `model` to their initial values.
+
+    A parameter's values depend on cfg.seed and on its name alone: not on the order of parameters, the device or the
+    number of processes. `fill(p, values)` copies the values of a whole parameter into p. A process that holds only a
+    part of the parameter passes a `fill` that copies this part.
+    """
     for name, p in model.named_parameters():
         role = role_of(name)
         if RULES[role].ones:
             p.fill_(1.0)
             continue
-        # PyTorch's CPU generator keeps only the low 32 bits of a seed, so run seed and name are hashed into those
+        # PyTorch's CPU generator uses only the low 32 bits of a seed, so cfg.seed and the name are hashed into 32 bits
         generator = torch.Generator().manual_seed(zlib.crc32(f"{cfg.seed}/{name}".encode()))
         fill(p, torch.randn(p.shape, generator=generator) * init_std(role, cfg))
 
 
 def param_groups(model: nn.Module, cfg: Config) -> list[dict]:
-    """Optimizer groups, one per distinct (lr multiplier, decay): keys params, lr, lr_mult, weight_decay, roles.
+    """The optimizer's parameter groups, one for each pair of learning-rate multiplier and weight decay.
 
-    Every parameter is in exactly one group, or ValueError names it. `lr` is set to the peak; the
-    training loop sets it to lr_at(step) · lr_mult. PyTorch's AdamW decays by lr · weight_decay, so
-    independent decay (a share cfg.weight_decay · lr/peak a step, whatever the multiplier) divides the
-    group's weight_decay by its peak learning rate.
+    A group has the keys params, lr, lr_mult, weight_decay and roles. Every parameter is in exactly one group; a
+    parameter without a role raises ValueError. `lr` starts at the peak; the training loop sets it to
+    cfg.lr_at(step) · lr_mult at every step.
+
+    PyTorch's AdamW shrinks a weight by the share lr · weight_decay in each step. With cfg.decay_coupling =
+    "independent" the share is cfg.weight_decay · lr/peak for every group, so the group's weight_decay is divided by
+    its own peak learning rate.
     """
     groups = {}
     for name, p in model.named_parameters():
@@ -148,47 +163,59 @@ def param_groups(model: nn.Module, cfg: Config) -> list[dict]:
     return list(groups.values())
 
 
-def coordinate_check(cfg: Config, widths: list[int], steps: int = 4, seeds: int = 2) -> dict[str, list[list[float]]]:
-    """How activations scale with width while training starts: {activation: [step][width] mean |value|}.
+ACTIVATIONS = ("attention", "mlp", "residual", "logits")
 
-    At every width (d_head fixed, d_ff = 4 · width) a model takes `steps` AdamW steps at cfg.peak_lr on one
-    random batch; values are means over `seeds`. Under μP the blocks' outputs keep their size at every
-    step, under the standard parameterisation they grow with width. The activations are each block's
-    attention and MLP output (averaged over blocks), the residual stream, and the logits.
+
+def coordinate_check(cfg: Config, widths: list[int], steps: int = 4, seeds: int = 2) -> dict[str, list[list[float]]]:
+    """How the size of activations depends on width early in training: {activation: [step][width] mean |value|}.
+
+    At every width a model takes `steps` AdamW steps at the learning rate cfg.peak_lr on one random batch; d_head stays
+    the same and d_ff = 4 · width. Sizes are means over `seeds` models. The activations are the outputs of attention
+    and of the MLP and the residual stream, each averaged over blocks, and the logits. Under μP the sizes in the blocks
+    do not depend on width; under the standard parameterisation they grow with width.
     """
-    kinds = ("attention", "mlp", "residual", "logits")
-    out = {kind: [[0.0] * len(widths) for _ in range(steps)] for kind in kinds}
+    sizes = {kind: [[0.0] * len(widths) for _ in range(steps)] for kind in ACTIVATIONS}
     for w, width in enumerate(widths):
         at_width = replace(cfg, d_model=width, n_head=width * cfg.n_head // cfg.d_model, d_ff=4 * width)
         for seed in range(seeds):
-            model = GPT(replace(at_width, seed=seed))
-            init_weights(model, model.cfg)
-            blocks = model.blocks
-            watched = zip(kinds, ([b.attn for b in blocks], [b.mlp for b in blocks], blocks, [model.head]), strict=True)
-            seen = {kind: [] for kind in kinds}
-            for kind, modules in watched:
-                scale = model.logit_scale if kind == "logits" else 1.0
-                for module in modules:
-                    module.register_forward_hook(
-                        lambda _, __, y, into=seen[kind], scale=scale: into.append(
-                            y.detach().abs().mean().item() * scale
-                        )
-                    )
-            optimizer = torch.optim.AdamW(param_groups(model, model.cfg), betas=(cfg.beta1, cfg.beta2), eps=cfg.eps)
-            generator = torch.Generator().manual_seed(seed)
-            x = torch.randint(cfg.vocab_size, (cfg.micro_batch, cfg.block_size + 1), generator=generator)
-            for step in range(steps):
-                for values in seen.values():
-                    values.clear()
-                model(x[:, :-1], x[:, 1:]).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                for kind, values in seen.items():
-                    out[kind][step][w] += sum(values) / len(values) / seeds
-    return out
+            for step, found in enumerate(_activation_sizes(replace(at_width, seed=seed), steps)):
+                for kind, size in found.items():
+                    sizes[kind][step][w] += size / seeds
+    return sizes
+
+
+def _activation_sizes(cfg: Config, steps: int) -> list[dict[str, float]]:
+    """{activation: mean |value|} in each of the first training steps of one model."""
+    model = GPT(cfg)
+    init_weights(model, cfg)
+    blocks = model.blocks
+    modules = [block.attn for block in blocks], [block.mlp for block in blocks], blocks, [model.head]
+    seen = {kind: [] for kind in ACTIVATIONS}
+    for kind, watched in zip(ACTIVATIONS, modules, strict=True):
+        scale = model.logit_scale if kind == "logits" else 1.0
+        for module in watched:
+            module.register_forward_hook(
+                lambda _, __, y, into=seen[kind], scale=scale: into.append(y.detach().abs().mean().item() * scale)
+            )
+    optimizer = torch.optim.AdamW(param_groups(model, cfg), betas=(cfg.beta1, cfg.beta2), eps=cfg.eps)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    x = torch.randint(cfg.vocab_size, (cfg.micro_batch, cfg.block_size + 1), generator=generator)
+    sizes = []
+    for _ in range(steps):
+        for values in seen.values():
+            values.clear()
+        model(x[:, :-1], x[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        sizes.append({kind: sum(values) / len(values) for kind, values in seen.items()})
+    return sizes
 
 
 def width_slope(widths: list[int], sizes: list[float]) -> float:
-    """Least-squares slope of log size against log width: 0 = width-independent, 1 = proportional to it."""
-    x, y = torch.tensor(widths).double().log(), torch.tensor(sizes).double().log()
-    return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
+    """Least-squares slope of log size against log width: 0 = independent of width, 1 = proportional to width.
+
+    NaN when a size is zero or not finite.
+    """
+    if not all(0 < size < inf for size in sizes):
+        return nan
+    return linear_regression([log(width) for width in widths], [log(size) for size in sizes]).slope

@@ -1,4 +1,4 @@
-"""Token files: a reader, and a preparation for every corpus.
+"""Token files: a reader, and a command that prepares each corpus.
 
-Lives here: whatever makes or reads tokens. Does not: anything that knows the model.
+Lives here: what makes or reads tokens. Does not: anything that knows the model.
 """

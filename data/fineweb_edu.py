@@ -1,10 +1,10 @@
-"""FineWeb-Edu's sample of 10e9 tokens, the stand-in for Nemotron-CC, as token files.
+"""Prepare FineWeb-Edu's sample of 10e9 tokens, the stand-in for Nemotron-CC.
 
     python -m data.fineweb_edu [--files=14] [--workers=8] [--tokenizer=cl100k_base]    # 29 GB streamed from the Hub
     python -m data.fineweb_edu --source=FOLDER --dataset=NAME    # local Parquet files with a column "text"
 
-14 Parquet files at a pinned revision, 9 672 101 documents; 40 GB are written. Split, tokenizers and dtypes are those of
-data.nemotron_cc: documents 0, 2000, 4000, … of each file are for validation.
+The sample has 14 Parquet files with 9 672 101 documents, read at a pinned revision; 40 GB are written. Documents 0,
+2000, 4000, … of each file are for validation. Tokenizers and dtypes are those of data.nemotron_cc.
 """
 
 from config import UserError, run_cli
@@ -15,7 +15,7 @@ SHARDS = [f"hf://datasets/HuggingFaceFW/fineweb-edu@{REVISION}/sample/10BT/{i:03
 
 
 def published() -> list[str]:
-    """The addresses of all files."""
+    """The addresses of all files. Raises UserError if the first one cannot be read."""
     try:
         count_rows(SHARDS[0])
     except UserError as error:

@@ -1,19 +1,20 @@
-"""Nemotron-CC v1, the corpus of the paper's larger models, as token files; 40 of its 31 279 files unless told otherwise.
+"""Prepare Nemotron-CC v1, the corpus of the paper's larger models, by default from 40 of its 31 279 files.
 
     python -m data.nemotron_cc [--files=40] [--workers=8] [--tokenizer=cl100k_base]    # streamed from Common Crawl
     python -m data.nemotron_cc --source=FOLDER --dataset=NAME    # local .jsonl.zstd files
 
-The whole is 6.3e12 tokens in 10.4 TiB (https://data.commoncrawl.org/contrib/Nemotron/Nemotron-CC/index.html), so a file
-is about 2.0e8 tokens and 0.37 GB, and 40 files are 8e9 tokens: more than the 6.6e9 of the longest run that reads them,
-100 000 steps of 65 536. They are 15 GB to stream and 32 GB to write. The files are those at equal distances in the
-sorted list, whose order is quality, kind (real or synthetic) and crawl, so that the mixture is about that of the whole.
+The whole corpus has 6.3e12 tokens in 10.4 TiB (https://data.commoncrawl.org/contrib/Nemotron/Nemotron-CC/index.html).
+So one file has about 2.0e8 tokens and 0.37 GB. The 40 files have 8e9 tokens; the longest run that reads them needs
+6.6e9 (100 000 steps of 65 536 tokens). 15 GB are streamed and 32 GB written. The list of files is sorted by quality,
+kind (real or synthetic) and crawl. The 40 files lie at equal distances in this list, so their mixture is about that of
+the whole corpus.
 
-Documents 0, 2000, 4000, … of each file are for validation. Synthetic documents rephrase real ones and near duplicates
-remain, so what is held out is not wholly unseen.
+Documents 0, 2000, 4000, … of each file are for validation. Synthetic documents rephrase real ones, and near duplicates
+remain. So a model has seen text similar to the validation documents.
 
-The paper's vocabulary seems to be Llama-3's, 128 256 entries; Llama-3's tokenizer is gated. Our choice is tiktoken's
-cl100k_base (100 277 entries, which fit; the vocabulary is downloaded once, 1.7 MB); --tokenizer=gpt2 is the same
-offline. cl100k_base is written as uint32, gpt2 as uint16.
+The paper's vocabulary seems to be Llama-3's with 128 256 entries, but Llama-3's tokenizer is gated. We use tiktoken's
+cl100k_base, whose 100 277 entries fit into that vocabulary; it is downloaded once (1.7 MB) and its tokens are written
+as uint32. --tokenizer=gpt2 needs no network for the vocabulary and writes uint16.
 """
 
 import gzip
@@ -31,7 +32,7 @@ FILES = 40
 
 
 def published() -> list[str]:
-    """The addresses of all files, sorted."""
+    """The addresses of all files, sorted. Raises UserError if their list cannot be read."""
     try:
         with reading(SITE + LIST), urlopen(Request(SITE + LIST, headers=AGENT), timeout=30) as response:
             packed = response.read()

@@ -1,11 +1,12 @@
-"""OpenWebText as GPT-2 tokens: 9 035 582 198 for training, 4 434 897 for validation, nanoGPT's split.
+"""Prepare OpenWebText as GPT-2 tokens in nanoGPT's split: 9 035 582 198 for training, 4 434 897 for validation.
 
     python -m data.openwebtext [--workers=8]            # streamed from the Hub, 18 GB written
     python -m data.openwebtext --source=FOLDER --dataset=NAME   # local Parquet files with a column "text"
 
-Each Parquet shard becomes one train_*.bin; a cut preparation goes on with the shards that are missing.
-Validation holds exactly nanoGPT's documents, those of `train_test_split(test_size=0.0005, seed=2357,
-shuffle=True)`; unlike nanoGPT the order of the others is the shards', which random windows do not see.
+Each shard (one Parquet file) becomes one train_*.bin. An interrupted preparation goes on with the missing shards. The
+validation documents are exactly nanoGPT's, those of `train_test_split(test_size=0.0005, seed=2357, shuffle=True)`.
+The training documents stay in the order of the shards, where nanoGPT shuffles them; this makes no difference, because
+batches are drawn at random.
 """
 
 import math
@@ -32,7 +33,10 @@ def val_rows(n: int) -> np.ndarray:
 
 
 def prepare(shards: list[str], dataset: str, workers: int) -> Path:
-    """Tokenise the shards into the corpus `dataset`. Resumable; raises UserError if it is there already."""
+    """The folder of the corpus `dataset`, made of the shards at these addresses.
+
+    An interrupted preparation goes on where it stopped. Raises UserError if the corpus exists already.
+    """
     refuse_prepared(dataset)
     rows = [count_rows(url) for url in tqdm(shards, desc="counting documents", unit="shard", delay=5)]
     starts = np.cumsum([0, *rows])

@@ -1,9 +1,12 @@
-"""Token files and the batches drawn from them.
+"""Token files, and the batches that are drawn from them.
 
-A corpus is a folder with `*train*.bin` and (for evaluation) `*val*.bin`: flat tokens as nanoGPT writes them,
-or shards with the 256-int32 header of modded-nanogpt and llm.c; both are recognised and read as they are.
-Tokens are uint16 unless a `meta.json` beside them has `"dtype": "uint32"`, or llm.c's header for Llama-3 says so.
-Our own preparation writes a `meta.json` with tokenizer, dtype, counts and sha256.
+A corpus is a folder with files `*train*.bin` and, for evaluation, `*val*.bin`. A file holds tokens and nothing else,
+as nanoGPT writes it, or has the header of 256 int32 that modded-nanogpt and llm.c write; the reader recognises both.
+Tokens are uint16, unless a `meta.json` in the folder has `"dtype": "uint32"` or the header is llm.c's for Llama-3.
+Corpora that this repository prepares have a `meta.json` with tokenizer, dtype, numbers of tokens and sha256.
+
+A window is a run of block_size + 1 consecutive tokens of one file: block_size inputs and, one token later, as many
+targets.
 """
 
 import hashlib
@@ -19,9 +22,9 @@ import torch
 from config import ROOT, UserError
 
 DATA = ROOT / "data"
-HEADERS = {20240520: "uint16", 20240801: "uint32"}  # by the first int32: GPT-2's tokens, Llama-3's
+HEADERS = {20240520: "uint16", 20240801: "uint32"}  # {first int32 of a header: dtype}: GPT-2's tokens, Llama-3's
 HEADER_BYTES = 1024
-FULL_HASH_BYTES = 2**30
+FULL_HASH_BYTES = 2**30  # files above this size are not read as a whole when a run starts
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -35,14 +38,15 @@ def corpus_dir(dataset: str) -> Path:
 
 
 def is_prepared(dataset: str) -> bool:
+    """Whether the corpus has token files for training."""
     return any(corpus_dir(dataset).glob("*train*.bin"))
 
 
 class TokenFiles:
-    """The token files of one split as one pool of windows of block_size + 1 tokens (none crosses a file).
+    """All windows of the token files of one split ("train" or "val"), numbered through; len() is the number of tokens.
 
-    Raises UserError for a folder without such files, an unknown dtype, an empty or truncated file, a file
-    shorter than one window, and a token that vocab_size cannot hold.
+    Raises UserError for a folder without such files, an unknown dtype, an empty or truncated file, a file shorter than
+    one window, and a token that is not below vocab_size.
     """
 
     def __init__(self, dataset: str, split: str, block_size: int, vocab_size: int):
@@ -64,6 +68,7 @@ class TokenFiles:
         self.ends = np.cumsum(windows)  # window i lies in the first file whose end is above i
 
     def _open(self, path: Path) -> np.ndarray:
+        """The tokens of a file, mapped into memory."""
         size = path.stat().st_size
         head = np.fromfile(path, np.int32, 3)
         header = HEADERS.get(int(head[0])) if len(head) == 3 else None
@@ -85,7 +90,7 @@ class TokenFiles:
 
     def _max_token(self, path: Path, tokens: np.ndarray) -> int:
         entry = self.meta.get("files", {}).get(path.name)
-        if entry and tokens.nbytes > FULL_HASH_BYTES:  # our own file, too large to scan at every start
+        if entry and tokens.nbytes > FULL_HASH_BYTES:  # too large to scan, but its preparation recorded the maximum
             return entry["max_token"]
         return max(int(tokens[i : i + 2**26].max()) for i in range(0, len(tokens), 2**26))
 
@@ -93,7 +98,10 @@ class TokenFiles:
         return sum(len(tokens) for tokens in self.arrays)
 
     def fingerprint(self) -> str:
-        """A hash of the files: sha256 up to 1 GiB in all; above, of sizes and 4096 evenly spaced 4 KiB blocks."""
+        """A hash of the files' sizes and content.
+
+        Up to 1 GiB in all, it covers every byte; above that, 4096 evenly spaced blocks of 4 KiB in each file.
+        """
         sizes = [path.stat().st_size for path in self.paths]
         digest = hashlib.sha256(repr(sizes).encode())
         if sum(sizes) <= FULL_HASH_BYTES:
@@ -110,7 +118,7 @@ class TokenFiles:
         return "sha256-sampled:" + digest.hexdigest()
 
     def windows(self, starts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets, each (len(starts), block_size) int64, of the windows with these indices."""
+        """Inputs and targets, each (len(starts), block_size) int64, of the windows with the numbers `starts`."""
         files = np.searchsorted(self.ends, starts, side="right")
         first = np.concatenate([[0], self.ends])[files]
         rows = [self.arrays[f][s : s + self.block_size + 1] for f, s in zip(files, starts - first, strict=True)]
@@ -118,7 +126,7 @@ class TokenFiles:
         return tokens[:, :-1], tokens[:, 1:]
 
     def batch(self, seed: int, step: int, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch of a step, a function of (seed, step) alone: a counter-based generator, no state to save."""
+        """Inputs and targets of batch_size random windows. They depend on seed and step alone, so no state is saved."""
         rng = np.random.Generator(np.random.Philox(key=[seed, step]))
         return self.windows(rng.integers(0, self.ends[-1], batch_size))
 
@@ -131,12 +139,15 @@ class TokenFiles:
             )
 
     def fixed_windows(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same `count` evenly spaced windows at every call, for evaluation."""
+        """Inputs and targets of `count` evenly spaced windows, the same at every call, for evaluation."""
         return self.windows(np.linspace(0, self.ends[-1] - 1, count).astype(np.int64))
 
 
 def write_corpus(dataset: str, splits: dict[str, np.ndarray], tokenizer: str, vocab_size: int, source: str) -> Path:
-    """Write {split: tokens} as <split>.bin and meta.json, the folder appearing whole or not at all."""
+    """The folder of the corpus `dataset`, written from {split: tokens} as <split>.bin and meta.json.
+
+    The folder appears with all files in it or not at all.
+    """
     folder = corpus_dir(dataset)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -148,7 +159,7 @@ def write_corpus(dataset: str, splits: dict[str, np.ndarray], tokenizer: str, vo
         try:
             scratch.rename(folder)
         except OSError:
-            if not is_prepared(dataset):  # otherwise another process was faster, with the same result
+            if not is_prepared(dataset):  # otherwise another process has just written the same corpus
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -156,7 +167,7 @@ def write_corpus(dataset: str, splits: dict[str, np.ndarray], tokenizer: str, vo
 
 
 def write_meta(folder: Path, tokenizer: str, vocab_size: int, source: str):
-    """meta.json: {tokenizer, vocab_size, dtype, source, files: {name: {tokens, max_token, sha256}}}."""
+    """Write meta.json: {tokenizer, vocab_size, dtype, source, files: {name: {tokens, max_token, sha256}}}."""
     files, dtype = {}, token_dtype(vocab_size)
     for path in sorted(folder.glob("*.bin")):
         tokens = np.memmap(path, dtype, "r")

@@ -1,8 +1,8 @@
-"""From shards of documents to a corpus of token files; what openwebtext, nemotron_cc and fineweb_edu share.
+"""From shards of documents to a corpus of token files: what openwebtext, nemotron_cc and fineweb_edu share.
 
-A shard is a Parquet file with a column "text" (a path, or hf://…) or a .jsonl.zstd file with a field "text" (a path,
-or https://…), read as a stream. Each becomes one train_*.bin, whole or not at all; a cut preparation goes on with
-those that are missing, and the corpus appears at the end.
+A shard is one source file: a Parquet file with a column "text" (a path or hf://…), or a .jsonl.zstd file with a field
+"text" (a path or https://…). Shards are read as streams. Each becomes one train_*.bin, written whole or not at all. A
+preparation that is interrupted can be repeated and then does only the missing shards. The corpus appears at the end.
 """
 
 import argparse
@@ -34,24 +34,24 @@ from data.reader import corpus_dir, is_prepared, write_meta
 from data.tokenizer import get_tokenizer
 
 DOCUMENTS_AT_A_TIME = 1000
-HELD_OUT = range(0, sys.maxsize, 2000)  # of each shard's documents; nanoGPT's OpenWebText has the same share
-RETRY_AFTER = (1, 4, 16, 64)  # seconds
-AGENT = {"User-Agent": "python -m data"}  # some servers refuse urllib's own
+HELD_OUT = range(0, sys.maxsize, 2000)  # a shard's documents for validation; nanoGPT holds out the same share
+RETRY_AFTER = (1, 4, 16, 64)  # seconds between attempts to continue a download
+AGENT = {"User-Agent": "python -m data"}  # some servers refuse urllib's default
 
 
 @contextmanager
 def reading(url: str):
-    """Whatever keeps a source from being read becomes one line that names it."""
+    """Inside, any error becomes a UserError of one line that names the source `url`."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # each transport and format has its own
+    except Exception as error:  # every transport and every format has errors of its own
         raise UserError(f"{url}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 class Download(io.RawIOBase):
-    """The bytes of an https URL from first to last; a connection that breaks is taken up where it broke."""
+    """The bytes of an https URL, in order. When the connection breaks, the download continues where it stopped."""
 
     def __init__(self, url: str):
         self.url, self.position, self.size, self.response = url, 0, None, None
@@ -87,6 +87,7 @@ class Download(io.RawIOBase):
 
 
 def count_rows(url: str) -> int:
+    """The number of documents in a Parquet file. Raises UserError if it cannot be read."""
     with reading(url), fsspec.open(url, "rb") as f:
         return pq.ParquetFile(f).metadata.num_rows
 
@@ -108,7 +109,10 @@ def _jsonl(url: str) -> Iterator[tuple[list, float]]:
 
 
 def read_texts(url: str) -> Iterator[tuple[list[str], float]]:
-    """The texts of a shard, some at a time, each time with the share of the shard that has been read."""
+    """Batches of a shard's texts, each with the share of the shard that has been read so far.
+
+    Raises UserError for a shard that cannot be read and for a document whose text is not a string.
+    """
     with reading(url):
         row = 0
         for texts, share in (_parquet if url.endswith(".parquet") else _jsonl)(url):
@@ -122,9 +126,9 @@ def read_texts(url: str) -> Iterator[tuple[list[str], float]]:
 def _start_worker(counter):
     global shards_done
     shards_done = counter
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
 
-    def leave_with_parent():  # a killed preparation leaves nothing behind that writes into the next one's files
+    def leave_with_parent():  # a worker that outlives its parent would write into the files of the next preparation
         multiprocessing.parent_process().join()
         os._exit(1)
 
@@ -151,15 +155,17 @@ def tokenize_shard(url: str, held_out: Sequence[int], tokenizer: str, out: Path,
 
 
 def refuse_prepared(dataset: str):
+    """Raise UserError if the corpus exists already."""
     if is_prepared(dataset):
         folder = corpus_dir(dataset)
         raise UserError(f"dataset = {dataset!r}: {folder} is already prepared; delete it to prepare it anew")
 
 
 def prepare(dataset: str, shards: list[tuple[str, Sequence[int]]], tokenizer: str, workers: int, source: str) -> Path:
-    """Tokenise shards, each an address and the rows of it that are held out for validation, into a corpus.
+    """The folder of the corpus that the shards become. Each shard is (address, the rows held out for validation).
 
-    Resumable. Raises UserError if the corpus is there already, and for a shard that cannot be read.
+    An interrupted preparation goes on where it stopped. Raises UserError if the corpus exists already, and for a shard
+    that cannot be read.
     """
     refuse_prepared(dataset)
     vocab_size = get_tokenizer(tokenizer).vocab_size
@@ -168,12 +174,26 @@ def prepare(dataset: str, shards: list[tuple[str, Sequence[int]]], tokenizer: st
     out.mkdir(parents=True, exist_ok=True)
     plan = json.dumps({"tokenizer": tokenizer, "shards": [[url, str(held_out)] for url, held_out in shards]})
     if not (out / "plan.json").is_file() or (out / "plan.json").read_text() != plan:
-        # leftovers of other shards, of another split or of another vocabulary are of no use
+        # what another selection of shards, another split or another tokenizer left cannot be used
         shutil.rmtree(out)
         out.mkdir()
         (out / "plan.json").write_text(plan)
+    _tokenize_missing(shards, tokenizer, workers, out)
+    with open(out / "val.bin", "wb") as val:
+        for part in sorted(out.glob("val_*.part")):
+            val.write(part.read_bytes())
+    for leftover in [*out.glob("val_*.part"), out / "plan.json"]:
+        leftover.unlink()
+    write_meta(out, tokenizer, vocab_size, source)
+    shutil.rmtree(folder, ignore_errors=True)  # an empty folder at most, since prepared ones were refused above
+    out.rename(folder)
+    return folder
+
+
+def _tokenize_missing(shards: list[tuple[str, Sequence[int]]], tokenizer: str, workers: int, out: Path):
+    """Tokenise the shards that have no file in `out` yet, with a progress bar. Raises UserError as `prepare` does."""
     missing = [i for i in range(len(shards)) if not (out / f"train_{i:05}.bin").is_file()]
-    context = multiprocessing.get_context("spawn")  # the tokenizer's threads do not survive a fork
+    context = multiprocessing.get_context("spawn")  # the tokenizer's threads would not survive a fork
     counter = context.Value("d", len(shards) - len(missing))
     with (
         tqdm(total=len(shards), unit="shard", desc="tokenising", initial=len(shards) - len(missing)) as bar,
@@ -194,30 +214,22 @@ def prepare(dataset: str, shards: list[tuple[str, Sequence[int]]], tokenizer: st
                 worker.terminate()
             raise
         finally:
-            pool.shutdown(cancel_futures=True)  # after a failure those under way are finished, and kept
-    with open(out / "val.bin", "wb") as val:
-        for part in sorted(out.glob("val_*.part")):
-            val.write(part.read_bytes())
-    for leftover in [*out.glob("val_*.part"), out / "plan.json"]:
-        leftover.unlink()
-    write_meta(out, tokenizer, vocab_size, source)
-    shutil.rmtree(folder, ignore_errors=True)  # an empty leftover; prepared ones were refused above
-    out.rename(folder)
-    return folder
+            pool.shutdown(cancel_futures=True)  # after a failure, shards under way are finished and kept
 
 
 def token_counts(folder: Path) -> dict[str, int]:
-    """Tokens of a prepared corpus by split."""
+    """{split: number of tokens} of a prepared corpus."""
     files = json.loads((folder / "meta.json").read_text())["files"]
     return {s: sum(f["tokens"] for name, f in files.items() if name.startswith(s)) for s in ("train", "val")}
 
 
 def report(folder: Path) -> str:
+    """A line with the folder and the numbers of tokens in it."""
     return f"{folder}: " + ", ".join(f"{n:,} {split} tokens" for split, n in token_counts(folder).items())
 
 
 def parser(doc: str, dataset: str, suffix: str) -> Parser:
-    """The options that every preparation has."""
+    """A parser with the options that every preparation has."""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", help=f"folder of local *{suffix} files instead of the network")
     parser.add_argument("--dataset", default=dataset, help=f"name of the corpus below data/, or a path [{dataset}]")
@@ -226,6 +238,7 @@ def parser(doc: str, dataset: str, suffix: str) -> Parser:
 
 
 def local_shards(source: str, suffix: str) -> list[str]:
+    """The paths of all files in the folder `source` that end with `suffix`. Raises UserError if there are none."""
     shards = [str(path) for path in sorted(Path(source).rglob(f"*{suffix}"))]
     if not shards:
         raise UserError(f"source = {source!r}: no *{suffix} files there")
@@ -233,16 +246,20 @@ def local_shards(source: str, suffix: str) -> list[str]:
 
 
 def spread(shards: list[str], n: int) -> list[str]:
-    """n of the shards at equal distances: whatever the order of all follows, the choice holds it in proportion."""
+    """n of the shards at equal distances in their order. Raises UserError unless 1 ≤ n ≤ len(shards).
+
+    If the order groups shards by kind, every kind is chosen in proportion to its number.
+    """
     if not 1 <= n <= len(shards):
         raise UserError(f"files = {n}: must be 1 to {len(shards)}")
     return [shards[(2 * i + 1) * len(shards) // (2 * n)] for i in range(n)]
 
 
 def command(doc: str, dataset: str, suffix: str, published: Callable[[], list[str]], files: int | None = None) -> int:
-    """The command line of a corpus without a split of its own: documents HELD_OUT of each shard are for validation.
+    """Prepare, from the command line, a corpus that has no validation split of its own; returns exit code 0.
 
-    `published` lists the shards on the network, of which `files` are the default, all if None.
+    The documents HELD_OUT of each shard are for validation. `published` lists the shards on the network; `files` of
+    them are used by default, or all if None.
     """
     options = parser(doc, dataset, suffix)
     options.add_argument(

@@ -1,9 +1,9 @@
-"""The embedded corpus: the source of Python's own standard library, tests left out (12 MB; no network).
+"""Prepare the embedded corpus: the source code of Python's standard library without its tests (12 MB; no network).
 
     python -m data.stdlib            # data/stdlib-bytes, data/stdlib-gpt2 and data/stdlib-small
 
-`train.py` prepares it on first use. The text differs a little between Python versions, so meta.json and
-each run record the version and the hash.
+`train.py` prepares the corpus when it is first used. The text differs a little between versions of Python, so
+meta.json and the record of each run name the version and the hash.
 """
 
 import hashlib
@@ -17,32 +17,35 @@ from config import UserError, run_cli
 from data.reader import is_prepared, write_corpus
 from data.tokenizer import get_tokenizer
 
-# a corpus's tokenizer, and how much of the text is to train on: 8 kB can be memorised within minutes
+# {corpus: (tokenizer, number of training tokens; None = all)}; a model memorises 8 kB within minutes
 CORPORA = {"stdlib-bytes": ("bytes", None), "stdlib-gpt2": ("gpt2", None), "stdlib-small": ("bytes", 8192)}
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
 def source_files(root: Path) -> list[str]:
-    """The corpus's files relative to `root`, sorted: every .py outside tests and installed packages."""
+    """The corpus's files, sorted and relative to `root`: every .py file outside tests and installed packages."""
     files = (p.relative_to(root) for p in root.rglob("*.py"))
     return sorted(p.as_posix() for p in files if not LEFT_OUT & set(p.parts))
 
 
 def is_val(name: str) -> bool:
-    """Whether a file is held out for validation: one in twenty, by the hash of its name."""
+    """Whether a file is for validation. The hash of its name decides; one in twenty is."""
     return hashlib.sha256(name.encode()).digest()[0] % 20 == 0
 
 
 def prepare(dataset: str, spare: str | Path | None = None) -> str:
-    """Write the corpus, a key of CORPORA, unless it is there; its name, or its path below `spare`, a folder for the case that
-    data/ cannot be written."""
+    """The corpus `dataset`, a key of CORPORA, written first if it does not exist.
+
+    Returns its name; or its path below the folder `spare` if data/ cannot be written and `spare` is given. Raises
+    UserError if Python was installed without the source of its library.
+    """
     if is_prepared(dataset):
         return dataset
     elsewhere = spare and str(Path(spare).absolute() / dataset)
     if elsewhere and is_prepared(elsewhere):
         return elsewhere
-    name, size = CORPORA[dataset]
-    tokenizer = get_tokenizer(name)
+    tokenizer_name, size = CORPORA[dataset]
+    tokenizer = get_tokenizer(tokenizer_name)
     root = Path(sysconfig.get_paths()["stdlib"])
     names = source_files(root)
     if len(names) < 100:
@@ -65,6 +68,7 @@ def prepare(dataset: str, spare: str | Path | None = None) -> str:
 
 
 def main():
+    """Prepare all corpora."""
     for dataset in CORPORA:
         prepare(dataset)
 

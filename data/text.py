@@ -1,4 +1,4 @@
-"""A corpus from text files of your own.
+"""Prepare a corpus from text files of your own.
 
     python data/text.py notes.txt book.md --name=mine     # data/mine
     python train.py configs/stress_constant.py --dataset=mine
@@ -19,11 +19,11 @@ from data.reader import write_corpus
 from data.shards import refuse_prepared
 from data.tokenizer import TOKENIZERS, get_tokenizer
 
-HELD_OUT = 20
+HELD_OUT = 20  # one token in this many is for validation
 
 
 def prepare(files: list[Path], dataset: str, tokenizer_name: str) -> Path:
-    """Tokenise `files` into the corpus `dataset`. Raises UserError naming a file that is missing, empty or not UTF-8."""
+    """The folder of the corpus `dataset`, made of `files`. Raises UserError for a file that is empty or not UTF-8."""
     refuse_prepared(dataset)
     tokenizer, texts = get_tokenizer(tokenizer_name), []
     for path in files:

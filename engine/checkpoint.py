@@ -1,9 +1,10 @@
-"""Checkpoints: written whole or not at all, checked when read, pickle-free.
+"""Checkpoints: written whole or not at all, checked when read, and loaded without executing pickled code.
 
-`ckpt_0000500.pt` in the run folder is the state after step 500; of a sharded model it is the folder `ckpt_0000500`, which every
-rank writes its part of (torch.distributed.checkpoint) while training goes on. A new one is written beside the old ones
-and renamed into place, so a kill or a full disk at any moment leaves the previous one whole. Either kind can be loaded
-by any number of processes, sharded or not.
+The file `ckpt_0000500.pt` in the run folder is the state after step 500. A sharded model, of which every process (rank)
+holds a part of each parameter, has a folder `ckpt_0000500` instead. Every rank writes its part into this folder while
+training goes on (torch.distributed.checkpoint). A checkpoint is written under another name and renamed when it is
+complete, so a kill or a full disk at any moment leaves the previous one whole. Both kinds can be loaded by any number
+of processes, sharded or not.
 """
 
 import hashlib
@@ -25,10 +26,11 @@ from torch.optim import Optimizer
 
 from config import UserError
 
-ABOUT = "checkpoint.json"  # in the folder of a sharded checkpoint
+ABOUT = "checkpoint.json"  # in a sharded checkpoint's folder: step, architecture, files and their sha256
 
 
 def step_of(path: Path) -> int:
+    """The step after which the checkpoint at `path` was written."""
     return int(path.stem.split("_")[1])
 
 
@@ -38,7 +40,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def save(folder: Path, step: int, state: dict) -> Path:
-    """Write `state` as the checkpoint of `step`. Raises UserError if the disk refuses; older ones survive."""
+    """The path of the checkpoint of `step`, written with `state`. Raises UserError if it cannot be written."""
     path = folder / f"ckpt_{step:07d}.pt"
     partial = path.with_suffix(".partial")
     try:
@@ -58,7 +60,7 @@ def save(folder: Path, step: int, state: dict) -> Path:
 
 
 def prune(folder: Path, keep: set[int]):
-    """Delete every checkpoint but those of the steps in `keep`, and what a killed write left."""
+    """Delete all checkpoints but those of the steps in `keep`, and the remains of writes that were killed."""
     for path in checkpoints(folder):
         if step_of(path) not in keep:
             remove(path)
@@ -67,6 +69,7 @@ def prune(folder: Path, keep: set[int]):
 
 
 def remove(path: Path):
+    """Delete a checkpoint, file or folder."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -74,8 +77,10 @@ def remove(path: Path):
 
 
 def load(path: Path, architecture: dict, model: torch.nn.Module, optimizer: Optimizer) -> dict:
-    """Put the state in `path` into model and optimizer; what else it holds: step, metrics_bytes. Raises UserError, before
-    anything has changed, if it is damaged or of another architecture."""
+    """What the checkpoint holds besides weights and moments (step, metrics_bytes …), which go into model and optimizer.
+
+    Raises UserError if the checkpoint is damaged or of another architecture; model and optimizer are then unchanged.
+    """
     about = _open(path, architecture)
     if path.is_dir():
         _load_folder(path, model, optimizer, about)
@@ -85,13 +90,13 @@ def load(path: Path, architecture: dict, model: torch.nn.Module, optimizer: Opti
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if any(isinstance(p, DTensor) for p in parameters):
             for p, moments in zip(parameters, state["state"].values(), strict=False):
-                moments |= {k: _as(v, p) for k, v in moments.items() if v.ndim}
+                moments |= {key: _part_of(value, p) for key, value in moments.items() if value.ndim}
         optimizer.load_state_dict(state)
     return about
 
 
 def load_weights(path: Path, architecture: dict, model: torch.nn.Module):
-    """Put the weights in `path` into model. Raises UserError as `load` does."""
+    """Put the checkpoint's weights into model. Raises UserError as `load` does."""
     about = _open(path, architecture)
     if path.is_dir():
         weights = {f"weight.{name}": p.detach() for name, p in model.named_parameters()}
@@ -101,6 +106,7 @@ def load_weights(path: Path, architecture: dict, model: torch.nn.Module):
 
 
 def _open(path: Path, architecture: dict) -> dict:
+    """The content of a file, or ABOUT of a folder, once it is known to be whole and of this architecture."""
     try:
         about = _open_folder(path) if path.is_dir() else _open_file(path)
         saved = about["architecture"]
@@ -117,19 +123,20 @@ def _open(path: Path, architecture: dict) -> dict:
 @torch.no_grad()
 def _fill(model: torch.nn.Module, weights: dict[str, Tensor]):
     for name, p in model.named_parameters():
-        p.copy_(_as(weights[name], p))
+        p.copy_(_part_of(weights[name], p))
 
 
-def _as(value: Tensor, p: Tensor) -> Tensor:
-    """A whole parameter's values as p holds them: itself, or this rank's shard."""
+def _part_of(value: Tensor, p: Tensor) -> Tensor:
+    """That part of a whole parameter's values which p holds: this rank's shard if p is sharded, otherwise all."""
     if isinstance(p, DTensor):
         return distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
     return value
 
 
 def _open_file(path: Path) -> dict:
+    """The content of a checkpoint file. Raises ValueError, KeyError or PyTorch's errors if it is damaged."""
     with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()  # torch.load does not look at the checksums
+        damaged = archive.testzip()  # torch.load does not verify the checksums
     if damaged:
         raise ValueError(f"checksum of {damaged} is wrong")
     state = torch.load(path, map_location="cpu", weights_only=True)
@@ -138,18 +145,16 @@ def _open_file(path: Path) -> dict:
 
 
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _slow_sha256(f)
-
-
-def _slow_sha256(f) -> str:  # Python 3.10
+    """The sha256 of a file, in hexadecimal. (hashlib.file_digest needs Python 3.11.)"""
     digest = hashlib.sha256()
-    while block := f.read(2**24):
-        digest.update(block)
+    with open(path, "rb") as f:
+        while block := f.read(2**24):
+            digest.update(block)
     return digest.hexdigest()
 
 
 def _open_folder(path: Path) -> dict:
+    """The ABOUT of a sharded checkpoint whose files have the recorded checksums. Raises ValueError otherwise."""
     about = json.loads((path / ABOUT).read_text())
     for name, sha256 in about["files"].items():
         if Path(name).name != name or _sha256(path / name) != sha256:
@@ -159,32 +164,25 @@ def _open_folder(path: Path) -> dict:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Of PyTorch's .metadata: nothing but the records it consists of."""
+    """Unpickles the .metadata of a folder that PyTorch wrote, which may name only the types and values below."""
 
-    KNOWN = ("torch.distributed.checkpoint.", "torch.serialization", "pathlib")
+    TYPES_FROM = ("torch.distributed.checkpoint.", "torch.serialization", "pathlib")  # any class of these modules
+    EXACTLY = (
+        "collections.OrderedDict", "torch.serialization._get_layout", "torch.Size", "torch.device", "torch.strided",
+        "torch.contiguous_format", "torch.float16", "torch.bfloat16", "torch.float32", "torch.float64", "torch.int64",
+    )  # fmt: skip
 
     def find_class(self, module: str, name: str):
-        torchs = {
-            "Size",
-            "float32",
-            "float64",
-            "bfloat16",
-            "float16",
-            "int64",
-            "strided",
-            "contiguous_format",
-            "device",
-        }
-        known = module.startswith(self.KNOWN) or (module == "torch" and name in torchs)
-        if known or (module, name) in {("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}:
+        exactly = f"{module}.{name}" in self.EXACTLY
+        if exactly or module.startswith(self.TYPES_FROM):
             found = super().find_class(module, name)
-            if isinstance(found, type) or (module, name) == ("torch.serialization", "_get_layout") or module == "torch":
+            if exactly or isinstance(found, type):
                 return found
         raise pickle.UnpicklingError(f".metadata names {module}.{name}, which does not belong there")
 
 
 class _Reader(dcp.FileSystemReader):
-    """PyTorch's, without its one pickle.load."""
+    """PyTorch's reader of such a folder, with `_Unpickler` in place of pickle.load."""
 
     def read_metadata(self):
         metadata = _Unpickler(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()
@@ -195,7 +193,7 @@ class _Reader(dcp.FileSystemReader):
 
 
 def _tensors(model: torch.nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Weights and moments by name: tensors only, so that reading them back needs no pickle."""
+    """Weights and moments by name. They are tensors only, so reading them back needs no pickle."""
     state = {}
     for name, p in model.named_parameters():
         state[f"weight.{name}"] = p.detach()
@@ -215,19 +213,19 @@ def _load_folder(path: Path, model: torch.nn.Module, optimizer: Optimizer, about
 
 
 class Sharded:
-    """Writes sharded checkpoints while training goes on; one at a time.
+    """Writes sharded checkpoints while training goes on, one at a time.
 
-    Every rank calls `save`; the folder gets its name when all have written. `wait` returns when it has; a failure is
-    raised there, or at the next `save`, as UserError.
+    All ranks call `save`. The folder gets its final name when all have written. `wait` returns after that. A failure
+    is raised as UserError by `wait` or by the next `save`.
     """
 
     def __init__(self):
-        self.group = dist.new_group(backend="gloo")  # of its own: training goes on on the other
+        self.group = dist.new_group(backend="gloo")  # a group of its own, because training uses the other one meanwhile
         self.thread = ThreadPoolExecutor(1)
         self.pending: Future | None = None
 
     def save(self, folder: Path, step: int, model, optimizer, about: dict, then):
-        """`then` is called on rank 0 when the checkpoint is complete."""
+        """Begin to write the checkpoint of `step`; `then` is called on rank 0 when it is complete."""
         self.wait()
         path = folder / f"ckpt_{step:07d}"
         partial = path.with_suffix(".partial")
@@ -255,6 +253,7 @@ class Sharded:
             ) from error
 
     def wait(self):
+        """Wait for the checkpoint that is being written, if any. Raises UserError if it could not be written."""
         if self.pending:
             pending, self.pending = self.pending, None
             pending.result()

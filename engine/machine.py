@@ -1,4 +1,7 @@
-"""How a run computes on this machine: device, kernels, arithmetic, compilation, and their names for the run's record."""
+"""How a run computes on this machine: device, attention kernel, arithmetic, compilation, and what of it is recorded.
+
+The record is what `engine/runlog.py` writes about a run before its first step.
+"""
 
 import contextlib
 import os
@@ -31,7 +34,7 @@ MODULES = 1e5  # bytes of one block's Python objects
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of cfg.device. Raises UserError naming those that are there."""
+    """The device that cfg.device names. Raises UserError, naming those of this machine, if it is not there."""
     here = ["cpu"]
     if torch.cuda.is_available():
         here = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + here
@@ -45,7 +48,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def processor() -> str:
-    """The processor's name, where the system tells it."""
+    """The name of the processor, or of its architecture where the system does not tell the name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -55,7 +58,7 @@ def processor() -> str:
 
 
 def attention_kernel(cfg: Config, device: torch.device) -> str:
-    """The name of the kernel that this model's attention runs on, "auto" resolved, for the record."""
+    """The name of the attention kernel that the model uses; for "auto", the name of the one that is chosen."""
     if uses_chunked(cfg.attn_kernel, cfg.d_model // cfg.n_head, device):
         return "chunked"
     if cfg.attn_kernel != "auto":
@@ -68,7 +71,7 @@ def attention_kernel(cfg: Config, device: torch.device) -> str:
 
 
 def chosen_kernel(cfg: Config):
-    """Context in which PyTorch's attention runs on the kernel of cfg.attn_kernel."""
+    """A context in which PyTorch's attention runs on the kernel that cfg.attn_kernel names."""
     return sdpa_kernel(KERNELS[cfg.attn_kernel]) if cfg.attn_kernel in KERNELS else contextlib.nullcontext()
 
 
@@ -158,12 +161,15 @@ def kernel_runs(cfg: Config, device: torch.device) -> bool:
 
 
 def set_arithmetic(device: torch.device, matrices: Iterable[Tensor]) -> dict[str, str]:
-    """Make the CPU's fp32 fast without making it less exact; what was chosen, for the record.
+    """What was chosen, for the record, after making fp32 on a CPU faster and no less exact; {} on other devices.
 
-    Denormals are flushed to zero: an attention weight of 1e-40 is worth nothing and costs a hundred times what
-    another does. And PyTorch gives fp32 products to MKL, which leaves half the vector width of an AMD processor
-    unused. Allowed to lower the precision, PyTorch gives them to oneDNN, which does so only where the processor has
-    matrix units for it: so it is allowed, and kept where products of the shapes of `matrices` are seen to be exact.
+    First, denormal numbers are flushed to zero. An attention weight of 1e-40 has no effect, but arithmetic with it
+    takes a hundred times as long.
+
+    Second, AMD processors with AVX-512 compute fp32 products in oneDNN. PyTorch's default is MKL, which uses half of
+    their vector width. PyTorch calls oneDNN only if it may also compute in bf16, which oneDNN does where the processor
+    has matrix units for bf16. So bf16 is allowed for a trial. The permission stays only if products of the shapes of
+    `matrices` turn out to be as exact as fp32.
     """
     if device.type != "cpu":
         return {}
@@ -179,7 +185,7 @@ def set_arithmetic(device: torch.device, matrices: Iterable[Tensor]) -> dict[str
 
 
 def product_error(n: int, k: int) -> float:
-    """‖ΔY‖_F / ‖Y‖_F of Y = X Wᵀ, X (64, k) and W (n, k) Gaussian, as fp32 products are computed now."""
+    """‖ΔY‖_F / ‖Y‖_F, the error of the fp32 product Y = XWᵀ with Gaussian X (64, k) and W (n, k) against fp64."""
     generator = torch.Generator().manual_seed(0)
     X, W = torch.randn(64, k, generator=generator), torch.randn(n, k, generator=generator)
     exact = X.double() @ W.double().T
@@ -189,11 +195,12 @@ def product_error(n: int, k: int) -> float:
 def compiled(
     cfg: Config, model: GPT, device: torch.device, autocast, run: Callable | None = None
 ) -> tuple[Callable, dict, list[str]]:
-    """The loss function `run` (the model itself, or what spreads it over processes), compiled as cfg.compile says; what to
-    record; and what has to be announced.
+    """The loss function, compiled as cfg.compile says; what to record; and lines to announce.
 
-    It is tried on one micro-batch here, so that what cannot be compiled (PyTorch needs a C++ compiler on a CPU) runs
-    uncompiled from the first step on, and compilation is not counted as a step.
+    run: the uncompiled loss function: the model (None), or a wrapper that spreads it over processes.
+
+    The compiled function is tried on one micro-batch, so the time to compile counts for no step. If compilation fails
+    (on a CPU, PyTorch needs a C++ compiler), the run is uncompiled from its first step, and a line says so.
     """
     loss_of = run = run or model
     if cfg.compile == "off":
@@ -203,9 +210,9 @@ def compiled(
         loss_of = torch.compile(run, mode=mode, dynamic=False)
     else:
         for block in model.blocks:
-            block.compile(dynamic=False)  # or the first other batch size would slow every later step down
+            block.compile(dynamic=False)  # otherwise code for any batch size, which is slower, replaces it later
     windows = torch.zeros(cfg.micro_batch, cfg.block_size + 1, dtype=torch.long)
-    x, y = windows[:, :-1].to(device), windows[:, 1:].to(device)  # strides as the data's, or it is compiled twice
+    x, y = windows[:, :-1].to(device), windows[:, 1:].to(device)  # with the data's strides, for which it is compiled
     began = time.perf_counter()
     try:
         with autocast, chosen_kernel(cfg):
@@ -221,11 +228,11 @@ def compiled(
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the device's peak on CUDA, the process's elsewhere."""
+    """The peak memory in bytes: of the device on CUDA, elsewhere of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.is_file():  # getrusage would begin with the peak of the process that started this one
+    if status.is_file():  # getrusage would count the peak of the process that started this one
         peak = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
         if peak:
             return int(peak.split()[1]) * 1024

@@ -1,10 +1,11 @@
 """The record of a run: its folder, metrics.jsonl, W&B, the progress bar and the summary.
 
-runs/<name>/record.json    written before the first step: config, code, versions, data, machine
-runs/<name>/metrics.jsonl  one line a step; holds no clock, so a resumed run repeats it to the byte
+runs/<name>/record.json    config, code, versions, data and machine; written before the first step
+runs/<name>/metrics.jsonl  one line for each step; no times, so a resumed run repeats the file to the byte
 runs/<name>/events.jsonl   what happened and when: fallbacks, resumptions, signals, collapse
-runs/<name>/summary.json   written at the end (or at the collapse)
-runs/<name>/ckpt_*.pt      see checkpoint.py
+runs/<name>/summary.json   how the run ended; written at its end, which may be a collapse
+runs/<name>/ckpt_*         see checkpoint.py
+runs/<name>/wandb          the run's W&B files, if W&B is on
 """
 
 import dataclasses
@@ -29,23 +30,14 @@ from tqdm import tqdm
 
 from config import FIELDS, ROOT, Config, UserError
 
-# fields that may differ between a run and its resumption; all others decide what is computed
+# fields that may change when a run is resumed; all others decide what is computed
 FREE_ON_RESUME = {
-    "resume",
-    "dry_run",
-    "runs_dir",
-    "device",
-    "threads",
-    "ckpt_every",
-    "wandb",
-    "wandb_project",
-    "parallel",
-    "recompute",
-    "micro_batch",
-}
-ROOMS = ("data", "engine", "remedies", "stability")  # whose source is hashed into the record, with the top level's
-PER_LAYER = re.compile(r"(.+)/(\d+)((?:\.\w+)?)")  # a key of metrics.jsonl: family, layer, and .role or nothing
-# what W&B's table of runs shows of a metric where its last value says less
+    "resume", "dry_run", "runs_dir", "device", "threads", "ckpt_every", "wandb", "wandb_project", "parallel",
+    "recompute", "micro_batch",
+}  # fmt: skip
+ROOMS = ("data", "engine", "remedies", "stability")  # folders whose source is hashed, besides the top level's
+PER_LAYER = re.compile(r"(.+)/(\d+)((?:\.\w+)?)")  # a layer's key in metrics.jsonl: family, layer, and .role or nothing
+# for these metrics W&B's table of runs shows an extreme value instead of the last one
 SUMMARY = {
     "train/loss": "min", "val/loss": "min", "grad_norm": "max", "attention/max_logit": "max", "srank/attention": "min",
     "jacobian/sigma1": "max", "jacobian/alignment": "max", "precision/error": "max",
@@ -53,7 +45,10 @@ SUMMARY = {
 
 
 def code_version() -> dict:
-    """The git revision, whether the tree differs from it, and a hash of the source that needs no git."""
+    """The code of a run: "git" revision, "dirty" (whether files differ from it), and the "sha256" of the source.
+
+    The first two are None without git.
+    """
 
     def git(*args):
         done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True)
@@ -69,6 +64,7 @@ def code_version() -> dict:
 
 
 def versions() -> dict:
+    """Versions of Python, PyTorch and NumPy, and the platform."""
     import numpy
     import torch
 
@@ -81,20 +77,21 @@ def versions() -> dict:
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the error's type if it has no message."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def wandb_mode(cfg: Config) -> tuple[str, str | None]:
-    """W&B's mode for cfg.wandb, never asking for anything, and why it is not what could be expected: online where there is a key,
-    off only where W&B cannot even start its own service on this machine.
+    """W&B's mode (online, offline or off) for cfg.wandb, and why it is worse than one would expect, or None.
 
-    Raises UserError when cfg.wandb is "online" and that cannot be.
+    With cfg.wandb = "auto" the mode is online if the user is logged in and the server answers, and otherwise offline;
+    it is off only where W&B cannot start its service on this machine. The user is never asked for anything. Raises
+    UserError when cfg.wandb is "online" and that is impossible.
     """
     if cfg.wandb in ("off", "offline"):
         return cfg.wandb, None
     import wandb
 
-    why = None
     try:
         session = wandb.setup(wandb.Settings(silent=True))
     except Exception as error:
@@ -105,25 +102,38 @@ def wandb_mode(cfg: Config) -> tuple[str, str | None]:
         if cfg.wandb == "online":
             raise UserError("wandb = 'online': not logged in; run `wandb login` first, or use --wandb=offline")
         return "offline", None
-    # asked directly: W&B's own attempt to reach a server that is not there takes from ten seconds to forever
-    server = urllib.parse.urlsplit(session.settings.base_url)
-    if not urllib.request.getproxies():
-        try:
-            port = server.port or {"http": 80}.get(server.scheme, 443)
-            socket.create_connection((server.hostname, port), timeout=5).close()
-        except OSError as error:
-            why = f"{server.hostname}: {error.strerror or error}"
+    why = _unreachable(session.settings.base_url)
     if why and cfg.wandb == "online":
         raise UserError(f"wandb = 'online': {why}; use --wandb=offline to go on without the server")
     return ("offline" if why else "online"), why
 
 
+def _unreachable(address: str) -> str | None:
+    """Why no connection to the server at `address` can be made, or None.
+
+    W&B would also try, but it takes from ten seconds to forever to find that a server is not there. Behind a proxy the
+    answer is None, because a direct connection would tell nothing.
+    """
+    if urllib.request.getproxies():
+        return None
+    server = urllib.parse.urlsplit(address)
+    port = server.port or {"http": 80}.get(server.scheme, 443)
+    try:
+        socket.create_connection((server.hostname, port), timeout=5).close()
+    except OSError as error:
+        return f"{server.hostname}: {error.strerror or error}"
+    return None
+
+
 class RunLog:
-    """The open record of one run. Metrics go to JSONL first, then to W&B and the progress bar."""
+    """The open record of one run. Metrics go to metrics.jsonl first, then to W&B and to the progress bar."""
 
     def __init__(self, cfg: Config, record: dict):
-        """Create runs/<name>, or with cfg.resume open it. Raises UserError if it exists (or does not), or if
-        the run in it was started with another configuration or other data."""
+        """Create the folder runs/<name>; with cfg.resume, open it if it exists.
+
+        Raises UserError if the folder exists and is not to be resumed, if it holds no run, or if its run was started
+        with another configuration or other data.
+        """
         self.cfg = cfg
         self.folder = Path(cfg.runs_dir) / cfg.name
         self.resumed = cfg.resume and self.folder.exists()
@@ -141,7 +151,7 @@ class RunLog:
         self._metrics = None
         self._wandb = None
         self._bar = None
-        self._srank = math.nan  # the last measured one, for the progress line
+        self._srank = math.nan  # the stable rank that was measured last, for the progress bar
 
     def _create(self, record: dict):
         try:  # the folder appears with its record in it, or not at all
@@ -173,16 +183,21 @@ class RunLog:
 
     @property
     def finished(self) -> bool:
+        """Whether the run has ended and written its summary."""
         return (self.folder / "summary.json").is_file()
 
     def event(self, what: str, **details):
-        """Append to events.jsonl, with the time."""
+        """Append an event and the time to events.jsonl."""
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": what, **details}
         with open(self.folder / "events.jsonl", "a") as f:
             f.write(json.dumps(line) + "\n")
 
     def start(self, step: int, metrics_bytes: int) -> list[dict]:
-        """Open metrics.jsonl cut back to the checkpoint (0 bytes for a new run); return the lines kept."""
+        """The lines of metrics.jsonl up to the checkpoint of `step`; later lines are cut off.
+
+        metrics_bytes: the length of metrics.jsonl when the checkpoint was written, 0 for a new run. Opens metrics.jsonl
+        for more lines, and W&B and the progress bar. Raises UserError if metrics.jsonl is shorter than metrics_bytes.
+        """
         self.metrics_path.touch()
         if self.metrics_path.stat().st_size < metrics_bytes:
             raise UserError(f"{self.metrics_path}: shorter than when the checkpoint of step {step} was written")
@@ -198,12 +213,13 @@ class RunLog:
         return lines
 
     def _without_wandb(self, why: str):
-        """Say and record that W&B is offline, or off, though more was asked for."""
+        """Say and record that W&B is offline or off although more was expected."""
         self.event(f"wandb {self._wandb_mode}", why=why)
         left = "logging offline" if self._wandb_mode == "offline" else "metrics.jsonl has everything"
         print(f"note: W&B cannot be {'reached' if self._wandb_mode == 'offline' else 'used'} ({why}); {left}")
 
     def _start_wandb(self):
+        """Open the W&B run; if that fails, fall back from online to offline, and from offline to off."""
         cfg = self.cfg
         if self._wandb_mode == "off":
             return
@@ -221,7 +237,7 @@ class RunLog:
         while self._wandb is None:
             try:
                 self._wandb = wandb.init(mode=self._wandb_mode, settings=settings, **arguments)
-            except Exception as error:  # whatever it is, it is no reason not to train
+            except Exception as error:  # no failure of W&B may stop the training
                 if cfg.wandb == "online":
                     raise UserError(f"wandb = 'online': {first_line(error)}") from error
                 self._wandb_mode = "offline" if self._wandb_mode == "online" else "off"
@@ -234,9 +250,9 @@ class RunLog:
             self._wandb.define_metric(name, step_metric="iter", summary=best)
 
     def log(self, step: int, metrics: dict[str, float]):
-        """Append the step's metrics as one line {"iter": step, ...}; NaN and infinities become null.
+        """Append the step's metrics as one line {"iter": step, …}; NaN and infinities become null.
 
-        Nine digits, five of the per-layer values, which are most of the file.
+        Values are rounded to nine digits; those of single layers, which fill most of the file, to five.
         """
         line = {"iter": step}
         for key, value in metrics.items():
@@ -249,9 +265,13 @@ class RunLog:
             scalars, charts = wandb_payload(line)
             try:
                 self._wandb.log(scalars | {k: wandb.Histogram(np_histogram=v) for k, v in charts.items()})
-            except Exception as error:  # its service is a process of its own, which may die
+            except Exception as error:  # W&B's service is another process, which may die
                 self._wandb, self._wandb_mode = None, "off"
                 self._without_wandb(first_line(error))
+        self._show_progress(step, metrics)
+
+    def _show_progress(self, step: int, metrics: dict[str, float]):
+        """Update the progress bar; where stderr is no terminal, print a line about twenty times in a run instead."""
         self._bar.update()
         self._srank = metrics.get("srank/attention", self._srank)
         shown = {"loss": metrics["train/loss"], "grad_norm": metrics["grad_norm"], "srank": self._srank}
@@ -263,19 +283,20 @@ class RunLog:
             print(f"step {step}/{self.cfg.max_steps}", *map(" ".join, shown.items()), f"{left:.0f} s left", flush=True)
 
     def metrics_bytes(self) -> int:
-        """Length of metrics.jsonl, now safely on disk."""
+        """The length of metrics.jsonl in bytes, after forcing its content to disk."""
         os.fsync(self._metrics.fileno())
         return self.metrics_path.stat().st_size
 
     def tokens_per_second(self, step: int) -> float:
+        """Tokens per second from the start (or resumption) of the run up to `step`."""
         return (step - self._first) * self.cfg.tokens_per_step / (time.perf_counter() - self._began)
 
     def say(self, text: str):
-        """One line on stdout that does not tear the progress bar."""
+        """Print one line on stdout without breaking the progress bar."""
         tqdm.write(text)
 
     def close(self, summary: dict | None = None):
-        """Close everything; with `summary`, write summary.json and W&B's summary: the run is over."""
+        """Close everything. With `summary` the run is over, so summary.json and W&B's summary are written."""
         if summary is not None:
             partial = self.folder / "summary.json.partial"
             partial.write_text(json.dumps(summary, indent=1) + "\n")
@@ -287,7 +308,7 @@ class RunLog:
         if self._wandb:
             try:
                 if summary is not None:
-                    self._wandb.summary["final"] = summary  # a name of its own: val/loss is the smallest, see SUMMARY
+                    self._wandb.summary["final"] = summary  # below "final", as "val/loss" shows its minimum (SUMMARY)
                 self._wandb.finish()
             except Exception as error:
                 self._wandb_mode = "off"
@@ -295,7 +316,7 @@ class RunLog:
 
 
 class NoLog:
-    """The record of a rank that keeps none: takes everything, writes nothing."""
+    """The log of a process that keeps no record: every method exists and does nothing."""
 
     finished, resumed = False, False
 
@@ -304,10 +325,11 @@ class NoLog:
 
 
 def wandb_payload(line: dict) -> tuple[dict, dict]:
-    """What W&B gets of a line of metrics.jsonl: its scalars, and its per-layer values as charts {name: (values, edges)}.
+    """What W&B gets of a line of metrics.jsonl: scalars {name: value}, and histograms {name: (values, edges)}.
 
-    srank/0.W_Q, srank/1.W_Q … become one histogram layers/srank.W_Q whose bins are the layers, edges 0 … n: a
-    histogram logged again and again W&B draws as a heatmap, here of layers × steps, instead of n charts.
+    The values srank/0.W_Q, srank/1.W_Q … of n layers become one histogram layers/srank.W_Q with one bin for each layer
+    and edges 0 … n. W&B draws a histogram that is logged repeatedly as a heatmap, here of layers × steps. Otherwise it
+    would draw n charts.
     """
     scalars, charts = {}, {}
     for key, value in line.items():
@@ -317,16 +339,18 @@ def wandb_payload(line: dict) -> tuple[dict, dict]:
         else:
             scalars[key] = value
     for name, values in charts.items():
-        n = max(values) + 1  # a bin of a histogram is a count, which cannot be missing: 0 stands for null
-        charts[name] = [values.get(i) or 0.0 for i in range(n)], list(range(n + 1))
+        layers = max(values) + 1
+        # a bin of a histogram cannot be missing, so 0 stands for null
+        charts[name] = [values.get(layer) or 0.0 for layer in range(layers)], list(range(layers + 1))
     return scalars, charts
 
 
 def read_wandb(path: str | Path) -> tuple[dict, list[dict]]:
-    """(config, lines) of an offline W&B run as record.json and metrics.jsonl have them, but 0.0 for a layer's null.
+    """(config, lines) of an offline W&B run, as in record.json and metrics.jsonl; a layer's null has become 0.0.
 
-    `path` is a .wandb file, or a folder with one somewhere in it. Raises UserError if there is none or several (a
-    resumed run has one for each part), if it is not whole to the run's end, or if this wandb cannot read it.
+    path: a .wandb file, or a folder that contains one at any depth. Raises UserError if there is none or more than one
+    (a resumed run has one for each part), if the file is damaged or its run has not ended, or if the installed wandb
+    cannot read it.
     """
     path = Path(path)
     files = [path] if path.is_file() else sorted(path.rglob("*.wandb"))
@@ -334,7 +358,7 @@ def read_wandb(path: str | Path) -> tuple[dict, list[dict]]:
         raise UserError(f"{path}: no .wandb file there; give one, or the folder of an offline run that holds one")
     if len(files) > 1:
         raise UserError(f"{path}: {len(files)} .wandb files in it; give one of them, such as {files[0]}")
-    # wandb ships one reader of its files, this command; what it had to skip it says on stderr and still returns 0
+    # wandb has no other reader of its files than this command; it reports damage on stderr but still returns 0
     inspect = [sys.executable, "-W", "ignore", "-m", "wandb", "leet", "inspect", "--json", files[0]]
     done = subprocess.run(inspect, capture_output=True, env={**os.environ, "WANDB_MODE": "offline"})
     complaint = done.stderr.decode(errors="replace").strip().split("\n")[-1]
@@ -345,25 +369,28 @@ def read_wandb(path: str | Path) -> tuple[dict, list[dict]]:
         raise UserError(f"{files[0]}: must be the whole, undamaged file of a run that has ended ({why})")
     records = [json.loads(record) for record in done.stdout.splitlines()]
     config = next(record["run"]["config"]["update"] for record in records if record["type"] == "run")
-    # the command prints 1.0 as 1
+    # the command prints 1.0 as 1, so fields of type float are converted back
     config = {k: float(v) if k in FIELDS and FIELDS[k].type is float else v for k, v in config.items() if k != "_wandb"}
     return config, [_unpacked(record["history"]["item"]) for record in records if record["type"] == "history"]
 
 
 def _unpacked(item: dict) -> dict:
-    """The line of metrics.jsonl that W&B recorded as `item`, in which a histogram h is h._type, h.bins and h.values."""
+    """The line of metrics.jsonl that W&B recorded as `item`; a histogram h is there as h._type, h.bins and h.values."""
     line = {}
     for key, value in item.items():
         if found := re.fullmatch(r"layers/(.+?)((?:\.\w+)?)\.values", key):
             family, role = found.groups()
             line |= {f"{family}/{layer}{role}": float(v) for layer, v in enumerate(value)}
-        elif not key.startswith(("_", "layers/")):  # _step, _runtime, _timestamp are W&B's own
+        elif not key.startswith(("_", "layers/")):  # W&B adds _step, _runtime and _timestamp
             line[key] = value if key == "iter" or value is None else float(value)
     return line
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl (or metrics.jsonl.gz). Raises UserError if there is none or a line is not JSON."""
+    """The lines of a run's metrics.jsonl or metrics.jsonl.gz.
+
+    Raises UserError if the folder holds neither or if a line is not JSON.
+    """
     path = Path(folder) / "metrics.jsonl"
     packed = path.with_suffix(".jsonl.gz")
     if path.is_file():

@@ -1,7 +1,8 @@
-"""What else could be done to a weight matrix every P steps: the controls of MSign.
+"""The controls of MSign: what else could be done to a weight matrix every P steps.
 
-Each takes a stack (..., m, n), returns one of the same shape and dtype, and can replace `msign.restored_sign` as MSign's
-update. With r = min(m, n), MSign makes every singular value of a matrix of full rank ‖W‖_F / √r.
+A control takes a stack of matrices W (..., m, n) and returns one of the same shape and dtype, so it can replace
+`msign.restored_sign` as the update of MSign. With r = min(m, n), MSign sets every singular value of a matrix of full
+rank to ‖W‖_F / √r; some controls share this value with MSign.
 """
 
 import math
@@ -15,12 +16,12 @@ import msign
 
 
 def zero(W: Tensor) -> Tensor:
-    """0: the attention-off control, which shows what a rescue is worth."""
+    """Zero. Applied to attention, this gives the attention-off run, whose loss shows what a rescue is worth."""
     return torch.zeros_like(W)
 
 
 def scaled(W: Tensor) -> Tensor:
-    """W itself, with the spectral norm that MSign would give it: ‖W‖₂ = ‖W‖_F / √r. Its stable rank stays."""
+    """W times a number, such that its spectral norm is MSign's, ‖W‖_F / √r. The stable rank does not change."""
     s = torch.linalg.svdvals(W.float())
     norm, largest = torch.linalg.vector_norm(s, dim=-1), s[..., 0]
     ratio = norm / math.sqrt(s.shape[-1]) / largest.clamp_min(torch.finfo(s.dtype).tiny)
@@ -28,37 +29,41 @@ def scaled(W: Tensor) -> Tensor:
 
 
 def _with_spectrum(W: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """W with singular values change(s) in place of its own, s (..., r)."""
     U, s, Vh = torch.linalg.svd(W.float(), full_matrices=False)
     return ((U * change(s).unsqueeze(-2)) @ Vh).to(W.dtype)
 
 
 def clipped(W: Tensor) -> Tensor:
-    """Singular values above ‖W‖_F / √r are set to it, the others stay: MSign's spectral norm, W's directions and small values."""
+    """W with its singular values limited to ‖W‖_F / √r, which is MSign's spectral norm."""
     return _with_spectrum(W, lambda s: s.clamp(max=s.square().mean(-1, keepdim=True).sqrt()))
 
 
 def softened(W: Tensor) -> Tensor:
-    """Singular values s -> √s, scaled to keep ‖W‖_F: half of the way, on a log scale, to MSign's."""
-    return _with_spectrum(
-        W, lambda s: s.sqrt() * (s.square().sum(-1, keepdim=True) / s.sum(-1, keepdim=True).clamp_min(1e-30)).sqrt()
-    )
+    """W with singular values √s in place of s, rescaled to keep ‖W‖_F: on a log scale, halfway to MSign's spectrum."""
+
+    def roots(s: Tensor) -> Tensor:
+        return s.sqrt() * (s.square().sum(-1, keepdim=True) / s.sum(-1, keepdim=True).clamp_min(1e-30)).sqrt()
+
+    return _with_spectrum(W, roots)
 
 
 def random(W: Tensor) -> Tensor:
-    """‖W‖_F / √r · a random matrix with orthonormal rows or columns: MSign's spectrum, with nothing kept of what W has learnt.
+    """A random matrix with orthonormal rows or columns, times ‖W‖_F / √r: MSign's spectrum without anything learnt.
 
-    W itself is the seed, so that a run which is resumed draws the same.
+    The seed is computed from W, so a resumed run draws the same matrix.
     """
     out = torch.empty_like(W)
     for M, new in zip(W.reshape(-1, *W.shape[-2:]), out.view(-1, *W.shape[-2:]), strict=True):
         seed = int(M.detach().cpu().float().contiguous().view(torch.int32).long().sum()) % 2**32
         noise = torch.randn(M.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        new.copy_(msign.msign(noise) * (torch.linalg.matrix_norm(M.detach().cpu().double()) / math.sqrt(min(M.shape))))
+        norm = torch.linalg.matrix_norm(M.detach().cpu().double())
+        new.copy_(msign.msign(noise) * (norm / math.sqrt(min(M.shape))))
     return out
 
 
 def below(threshold: float, update: Callable[[Tensor], Tensor], W: Tensor) -> Tensor:
-    """`update` of the matrices whose stable rank is below the threshold, the others as they are."""
+    """W with `update` applied to those of its matrices whose stable rank is below the threshold."""
     s = torch.linalg.svdvals(W.float())
     ranks = s.square().sum(-1) / s[..., 0].square().clamp_min(torch.finfo(s.dtype).tiny)
     low = ranks < threshold
@@ -72,6 +77,6 @@ MAPS = {"zero": zero, "scale": scaled, "clip": clipped, "soft": softened, "rando
 
 
 def update_of(map: str, backend: str, threshold: float) -> Callable[[Tensor], Tensor]:
-    """MSign's update for a configuration's msign_map, msign_backend and msign_below."""
+    """The update that MSign uses for a configuration's msign_map, msign_backend and msign_below (0 = no threshold)."""
     update = MAPS[map] if map in MAPS else partial(msign.restored_sign, backend=backend)
     return partial(below, threshold, update) if threshold else update

@@ -1,7 +1,8 @@
-"""Optimizers that are said to keep training stable, from the libraries that keep them, every argument given.
+"""The rivals of MSign: optimizers that are said to keep training stable, each from a maintained library.
 
-All take the parameter groups of `mup.param_groups`, so the learning rate and the decay of every role are AdamW's. Those
-that orthogonalise (Muon, the spectral sphere) see the blocks' matrices only; AdamW does the rest, as their papers have it.
+Every rival takes the parameter groups of `mup.param_groups`, so each parameter keeps the learning rate and the decay
+that it has with AdamW. Muon and the spectral sphere orthogonalise, so they update the matrices of the blocks only; as
+in their papers, AdamW updates all other parameters. Every argument is given, so no library default can change a run.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,18 +15,18 @@ from config import Config
 
 
 def library():
-    """pytorch-optimizer, imported when a rival is asked for: it takes half a second."""
+    """The module pytorch_optimizer. Its import takes half a second, so it is imported only when a rival needs it."""
     import pytorch_optimizer
 
     return pytorch_optimizer
 
 
 class Together(Optimizer):
-    """Several optimizers of different parameters as one."""
+    """Several optimizers, each with parameters of its own, that act as one."""
 
     def __init__(self, parts: list[Optimizer]):
         self.parts = parts
-        self.__setstate__({})  # gives the hooks of an Optimizer without a second set of param_groups
+        self.__setstate__({})  # sets up an Optimizer's hooks; Optimizer.__init__ would make a second param_groups
 
     @property
     def param_groups(self):
@@ -56,11 +57,12 @@ class Together(Optimizer):
 
 
 def fused(groups: list[dict]) -> bool:
+    """Whether PyTorch has a fused AdamW for the device of these parameter groups."""
     return groups[0]["params"][0].device.type in ("cpu", "cuda")
 
 
 class ZClipped(torch.optim.AdamW):
-    """AdamW behind ZClip, whose statistics are part of the state: a run that is resumed goes on with them."""
+    """AdamW with ZClip before every step. ZClip's statistics are part of the state, so a resumed run keeps them."""
 
     STATISTICS = ("initialized", "mean", "var", "buffer")
 
@@ -83,62 +85,89 @@ class ZClipped(torch.optim.AdamW):
 
 
 def adamw(groups: list[dict], cfg: Config) -> Optimizer:
+    """PyTorch's AdamW."""
     return torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=fused(groups))
 
 
 def zclip(groups: list[dict], cfg: Config) -> Optimizer:
-    """ZClip (arXiv 2504.02507): gradient norms clipped where they are 2.5 deviations above their moving average, and at grad_clip."""
+    """ZClip (arXiv 2504.02507) and AdamW.
+
+    Gradient norms are clipped where they exceed their moving average by 2.5 standard deviations, and at grad_clip.
+    """
     from zclip import ZClip
 
-    clip = ZClip(alpha=0.97, z_thresh=2.5, max_grad_norm=cfg.grad_clip or None, eps=1e-6, warmup_steps=25, mode="zscore",
-                 clip_option="adaptive_scaling", clip_factor=1.0, skip_update_on_spike=False)  # fmt: skip
+    clip = ZClip(
+        alpha=0.97, z_thresh=2.5, max_grad_norm=cfg.grad_clip or None, eps=1e-6, warmup_steps=25, mode="zscore",
+        clip_option="adaptive_scaling", clip_factor=1.0, skip_update_on_spike=False,
+    )  # fmt: skip
     return ZClipped(groups, clip, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=fused(groups))
 
 
 def spam(groups: list[dict], cfg: Config) -> Optimizer:
-    """SPAM (arXiv 2501.06842): spikes above 5000 times the second moment clipped, moments reset every 500 steps, warmed up for 150."""
-    return library().SPAM(groups, lr=cfg.peak_lr, betas=(cfg.beta1, cfg.beta2), density=1.0, weight_decay=cfg.weight_decay, warmup_epoch=150,
-                   threshold=5000, grad_accu_steps=20, update_proj_gap=500, eps=cfg.eps, foreach=True)  # fmt: skip
+    """SPAM (arXiv 2501.06842).
+
+    Gradient entries whose square exceeds 5000 times the second moment are clipped. The moments are reset every 500
+    steps, with a warm-up of 150 steps afterwards.
+    """
+    return library().SPAM(
+        groups, lr=cfg.peak_lr, betas=(cfg.beta1, cfg.beta2), density=1.0, weight_decay=cfg.weight_decay,
+        warmup_epoch=150, threshold=5000, grad_accu_steps=20, update_proj_gap=500, eps=cfg.eps, foreach=True,
+    )  # fmt: skip
 
 
 def stable_spam(groups: list[dict], cfg: Config) -> Optimizer:
-    """Stable-SPAM (arXiv 2502.17055): adaptive clipping of elements and norms, moments reset every 1000 steps."""
-    return library().StableSPAM(groups, lr=cfg.peak_lr, betas=(cfg.beta1, cfg.beta2), gamma1=0.7, gamma2=0.9, theta=0.999, t_max=None,
-                         weight_decay=cfg.weight_decay, update_proj_gap=1000, eps=cfg.eps, foreach=True)  # fmt: skip
+    """Stable-SPAM (arXiv 2502.17055): adaptive clipping of entries and of norms, moments reset every 1000 steps."""
+    return library().StableSPAM(
+        groups, lr=cfg.peak_lr, betas=(cfg.beta1, cfg.beta2), gamma1=0.7, gamma2=0.9, theta=0.999, t_max=None,
+        weight_decay=cfg.weight_decay, update_proj_gap=1000, eps=cfg.eps, foreach=True,
+    )  # fmt: skip
 
 
 def adagc(groups: list[dict], cfg: Config) -> Optimizer:
-    """AdaGC (arXiv 2502.11034): every tensor's gradient clipped at 1.05 times a moving average of its norm. It comes
-    after the global clip of `grad_clip`, which its paper does without."""
-    return library().AdaGC(groups, lr=cfg.peak_lr, betas=(cfg.beta1, cfg.beta2), beta=0.98, lambda_abs=1.0, lambda_rel=1.05, warmup_steps=100,
-                    weight_decay=cfg.weight_decay, weight_decouple=True, fixed_decay=False, eps=cfg.eps, foreach=True)  # fmt: skip
+    """AdaGC (arXiv 2502.11034): the gradient of every tensor is clipped at 1.05 times a moving average of its norm.
+
+    AdaGC acts after the global clip at `grad_clip`, which its paper does not use.
+    """
+    return library().AdaGC(
+        groups, lr=cfg.peak_lr, betas=(cfg.beta1, cfg.beta2), beta=0.98, lambda_abs=1.0, lambda_rel=1.05,
+        warmup_steps=100, weight_decay=cfg.weight_decay, weight_decouple=True, fixed_decay=False, eps=cfg.eps,
+        foreach=True,
+    )  # fmt: skip
 
 
 def muon(groups: list[dict], cfg: Config) -> Optimizer:
-    """Muon: the sign of the momentum is the update, of the size that AdamW's usually has (0.2 · √max(m, n) rms)."""
-    return torch.optim.Muon(groups, lr=cfg.peak_lr, weight_decay=cfg.weight_decay, momentum=0.95, nesterov=True,
-                            ns_coefficients=(3.4445, -4.775, 2.0315), eps=1e-7, ns_steps=5, adjust_lr_fn="match_rms_adamw")  # fmt: skip
+    """Muon: the update is the matrix sign of the momentum, times 0.2 · √max(m, n): an rms of 0.2, usual for AdamW."""
+    return torch.optim.Muon(
+        groups, lr=cfg.peak_lr, weight_decay=cfg.weight_decay, momentum=0.95, nesterov=True,
+        ns_coefficients=(3.4445, -4.775, 2.0315), eps=1e-7, ns_steps=5, adjust_lr_fn="match_rms_adamw",
+    )  # fmt: skip
 
 
 def spectral_sphere(groups: list[dict], cfg: Config) -> Optimizer:
-    """The spectral sphere (arXiv 2601.08393): Muon's update within the tangent space of constant ‖W‖₂. Its update has singular
-    values of 1, where Muon's as we use it have 0.2 · √max(m, n). 20 bisections of its multiplier, not 100: it is computed
-    in bf16, which tells no more apart, and the tolerance of 1e-8 is never met."""
-    return library().SpectralSphere(groups, lr=cfg.peak_lr, momentum=0.95, weight_decay=cfg.weight_decay, weight_decouple=True, nesterov=True,
-                             power_iteration_steps=20, msign_steps=8, solver_tolerance_f=1e-8, solver_max_iterations=20, foreach=True)  # fmt: skip
+    """The spectral sphere (arXiv 2601.08393): Muon's update, restricted to the tangent space of constant ‖W‖₂.
+
+    The singular values of the update are 1; those of our Muon are 0.2 · √max(m, n). The solver bisects 20 times, not
+    100 times, because it computes in bf16: more bisections change nothing, and the tolerance of 1e-8 is never met.
+    """
+    return library().SpectralSphere(
+        groups, lr=cfg.peak_lr, momentum=0.95, weight_decay=cfg.weight_decay, weight_decouple=True, nesterov=True,
+        power_iteration_steps=20, msign_steps=8, solver_tolerance_f=1e-8, solver_max_iterations=20, foreach=True,
+    )  # fmt: skip
 
 
+# optimizers of all parameters, and optimizers of the blocks' matrices that leave the rest to AdamW
 WHOLE: dict[str, Callable] = {"adamw": adamw, "spam": spam, "stable_spam": stable_spam, "adagc": adagc, "zclip": zclip}
 MATRICES: dict[str, Callable] = {"muon": muon, "spectral_sphere": spectral_sphere}
 
 
 def build(cfg: Config, groups: list[dict], named_params: Iterable[tuple[str, Tensor]]) -> Optimizer:
-    """The optimizer that cfg.optimizer names, over the groups of mup.param_groups."""
+    """The optimizer that cfg.optimizer names, for the groups of `mup.param_groups`."""
     if cfg.optimizer in WHOLE:
         return WHOLE[cfg.optimizer](groups, cfg)
     inside = {id(p) for name, p in named_params if name.startswith("blocks.") and p.ndim == 2}
 
     def only(wanted: bool) -> list[dict]:
+        """The groups with the matrices of the blocks alone (True) or with all other parameters (False)."""
         kept = [{**g, "params": [p for p in g["params"] if (id(p) in inside) == wanted]} for g in groups]
         return [g for g in kept if g["params"]]
 

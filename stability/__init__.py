@@ -1,4 +1,4 @@
-"""What is measured of a model in training, and what it means: probes, the theorems, metrics, the collapse rules.
+"""Measurements of a model in training and what they mean: probes, theorems, metrics, collapse rules.
 
 Lives here: measurements and judgements. Does not: training, logging. `probes` and `collapse` need PyTorch alone.
 """

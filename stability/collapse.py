@@ -1,23 +1,27 @@
-"""The rules that call a run collapsed, and that say what moved first; stated once.
+"""When a run has collapsed, and which of its signals moved first. All rules are stated here and nowhere else.
 
-A run has collapsed when one of these holds; the collapse is dated to the first step named:
+The final loss of a run is its mean training loss over the last 100 steps. The floor is the final loss of the
+attention-off run: the same model with its attention matrices held at zero.
 
-1. not finite  a loss, a gradient norm or a weight is NaN or infinite: that step.
-2. loss rose   the 100-step mean loss is 0.1 nats above its own minimum so far, and stays there for 200
-               steps: the first of them.
-3. stalled     a gradient norm after step 100 exceeds ten times the run's median, and the run's final loss
-               (mean of the last 100 steps) is above that of the attention-off arm, the same model with its
-               attention held at zero: the first such gradient norm. Attention has become worse than none.
+A run has collapsed when one of three rules holds:
 
-Rules 1 and 2 need nothing but the run, so `Watch` applies them while it trains; rule 3 compares two
-finished runs. A run that did not collapse counts as rescued only if its final loss is also clearly, by
-0.1 nats, below the attention-off arm's; otherwise attention was merely made harmless.
+1. not finite  A loss, a gradient norm or a weight is NaN or infinite. The collapse is dated to that step.
+2. loss rose   The 100-step mean loss is at least 0.1 nats above its own minimum so far, for 200 steps. The collapse
+               is dated to the first of these steps.
+3. stalled     A gradient norm after step 100 exceeds ten times the run's median, and the run's final loss is above
+               the floor, so that its attention has become worse than none. The collapse is dated to the first such
+               gradient norm.
 
-What moved first: a signal has moved at the first measured step from which on, for 100 steps or more and until the collapse, it
-is a factor of two worse than the best it has been so far (for log Z, already a logarithm: ln 2 higher). Worse is lower for the stable rank
-and higher for all others. The gradient norm counts by the median of its last 100 steps. The first quarter of the time up to the
-collapse is left out: everything moves when training starts. Moving first is not being the cause: hold it against
-the same signals of runs that did not collapse, where the rule is applied to the whole run.
+Rules 1 and 2 need the run alone, so `Watch` applies them during training. Rule 3 compares two finished runs. A run
+that did not collapse counts as rescued only if its final loss is 0.1 nats or more below the floor; otherwise its
+attention has been made harmless but not useful.
+
+SIGNALS lists the logged quantities that may announce a collapse. A signal moves at the first measured step from which
+on it stays a factor of two worse than its best value so far, for 100 steps or more and up to the collapse. (log Z is
+a logarithm already; it moves when it is ln 2 higher.) Lower is worse for the stable rank, higher is worse for all
+others. The gradient norm is judged by the median of its last 100 steps. The first quarter of the time up to the
+collapse does not count, because everything moves when training starts. A signal that moves first need not be the
+cause: compare it with the same signal in runs that did not collapse, for which the rule looks at the whole run.
 """
 
 import math
@@ -27,8 +31,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 from statistics import median
 
-WINDOW, RISE, STAYS, SPIKE, CLEARLY = 100, 0.1, 200, 10.0, 0.1
-# what a collapse can be labelled with: the logged key, and the direction that is worse
+WINDOW = 100  # steps in a mean loss or a median gradient norm
+RISE = 0.1  # nats by which the mean loss rises (rule 2)
+STAYS = 200  # steps for which it stays up (rule 2)
+SPIKE = 10.0  # a gradient norm this many times the median is a spike (rule 3)
+CLEARLY = 0.1  # nats below the floor that make a rescue
+# {signal: (its key in metrics.jsonl, the direction that is worse: −1 lower, 1 higher)}
 SIGNALS = {
     "stable rank": ("srank/attention", -1),
     "Jacobian alignment": ("jacobian/alignment", 1),
@@ -41,6 +49,8 @@ SIGNALS = {
 
 @dataclass(frozen=True)
 class Collapse:
+    """That a run has collapsed, and why. `step` dates the collapse; at step `noticed` the rule was fulfilled."""
+
     step: int
     noticed: int
     why: str
@@ -50,10 +60,11 @@ class Collapse:
 
 
 class Watch:
-    """Rules 1 and 2, fed one step at a time.
+    """Rules 1 and 2 for a run in training, which passes in its values step by step.
 
-    `finite`: every value so far was. `suspicious`: the run has collapsed, or its mean loss is up by RISE now,
-    so the weights must not replace the last healthy ones.
+    `collapse` is the collapse so far, or None. `finite` says whether every value so far was finite. `suspicious` says
+    whether the run has collapsed or its mean loss is up by RISE now; such weights must not replace the last healthy
+    checkpoint.
     """
 
     def __init__(self):
@@ -69,12 +80,12 @@ class Watch:
         return self.collapse is not None or self.rose_at is not None
 
     def not_finite(self, why: str):
-        """Rule 1, for a value (a weight, say) found not finite at the current step."""
+        """Apply rule 1 to a value, such as a weight, that was found not finite at the current step."""
         self.finite = False
         self.collapse = self.collapse or Collapse(self.step, self.step, why)
 
     def add(self, loss: float | None, grad_norm: float | None) -> Collapse | None:
-        """Take the next step's values (None stands for not finite, as in metrics.jsonl). Returns the collapse so far."""
+        """The collapse so far, after the next step's values. None stands for not finite, as in metrics.jsonl."""
         self.step += 1
         for name, value in (("loss", loss), ("gradient norm", grad_norm)):
             if value is None or not math.isfinite(value):
@@ -104,68 +115,76 @@ def final_loss(losses: Sequence[float | None]) -> float:
 def find_collapse(
     losses: Sequence[float | None], grad_norms: Sequence[float | None], floor: float | None = None
 ) -> Collapse | None:
-    """The collapse of a recorded run by all three rules; `floor` is the attention-off arm's final loss."""
+    """The collapse of a recorded run by all three rules, or None. Without `floor`, rule 3 is left out."""
     watch = Watch()
     for loss, grad_norm in zip(losses, grad_norms, strict=True):
         watch.add(loss, grad_norm)
     if watch.collapse or floor is None:
         return watch.collapse
-    end = final_loss(losses)
+    final = final_loss(losses)
     high = SPIKE * median(grad_norms)
     spikes = [step for step, norm in enumerate(grad_norms, 1) if step > WINDOW and norm > high]
-    if end > floor and spikes:
-        why = f"{len(spikes)} gradient norms beyond {SPIKE:g}x the median, final loss {end:.2f} above attention-off's {floor:.2f}"
+    if final > floor and spikes:
+        why = f"{len(spikes)} gradient norms beyond {SPIKE:g}x the median, "
+        why += f"final loss {final:.2f} above attention-off's {floor:.2f}"
         return Collapse(spikes[0], len(losses), why)
     return None
 
 
 def onset(steps: Sequence[int], worse: Sequence[float]) -> int | None:
-    """The first step from which on `worse`, on a log scale, growing, is ln 2 above its minimum so far; None if too late to tell."""
+    """The step at which a signal moves: the first from which on `worse` stays ln 2 or more above its minimum so far.
+
+    worse: the signal's logarithm at the given steps, with a sign such that higher is worse. None when the signal has
+    not moved, or moved less than 100 steps before the last of `steps`.
+    """
     up = [value - best >= math.log(2) for value, best in zip(worse, accumulate(worse, min), strict=True)]
     if not up or not up[-1]:
         return None
-    last_not_up = max(i for i, is_up in enumerate(up) if not is_up)  # the first value is its own minimum: never up
+    last_not_up = max(i for i, is_up in enumerate(up) if not is_up)  # exists: the first value is its own minimum
     first = steps[last_not_up + 1]
     return first if steps[-1] - first >= WINDOW else None
 
 
 @dataclass(frozen=True)
 class Onsets:
-    """When each of SIGNALS and the gradient norm moved, None for never (or not logged)."""
+    """The step at which each of SIGNALS and the gradient norm moved; None if it never did or was not logged."""
 
     signals: dict[str, int | None]
     grad_norm: int | None
 
     @property
     def first(self) -> list[str]:
-        """The signals that moved first: several when measured to move at the same step, none when none moved."""
+        """The signals that moved first: several if they moved at the same measured step, none if none moved."""
         moved = {name: step for name, step in self.signals.items() if step is not None}
         return [name for name, step in moved.items() if step == min(moved.values())]
 
     def lead(self, signal: str) -> int | None:
-        """Steps by which the signal moved before the gradient norm did; negative when after it."""
+        """Steps by which the signal moved before the gradient norm, negative for after; None if one never moved."""
         step = self.signals[signal]
         return None if step is None or self.grad_norm is None else self.grad_norm - step
 
     def __str__(self) -> str:
-        """One line, such as `stable rank moved first, at step 75, 1700 steps before the gradient norm`."""
+        """One line, such as `stable rank moved first, at step 75; 1700 steps before the gradient norm`."""
         if not self.first:
             return "nothing moved"
         lead = self.lead(self.first[0])
-        against = (
-            "the gradient norm never did"
-            if lead is None
-            else f"{abs(lead)} steps {'before' if lead >= 0 else 'after'} the gradient norm"
-        )
+        if lead is None:
+            against = "the gradient norm never did"
+        else:
+            against = f"{abs(lead)} steps {'before' if lead >= 0 else 'after'} the gradient norm"
         return f"{' and '.join(self.first)} moved first, at step {self.signals[self.first[0]]}; {against}"
 
 
 def find_onsets(lines: Sequence[Mapping[str, float | None]], until: int | None = None) -> Onsets:
-    """What moved first in the lines of a run's metrics up to step `until`, the collapse; None is the whole run."""
+    """When each signal moved in the lines of a run's metrics.jsonl.
+
+    until: the step of the collapse, beyond which nothing counts; None means the whole run.
+    """
     until = until or lines[-1]["iter"]
     lines = [line for line in lines if until / 4 < line["iter"] <= until]
 
     def series(key: str, direction: int) -> tuple[list[int], list[float]]:
+        """The steps at which `key` was logged, and the logarithms of its values, higher being worse."""
         found = [(line["iter"], line[key]) for line in lines if line.get(key) is not None]
         if key != "log_z":
             found = [(step, math.log(value)) for step, value in found if value > 0]

@@ -1,7 +1,8 @@
-"""Which numbers a run logs, and under which names: the probes of a GPT in training as {name: value}.
+"""The numbers that a run logs and their names: the probes of a GPT in training as {name: value}.
 
-Every function returns summaries of the whole model; with `each_layer` also every layer's own, named
-<family>/<layer> or <family>/<layer>.<role>. None of them changes the model, its gradients or a random state.
+Every function returns summaries over the whole model. With `each_layer` it also returns the values of every layer,
+named <family>/<layer> or <family>/<layer>.<role>, where a role is what a parameter is for, such as W_Q (see
+`mup.RULES`). No function changes the model, its gradients or a random state.
 """
 
 import math
@@ -19,21 +20,24 @@ from stability.probes import geometric_mean
 
 
 def layer_of(name: str) -> int | None:
-    """Index of the block that a parameter belongs to; None for embeddings, final norm and head."""
+    """The index of the block that a parameter belongs to; None for the embeddings, the final norm and the head."""
     where, _, rest = name.partition(".")
     return int(rest.split(".")[0]) if where == "blocks" else None
 
 
 def own(family: str, values: Mapping[str, float]) -> dict[str, float]:
-    """{parameter name: value} of block parameters as {family/layer.role: value}."""
+    """{"<family>/<layer>.<role>": value} from {parameter name: value}; parameters outside blocks are left out."""
     return {f"{family}/{layer_of(n)}.{role_of(n)}": v for n, v in values.items() if layer_of(n) is not None}
 
 
 def weights(model: GPT, each_layer: bool) -> dict[str, float]:
-    """srank/… and sigma1/…, geometric means over parts of the model and roles; norm_gain/<role>, rms of the gains.
+    """Stable ranks, spectral norms and the gains of norms.
 
-    srank/early is over the attention matrices of the first quarter of the blocks, Fig 1's "early layers". With
-    each_layer also fro/…, ‖W‖_F.
+    srank/<part>, sigma1/<part>: geometric means over the matrices of a part of the model. A part is a role,
+        "attention", "mlp", or "early": the attention matrices in the first quarter of the blocks, as in Fig 1.
+    norm_gain/<role>: root mean square of the gains.
+
+    With each_layer also fro/<layer>.<role>, ‖W‖_F.
     """
     matrices = {n: p for n, p in model.named_parameters() if role_of(n) in ATTENTION + MLP}
     found = probes.spectra(matrices)
@@ -60,7 +64,10 @@ def weights(model: GPT, each_layer: bool) -> dict[str, float]:
 
 
 def norms(family: str, tensors: Mapping[str, Tensor], each_layer: bool) -> dict[str, float]:
-    """<family>/<role>: ‖·‖_F of one tensor per parameter (gradients before clipping, updates), over all of a role."""
+    """<family>/<role>: Frobenius norms over all parameters of a role, of one tensor per parameter {name: tensor}.
+
+    The tensors are, for instance, gradients before clipping or the updates of a step.
+    """
     found = probes.norms(tensors)
     squares = defaultdict(float)
     for name, norm in found.items():
@@ -73,11 +80,17 @@ def norms(family: str, tensors: Mapping[str, Tensor], each_layer: bool) -> dict[
 def activations(
     model: GPT, tokens: Tensor, each_layer: bool, warn: Callable[[str], None], autocast=None
 ) -> dict[str, float]:
-    """Residual stream, attention and output on the probe batch, in fp32 with math attention.
+    """Residual stream, attention and output on the probe batch tokens (B, T), in fp32 with PyTorch's math attention.
 
-    attention/max_logit and attention/entropy (nats); residual/rms after the last block; residual/gain, the first
-    block's: rms after it over rms before; log_z. precision/error, only with the run's own `autocast`: how far H(L) as the run computes
-    it is from this, ‖ΔH‖_F / ‖H‖_F. Blocks that are not finite are named to `warn`.
+    attention/max_logit: the largest attention logit.
+    attention/entropy:   entropy of the attention weights in nats, mean over blocks.
+    residual/rms:        root mean square of the residual stream after the last block.
+    residual/gain:       root mean square after the first block over that before it.
+    log_z:               mean log Σ exp(logits) of the output.
+    precision/error:     ‖ΔH‖_F / ‖H‖_F, the error of the last block's output H in the run's own precision. It is
+                         measured only if `autocast`, the run's context for this precision, is given.
+
+    `warn` is called with a line for the first block whose output is not finite.
     """
     found = probes.activations(model, tokens)
     for error in found.errors:
@@ -91,7 +104,7 @@ def activations(
         "log_z": found.log_z,
     }
     if autocast is not None:
-        with autocast, torch.compiler.set_stance("force_eager"):  # not worth a compilation for this batch size
+        with autocast, torch.compiler.set_stance("force_eager"):  # a compilation for this batch size would not pay
             hidden = model.hidden(tokens)
         metrics["precision/error"] = ((hidden.float() - found.hidden).norm() / found.hidden.norm()).item()
     if each_layer:
@@ -105,13 +118,19 @@ def activations(
 def jacobians(
     model: GPT, tokens: Tensor, each_layer: bool, warn: Callable[[str], None], positions: int = 0
 ) -> dict[str, float]:
-    """Layer Jacobians on the probe batch; means over its sequences.
+    """Layer Jacobians J(ℓ) on the probe batch tokens (B, T), all named jacobian/…; for the terms see `probes`.
 
-    jacobian/sigma1: geometric mean of ‖J(ℓ)‖₂; alignment: mean over adjacent pairs, as in Fig 1; ill_conditioned: how many of these pairs
-    have an alignment not to be trusted; product: ‖J(L)···J(1)‖₂; bound_4_2 and bound: its two lower bounds (see
-    probes.product_bounds); ratio and residual: the largest ones. Of each layer sigma1, and of its sequences the largest
-    ratio and residual; of each pair alignment and ill_conditioned. With `positions`, also that many single tokens' own Jacobians: jacobian/token_sigma1/mean and /max
-    over tokens and blocks, token_alignment likewise.
+    sigma1:             ‖J(ℓ)‖₂, geometric mean over blocks and sequences.
+    alignment:          mean over pairs of adjacent blocks and over sequences, as in Fig 1.
+    ill_conditioned:    the number of pairs whose alignment is uncertain for at least one sequence.
+    product:            ‖J(L)···J(1)‖₂, geometric mean over sequences.
+    bound_4_2, bound:   the same means of its two lower bounds (see `probes.product_bounds`).
+    ratio, residual:    the largest over blocks and sequences.
+    token_sigma1/mean, token_sigma1/max, token_alignment/mean, token_alignment/max:
+                        for single tokens at `positions` evenly spaced places, over tokens and blocks.
+
+    With each_layer also sigma1 of each block (mean over sequences), its largest ratio and residual, and alignment and
+    ill_conditioned of each pair. `warn` is called with a line for the first block whose output is not finite.
     """
     with torch.no_grad():
         x = model.embed(tokens)
@@ -131,10 +150,9 @@ def jacobians(
         "jacobian/residual": J.residual.nan_to_num(0).max().item(),
     }
     if positions:
-        T = tokens.shape[1]
-        of_tokens = probes.jacobians(
-            model.blocks, x, sorted({round(i * (T - 1) / positions) for i in range(1, positions + 1)})
-        )
+        last = tokens.shape[1] - 1
+        places = sorted({round(i * last / positions) for i in range(1, positions + 1)})
+        of_tokens = probes.jacobians(model.blocks, x, places)
         for name, values in (("sigma1", of_tokens.sigma), ("alignment", of_tokens.alignment)):
             if not len(values):  # one block has no neighbour to be aligned with
                 continue

@@ -1,4 +1,9 @@
-"""Measurements of a model that never change it: spectra of weight matrices, layer Jacobians and their alignment."""
+"""Measurements that never change a model: spectra of weight matrices, layer Jacobians and their alignment.
+
+H(ℓ) is the residual stream after block ℓ of L, (B, T, d) for B sequences of T tokens; H(0) is the embedding. The
+Jacobian J(ℓ) = ∂vec H(ℓ) / ∂vec H(ℓ−1) is never stored: automatic differentiation gives its products with vectors,
+and Lanczos iteration turns these into its top singular triple (u, σ₁, v), J v = σ₁ u. σ₂ is the next singular value.
+"""
 
 import math
 from collections import defaultdict
@@ -16,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Spectrum(NamedTuple):
-    """srank(W) = ‖W‖_F² / ‖W‖₂² (Def. 3.1), sigma1 = ‖W‖₂ and fro = ‖W‖_F of one matrix; means over a stack of them."""
+    """srank = ‖W‖_F² / ‖W‖₂² (Def. 3.1), sigma1 = ‖W‖₂ and fro = ‖W‖_F of a matrix W, or their means over a stack."""
 
     srank: float
     sigma1: float
@@ -25,10 +30,10 @@ class Spectrum(NamedTuple):
 
 @torch.no_grad()
 def spectra(params: Mapping[str, Tensor]) -> dict[str, Spectrum]:
-    """The Spectrum of every matrix of {name: (..., m, n)}.
+    """The Spectrum of every parameter in {name: (..., m, n)}, in the same order.
 
-    Exact to fp64: the trace and the largest eigenvalue of the smaller Gram matrix, batched by shape. The stable rank
-    of a zero matrix is NaN, and so is everything about one that is not finite.
+    ‖W‖_F² is the trace and ‖W‖₂² the largest eigenvalue of the smaller Gram matrix, in fp64; matrices of one shape are
+    computed together. The stable rank of a zero matrix is NaN. All values of a matrix that is not finite are NaN.
     """
     stacks = defaultdict(dict)
     for name, W in params.items():
@@ -42,24 +47,26 @@ def spectra(params: Mapping[str, Tensor]) -> dict[str, Spectrum]:
         lam = torch.linalg.eigvalsh(torch.where(bad[..., None, None], 0.0, gram))[..., -1].clamp_min(0)
         lam = torch.where(bad, math.nan, lam)
         fro2 = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-        rows = torch.stack([fro2 / lam, lam.sqrt(), fro2.sqrt()], -1)  # 0 / 0 is the NaN that is wanted
+        rows = torch.stack([fro2 / lam, lam.sqrt(), fro2.sqrt()], -1)  # a zero matrix gives 0 / 0 = NaN, as documented
         rows = rows.flatten(1, -2).mean(1) if rows.ndim > 2 else rows
         out.update({name: Spectrum(*row) for name, row in zip(named, rows.tolist(), strict=True)})
     return {name: out[name] for name in params}
 
 
 def geometric_mean(values) -> float:
-    """exp(mean log) of the finite positive values, NaN when there are none."""
+    """The geometric mean of those values that are finite and positive; NaN when there are none."""
     logs = [math.log(v) for v in values if v > 0 and math.isfinite(v)]
     return math.exp(sum(logs) / len(logs)) if logs else math.nan
 
 
 @dataclass(frozen=True)
 class Triples:
-    """Top singular triples of N linear maps, by Golub-Kahan-Lanczos.
+    """The top singular triples (u, σ₁, v) of N linear maps J, found by Golub-Kahan-Lanczos iteration.
 
-    sigma: (N,) largest singular values. ratio: (N,) σ₂/σ₁. residual: (N,) ‖Jᵀu − σv‖ / σ, zero when converged.
-    u: (N, m) and v: (N, n), unit left and right singular vectors.
+    sigma:    (N,), the largest singular values σ₁.
+    ratio:    (N,), σ₂/σ₁.
+    residual: (N,), ‖Jᵀu − σ₁v‖ / σ₁, zero when the iteration has converged.
+    u, v:     (N, m) and (N, n), left and right singular vectors of length 1.
     """
 
     sigma: Tensor
@@ -70,11 +77,11 @@ class Triples:
 
 
 def ill_conditioned(ratio: Tensor, residual: Tensor) -> Tensor:
-    """Whether a top singular vector, and any alignment made from it, is not to be trusted.
+    """Whether a top singular vector is uncertain, and with it any alignment computed from it.
 
-    Either σ₂/σ₁ > 0.99, when a change of 1 % in the map can turn the vector into any other of the top two; or the
-    vector found may be off by a sine of more than 0.1 (Wedin: residual / gap), because Lanczos was stopped.
-    A NaN is not to be trusted either.
+    It is uncertain when σ₂/σ₁ > 0.99: a change of 1 % in the map can then turn the vector anywhere in the plane of the
+    top two. It is also uncertain when the iteration stopped too early: the sine of its angle to the true vector may
+    then exceed 0.1 (Wedin's bound, residual / (1 − σ₂/σ₁)). NaN counts as uncertain.
     """
     return ~((ratio <= 0.99) & (residual <= 0.1 * (1 - ratio)))
 
@@ -89,47 +96,32 @@ def top_triples(
 ) -> Triples:
     """The top singular triples of G groups of B maps at once, by Lanczos with full reorthogonalisation.
 
-    start: (G, B, n), one starting vector per map; the triples come back in its order, flattened to N = G · B.
-    matvec: (g, B, n), indices of g groups -> (g, B, m), the maps of those groups applied, Jv; rmatvec: Jᵀu.
-    A group is left alone once, for all its maps, min(r, r² / (1 − σ₂/σ₁)) is below `tolerance`: the first is a bound of
-    σ₁'s relative error given the residual r, the second an upper estimate. `steps`
-    products each way at most.
+    start:   (G, B, n), one starting vector per map. The triples come back in this order, flattened to N = G · B.
+    matvec:  called with vectors v (g, B, n) and the indices of g groups; returns Jv for these groups' maps, (g, B, m).
+    rmatvec: the same for Jᵀu.
+    steps:   the largest number of products with J, and of products with Jᵀ.
+
+    With r the residual, min(r, r² / (1 − σ₂/σ₁)) estimates the relative error of σ₁: the first bounds the error, the
+    second is an upper estimate. A group is finished once the estimate is below `tolerance` for all of its maps.
     """
     G, B, n = start.shape
-
-    def add(x: Tensor, basis: Tensor, k: int) -> Tensor:
-        """Orthogonalise x (N, dim) against k rows of basis (N, K, dim), normalise it into row k; its norm, (N,)."""
-        before = x.norm(dim=-1, keepdim=True)
-        for _ in range(2 if k else 0):  # once is not enough when x lies almost in the span
-            x = x - (x.unsqueeze(1) @ basis[:, :k].mT @ basis[:, :k]).squeeze(1)
-        norm = x.norm(dim=-1, keepdim=True)
-        norm = torch.where(norm <= 100 * torch.finfo(x.dtype).eps * before, 0.0, norm)  # the space is exhausted
-        basis[:, k] = torch.where(norm > 0, x / norm, 0.0)
-        return norm.squeeze(-1).cpu().double()
-
-    def product(apply, x: Tensor) -> Tensor:
-        return apply(x.reshape(len(live), B, -1), live).flatten(0, 1)
-
     steps = min(steps, n)
-    live, maps = list(range(G)), torch.arange(G * B)
+    live, maps = list(range(G)), torch.arange(G * B)  # the unfinished groups, and their maps
     V, U = start.new_zeros(G * B, steps + 1, n), None
-    bidiagonal = torch.zeros(G * B, steps, steps + 1, dtype=torch.float64)  # small, on the CPU: MPS has no fp64
+    bidiagonal = torch.zeros(G * B, steps, steps + 1, dtype=torch.float64)  # small; on the CPU, as MPS has no fp64
     found = [None] * (G * B)
-    add(start.flatten(0, 1), V, 0)
+    _append(V, 0, start.flatten(0, 1))
     for k in range(steps):
         # J V = U C with C the first k + 1 columns of the upper bidiagonal matrix, Jᵀ U = V Cᵀ + β v_last e_lastᵀ
-        x = product(matvec, V[:, k])
+        x = matvec(V[:, k].reshape(len(live), B, -1), live).flatten(0, 1)
         if U is None:
             U = x.new_zeros(G * B, steps, x.shape[-1])
-        bidiagonal[:, k, k] = add(x, U, k)
-        bidiagonal[:, k, k + 1] = add(product(rmatvec, U[:, k]), V, k + 1)
-        C = bidiagonal[:, : k + 1, : k + 1]
-        P, S, Qh = torch.linalg.svd(C.nan_to_num(0, 0, 0))
-        sigma = torch.where(C.isfinite().all(-1).all(-1), S[:, 0], math.nan)
-        second = S[:, min(k, 1)] * (k > 0)
-        ratio, residual = second / sigma, bidiagonal[:, k, k + 1] * P[:, -1, 0].abs() / sigma
+        bidiagonal[:, k, k] = _append(U, k, x)
+        y = rmatvec(U[:, k].reshape(len(live), B, -1), live).flatten(0, 1)
+        bidiagonal[:, k, k + 1] = _append(V, k + 1, y)
+        P, sigma, Qh, ratio, residual = _top_of_bidiagonal(bidiagonal, k)
         error = torch.minimum(residual, residual**2 / (1 - ratio))
-        # three steps at least, or a map whose second value has not been seen yet looks well separated
+        # at least three steps: before a map's second singular value shows up, its first one looks well separated
         done = (k + 1 == steps) | ((k > 1) & ~(error > tolerance).view(-1, B).any(-1))
         if not done.any():
             continue
@@ -145,14 +137,42 @@ def top_triples(
     return Triples(*map(torch.stack, zip(*found, strict=True)))
 
 
+def _append(basis: Tensor, k: int, x: Tensor) -> Tensor:
+    """Orthogonalise x (N, dim) to the first k rows of basis (N, K, dim) and store it, normalised, as row k.
+
+    Returns the norm before normalisation, (N,), in fp64 on the CPU; it is 0 when the rows already span x.
+    """
+    before = x.norm(dim=-1, keepdim=True)
+    for _ in range(2 if k else 0):  # once is not enough when x lies almost in the span of the rows
+        x = x - (x.unsqueeze(1) @ basis[:, :k].mT @ basis[:, :k]).squeeze(1)
+    norm = x.norm(dim=-1, keepdim=True)
+    norm = torch.where(norm <= 100 * torch.finfo(x.dtype).eps * before, 0.0, norm)
+    basis[:, k] = torch.where(norm > 0, x / norm, 0.0)
+    return norm.squeeze(-1).cpu().double()
+
+
+def _top_of_bidiagonal(bidiagonal: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """P, σ₁, Qᵀ, σ₂/σ₁ and the residual after step k, from the SVD P S Qᵀ of the leading (k + 1) × (k + 1) matrix."""
+    C = bidiagonal[:, : k + 1, : k + 1]
+    P, S, Qh = torch.linalg.svd(C.nan_to_num(0, 0, 0))
+    sigma = torch.where(C.isfinite().all(-1).all(-1), S[:, 0], math.nan)
+    second = S[:, min(k, 1)] * (k > 0)
+    return P, sigma, Qh, second / sigma, bidiagonal[:, k, k + 1] * P[:, -1, 0].abs() / sigma
+
+
 @dataclass(frozen=True)
 class Jacobians:
-    """Layer Jacobians J(ℓ) = ∂vec H(ℓ) / ∂vec H(ℓ−1) of L blocks on a probe batch of N sequences, all on the CPU.
+    """What was measured of the Jacobians J(1) … J(L) of L blocks on N sequences; all tensors are on the CPU.
 
-    sigma, ratio, residual: (L, N), see `Triples`. alignment: (L − 1, N), |v(ℓ+1)ᵀ u(ℓ)| of Def. 3.2: top right
-    singular vector of J(ℓ+1) against top left one of J(ℓ); flagged: (L − 1, N), that one of the two vectors is
-    `ill_conditioned`. product: (N,), ‖J(L)···J(1)‖₂ itself. errors: blocks that could not be measured, by name; their
-    entries are NaN, the others' are measured. N = B · len(positions) with positions, sequence by sequence.
+    sigma, ratio, residual: (L, N), see `Triples`.
+    alignment: (L − 1, N), |v(ℓ+1)ᵀ u(ℓ)| of Def. 3.2, the top right singular vector of J(ℓ+1) against the top left
+               one of J(ℓ).
+    flagged:   (L − 1, N), whether one of these two vectors is `ill_conditioned`.
+    product:   (N,), ‖J(L)···J(1)‖₂.
+    errors:    a line for the block whose output is not finite, if there is one. Its values and those of the blocks
+               after it are NaN.
+
+    When single tokens are measured, N is the number of sequences times the number of positions, ordered by sequence.
     """
 
     sigma: Tensor
@@ -165,15 +185,18 @@ class Jacobians:
 
 
 def product_bounds(sigma: Tensor, ratio: Tensor, alignment: Tensor) -> tuple[Tensor, Tensor]:
-    """Two lower bounds of ‖J(L)···J(1)‖₂ from sigma (L, ...), ratio = σ₂/σ₁ (L, ...) and alignment (L − 1, ...).
+    """Two lower bounds of ‖J(L)···J(1)‖₂, each (...): that of Thm 4.2 as stated, and one that holds.
 
-    First the right side of Thm 4.2, (aM)^L / a with M = min sigma and a = min alignment. It does not hold as
-    stated for L ≥ 3: what a block's other singular directions carry on may cancel the aligned part (tests/test_probes.py
-    has an example whose product vanishes). It does for L = 2 (Lemma B.1) and for rank-one Jacobians.
+    sigma, ratio: (L, ...), σ₁ and σ₂/σ₁ of each J(ℓ). alignment: (L − 1, ...), see `Jacobians`.
 
-    Then one that does hold. Follow x = v(1) through the blocks: ‖J x‖ ≥ σ₁ cos φ with φ its angle to v(ℓ), and Jx is
-    within arctan(σ₂/σ₁ · tan φ) of u(ℓ), hence within that plus arccos(alignment) of v(ℓ+1). The bound is the
-    product of the σ₁ cos φ, zero once an angle may reach 90°; it is as certain as the σ₂/σ₁ it is given.
+    The first is (aM)^L / a with M = min sigma and a = min alignment. For L ≥ 3 it can exceed the norm, because the
+    other singular directions of a block can cancel the aligned part; tests/test_probes.py has an example whose product
+    vanishes. It holds for L = 2 (Lemma B.1) and for Jacobians of rank one.
+
+    The second follows x = v(1) through the blocks. Let φ be the angle between x and v(ℓ). Then ‖J(ℓ)x‖ ≥ σ₁ cos φ, and
+    J(ℓ)x lies within the angle arctan(σ₂/σ₁ · tan φ) of u(ℓ). Its angle to v(ℓ+1) is larger by at most
+    arccos(alignment). The bound is the product of all σ₁ cos φ; it is zero once an angle may reach 90°. It is only as
+    exact as the given σ₂/σ₁.
     """
     L = len(sigma)
     M = sigma.amin(0)
@@ -189,9 +212,10 @@ def product_bounds(sigma: Tensor, ratio: Tensor, alignment: Tensor) -> tuple[Ten
 
 
 class _LayerNorm(torch.autograd.Function):
-    """Layer norm whose double backward, with respect to the gradient only, is one kernel instead of a dozen.
+    """Layer norm whose second derivative is one kernel instead of a dozen; only with respect to the gradient.
 
-    Without its gains the Jacobian of layer norm is symmetric, so Jv is gain · (the kernel of Jᵀu, without gain).
+    Without gains the Jacobian of layer norm is symmetric. So Jv is the gains times the kernel that computes Jᵀu, run
+    without gains.
     """
 
     @staticmethod
@@ -211,6 +235,8 @@ class _LayerNorm(torch.autograd.Function):
 
 
 class _LayerNormVJP(torch.autograd.Function):
+    """Jᵀu of layer norm, whose derivative with respect to u is v -> Jv."""
+
     @staticmethod
     def forward(ctx, u, *at):
         ctx.at = at
@@ -225,7 +251,7 @@ class _LayerNormVJP(torch.autograd.Function):
 
 @contextmanager
 def default_products():
-    """Inside, fp32 products are PyTorch's default: on batches as small as a probe's, oneDNN takes a third longer."""
+    """Inside, a CPU computes fp32 products in PyTorch's default way, a third faster than oneDNN for small batches."""
     matmul = torch.backends.mkldnn.matmul
     chosen, matmul.fp32_precision = matmul.fp32_precision, "none"
     try:
@@ -236,15 +262,16 @@ def default_products():
 
 @contextmanager
 def uncompiled():
-    """Inside, PyTorch's attention runs on the math kernel and modules compiled in place run as written: both can be
-    differentiated twice only so.
+    """Inside, PyTorch's attention uses the math kernel, and modules that were compiled in place run uncompiled.
+
+    The other attention kernels and compiled code cannot be differentiated twice.
     """
     with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
         yield
 
 
 class _Measured(TorchFunctionMode):
-    """`uncompiled`, and layer norm is the one above."""
+    """Inside, everything is `uncompiled` and F.layer_norm is replaced by `_LayerNorm`."""
 
     def __enter__(self):
         self.plain = uncompiled()
@@ -266,15 +293,15 @@ class _Measured(TorchFunctionMode):
 
 
 def leaf(x: Tensor) -> Tensor:
-    """x, cut from its graph, to differentiate with respect to."""
+    """A copy of x without history, with respect to which one can differentiate."""
     return x.detach().clone().requires_grad_()
 
 
 class _Linearised:
-    """Products with the Jacobians of several functions at fixed points, all in single autograd calls.
+    """Products with the Jacobians J of several functions at fixed points; one autograd call serves all functions.
 
-    Double backward: g(u) = Jᵀu is linear in u, and its derivative transposed is v -> Jv. The rows of a point, its
-    first dimension, are independent maps.
+    Jᵀu is a backward pass. It is linear in u, so the backward pass of u -> Jᵀu gives v -> Jv. The rows of a point,
+    along its first dimension, are independent maps. Vectors are (functions, rows, T · d).
     """
 
     def __init__(self, functions: Sequence[Callable[[Tensor], Tensor]], points: Sequence[Tensor]):
@@ -285,7 +312,10 @@ class _Linearised:
 
     @classmethod
     def along(cls, blocks: Sequence[nn.Module], x: Tensor) -> tuple["_Linearised", str | None]:
-        """The blocks at the residual stream that begins with x, up to one whose output is not finite; what to say of that one."""
+        """The blocks linearised at the residual stream that begins with x, and an error line or None.
+
+        The line names the first block whose output is not finite; this block and those after it are left out.
+        """
         self, error = cls([], []), None
         with torch.enable_grad(), _Measured():
             for i, block in enumerate(blocks):
@@ -300,47 +330,52 @@ class _Linearised:
         return self, error
 
     def _transpose(self):
+        """Record the backward passes g = Jᵀu, to be differentiated with respect to u."""
         with torch.enable_grad(), _Measured():
             self.u = [torch.zeros_like(y, requires_grad=True) for y in self.y]
             self.g = torch.autograd.grad(self.y, self.z, self.u, create_graph=True) if self.y else ()
 
     def _apply(self, outputs, inputs, x: Tensor, live: list[int]) -> Tensor:
-        """x: (functions, rows, T · d)."""
+        """The derivatives of outputs with respect to inputs, for the functions in `live`, weighted by x."""
         weights = x.view(len(live), *self.z[0].shape).unbind()
         out = torch.autograd.grad([outputs[i] for i in live], [inputs[i] for i in live], weights, retain_graph=True)
         return torch.stack(out).view(x.shape)
 
     def matvec(self, v: Tensor, live: list[int]) -> Tensor:
+        """Jv for the functions in `live`."""
         return self._apply(self.g, self.u, v, live)
 
     def rmatvec(self, u: Tensor, live: list[int]) -> Tensor:
+        """Jᵀu for the functions in `live`."""
         return self._apply(self.y, self.z, u, live)
 
     def chain(self, v: Tensor, live: list[int]) -> Tensor:
-        """The product of all of them, the first one's Jacobian first: (1, rows, T · d) -> the same."""
+        """J(L)···J(1)v for v (1, rows, T · d)."""
         for i in range(len(self.z)):
             v = self.matvec(v, [i])
         return v
 
     def rchain(self, u: Tensor, live: list[int]) -> Tensor:
+        """(J(L)···J(1))ᵀu for u (1, rows, T · d)."""
         for i in reversed(range(len(self.z))):
             u = self.rmatvec(u, [i])
         return u
 
     def triples(self, steps: int = 12, seed: int = 0) -> Triples:
+        """The top singular triples of every function's Jacobian."""
         return top_triples(self.matvec, self.rmatvec, self._start(len(self.z), seed), steps)
 
     def product(self, steps: int = 12, seed: int = 0) -> Triples:
-        """Of J(L)···J(1), the functions being blocks and the points the residual stream between them."""
+        """The top singular triples of J(L)···J(1), where the functions are blocks that follow each other."""
         return top_triples(self.chain, self.rchain, self._start(1, seed), steps)
 
     def _start(self, functions: int, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)  # drawn on the CPU: the same on every device
+        generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device starts from the same vectors
         return torch.randn(functions, self.z[0].shape[0], self.z[0][0].numel(), generator=generator).to(self.z[0])
 
 
 def refuse_wrapped(module: nn.Module):
-    """Raise TypeError if `module` is a wrapper, compiled, or holds shards, so that measuring it would go wrong."""
+    """Raise TypeError if `module` is a wrapper (DDP, FSDP, torch.compile) or holds shards; neither can be measured."""
     kind = type(module).__name__
     if kind in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule"):
         raise TypeError(f"{kind}: measure the module inside the wrapper")
@@ -349,7 +384,7 @@ def refuse_wrapped(module: nn.Module):
 
 
 def not_finite(i: int, block: nn.Module, x: Tensor) -> str:
-    """What to say of block i, whose output for the input x is not finite: what is to blame."""
+    """A line that names what is not finite in block i with input x: a parameter, the input, or else the output."""
     bad = [name for name, p in block.named_parameters() if not torch.isfinite(p).all()]
     what = bad[0] if bad else "output" if torch.isfinite(x).all() else "input"
     return f"block {i}: its {what} is not finite"
@@ -359,14 +394,17 @@ def not_finite(i: int, block: nn.Module, x: Tensor) -> str:
 def jacobians(
     blocks: Sequence[nn.Module], x: Tensor, positions: Sequence[int] = (), steps: int = 12, seed: int = 0
 ) -> Jacobians:
-    """Measure the layer Jacobians of any modules that map a residual stream (B, T, d) to itself.
+    """The layer Jacobians of any modules that map a residual stream (B, T, d) to one of the same shape.
 
-    x: H(0), the first block's input. positions: tokens t whose own ∂h_t(ℓ) / ∂h_t(ℓ−1), d × d, is measured instead of
-    the whole sequence's Jacobian; `product` is then NaN. steps: Lanczos steps at most; what they leave uncertain is
-    `flagged`. Other blocks' sigma is right to 1e-4, but for the rare one whose second value, nearly as large, was found first and taken
-    for the top (1 of 48 in the tests, then it is wrong by 1 − σ₂/σ₁, less than 1 %). Measured in evaluation mode,
-    without dropout; nothing about the modules changes, no gradient is accumulated, no global random state is used.
-    Raises TypeError for modules inside a wrapper.
+    x:         H(0), the input of the first block.
+    positions: measure single tokens t instead of whole sequences, that is ∂h_t(ℓ) / ∂h_t(ℓ−1), d × d, with all other
+               tokens held fixed. `product` is then NaN.
+    steps:     the largest number of Lanczos steps. Vectors that they leave uncertain are `flagged`.
+
+    sigma of the other blocks is exact to 1e-4, with one rare exception: when σ₂ is nearly as large as σ₁, the iteration
+    may find σ₂ first and take it for σ₁. This happens for 1 of 48 Jacobians in the tests; sigma is then too small by
+    1 − σ₂/σ₁, less than 1 %. The modules run in evaluation mode, without dropout. They do not change, no gradient is
+    accumulated, and no global random state is used. Raises TypeError for modules inside a wrapper.
     """
     for block in blocks:
         refuse_wrapped(block)
@@ -384,9 +422,8 @@ def _jacobians(blocks, x: Tensor, positions: Sequence[int], steps: int, seed: in
     linearised, error = _Linearised.along(blocks, x)
     measured = len(linearised.z)
     if measured and len(positions):
-        functions = [
-            partial(_at_positions, f, z.detach(), positions) for f, z in zip(blocks, linearised.z, strict=False)
-        ]
+        points = [z.detach() for z in linearised.z]
+        functions = [partial(_at_positions, f, z, positions) for f, z in zip(blocks, points, strict=False)]
         linearised = _Linearised(functions, [z[:, list(positions)].flatten(0, 1) for z in linearised.z])
     L, N = len(blocks), x.shape[0] * max(1, len(positions))
     nan = torch.full((L, N), math.nan, dtype=torch.float64)
@@ -405,7 +442,10 @@ def _jacobians(blocks, x: Tensor, positions: Sequence[int], steps: int, seed: in
 
 
 def _at_positions(block: Callable[[Tensor], Tensor], x: Tensor, positions: Sequence[int], h: Tensor) -> Tensor:
-    """h_t before the block -> h_t after it, all other tokens of x (B, T, d) held; h: (B · len(positions), d)."""
+    """The tokens after the block, as a function of the same tokens h before it, both (B · len(positions), d).
+
+    Row by row, h replaces one token of x (B, T, d); all other tokens keep their values in x.
+    """
     B, P = len(x), len(positions)
     t = torch.tensor(positions, device=x.device).repeat(B)
     row = torch.arange(B * P, device=x.device)
@@ -413,11 +453,14 @@ def _at_positions(block: Callable[[Tensor], Tensor], x: Tensor, positions: Seque
 
 
 class Activations(NamedTuple):
-    """What a forward pass shows, on the CPU; L blocks.
+    """Values from one forward pass through L blocks; residual_rms, max_logit and entropy are on the CPU.
 
-    residual_rms: (L + 1,), root mean square of H(0) … H(L). max_logit: (L,), largest attention logit.
-    entropy: (L,), of the attention rows, in nats, mean over heads and tokens. log_z: mean of log Σ exp(logits).
-    hidden: H(L), (B, T, d). errors: the first block whose values are not finite, by name; what follows is NaN.
+    residual_rms: (L + 1,), root mean squares of H(0) … H(L).
+    max_logit:    (L,), the largest attention logit of each block.
+    entropy:      (L,), the entropy of the attention weights in nats, mean over heads and tokens.
+    log_z:        mean over tokens of log Σ exp(logits) of the output.
+    hidden:       H(L), (B, T, d).
+    errors:       a line for the first block whose output is not finite, if there is one.
     """
 
     residual_rms: Tensor
@@ -431,7 +474,10 @@ class Activations(NamedTuple):
 @torch.no_grad()
 @default_products()
 def activations(model: nn.Module, tokens: Tensor) -> Activations:
-    """One forward pass of a `model.GPT` on tokens (B, T), in the parameters' precision, attention on the math kernel."""
+    """The Activations of a `model.GPT` on tokens (B, T), in the parameters' precision, attention on the math kernel.
+
+    Raises TypeError for a wrapped model.
+    """
     refuse_wrapped(model)
     rms, max_logit, entropy, errors = [], [], [], []
     with uncompiled():
@@ -451,5 +497,5 @@ def activations(model: nn.Module, tokens: Tensor) -> Activations:
 
 @torch.no_grad()
 def norms(tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    """‖·‖_F of every tensor, by name; one transfer from the device for all."""
+    """{name: Frobenius norm} of {name: tensor}; all norms leave the device in one transfer."""
     return dict(zip(tensors, torch.stack([x.norm() for x in tensors.values()]).tolist(), strict=True))

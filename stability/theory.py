@@ -1,7 +1,8 @@
-"""Both sides of the paper's theorems, measured on a GPT (Thm 4.2 is `probes.product_bounds`).
+"""Both sides of the paper's theorems, measured on a GPT. For Thm 4.2 see `probes.product_bounds`.
 
-Nothing here changes the model, its gradients or a random state. L blocks, N sequences of T tokens, d = d_model; results
-are float64 on the CPU, NaN where a value is not finite or not defined. Norms are the largest singular values.
+There are L blocks, N sequences of T tokens, and d = d_model. ‖·‖ and ‖·‖₂ are the largest singular value, ‖·‖_F is the
+Frobenius norm. Results are float64 on the CPU; a value that is not finite or not defined is NaN. No function changes
+the model, its gradients or a random state.
 """
 
 import math
@@ -16,45 +17,51 @@ from torch import Tensor, nn
 from mup import role_of
 from stability.probes import _Linearised, ill_conditioned, refuse_wrapped, spectra, uncompiled
 
-ATTENTION = ("W_Q", "W_K", "W_V", "W_O")  # of multi-head attention, which the theorems are about
-# L_φ = sup |φ'|, rounded up; the paper's 1.13 (GELU) and 1.1 (SiLU) are upper bounds of them
+ATTENTION = ("W_Q", "W_K", "W_V", "W_O")  # the theorems are about multi-head attention
+# L_φ = sup |φ'| of an activation function φ, rounded up; the paper gives upper bounds: 1.13 (GELU) and 1.1 (SiLU)
 LIPSCHITZ = {"gelu": 1.12891, "gelu_tanh": 1.12900, "silu": 1.09984}
 
 
 class Sides(NamedTuple):
-    """What a theorem bounds and its bound, tensors of one shape."""
+    """What a theorem bounds, and its bound; tensors of one shape."""
 
     measured: Tensor
     bound: Tensor
 
 
 def _exact(x: Tensor) -> Tensor:
+    """x in fp64 on the CPU, without its history."""
     return x.detach().cpu().double()
 
 
 def _finite(X: Tensor) -> tuple[Tensor, Tensor]:
-    """Matrices (..., m, n) in fp64, those that are not finite replaced by zero (LAPACK would raise), and which are."""
+    """Matrices (..., m, n) in fp64 and which are finite, (...); the others are set to 0, or LAPACK would raise."""
     X = _exact(X)
     finite = X.isfinite().all(-1).all(-1)
     return torch.where(finite[..., None, None], X, 0.0), finite
 
 
 def _singular_values(X: Tensor) -> Tensor:
-    """Of (..., m, n): (..., min(m, n)), falling, NaN for a matrix that is not finite."""
+    """The singular values of X (..., m, n), largest first, (..., min(m, n)); NaN for a matrix that is not finite."""
     X, finite = _finite(X)
     return torch.where(finite[..., None], torch.linalg.svdvals(X), math.nan)
 
 
 def _norm(X: Tensor) -> Tensor:
+    """‖X‖₂ of X (..., m, n), (...); NaN for a matrix that is not finite."""
     return _singular_values(X)[..., 0]
 
 
 class Pass(NamedTuple):
-    """One forward and backward pass over N sequences.
+    """What one forward and backward pass over N sequences shows; all tensors but grads are (L, N, T, ·).
 
-    h: H(ℓ−1), the input of each block; H: the input of its attention, after the norm; X: of its MLP; act: of W_down.
-    dY and dh: ∂L/∂Y for Y the attention's output, and ∂L/∂H(ℓ), L a sequence's own mean loss. All (L, N, T, ·). grads:
-    {name: ∂L/∂W} of the block matrices, L the mean loss of all sequences, which is what training follows.
+    h:   H(ℓ−1), the residual stream that enters block ℓ.
+    H:   the input of the block's attention, after the norm.
+    X:   the input of its MLP, after the norm.
+    act: the input of W_down, that is the activations.
+    dY:  ∂loss/∂Y with Y the attention's output. The loss is the mean loss of the sequence itself.
+    dh:  ∂loss/∂H(ℓ), H(ℓ) being the block's output. The loss is as for dY.
+    grads: {name: ∂loss/∂W} of the blocks' matrices. Here the loss is the mean over all sequences, as in training.
     """
 
     h: Tensor
@@ -67,7 +74,7 @@ class Pass(NamedTuple):
 
 
 def observe(model: nn.Module, tokens: Tensor, targets: Tensor) -> Pass:
-    """The `Pass` of a `model.GPT` over tokens and targets (N, T). Raises TypeError for a wrapped model."""
+    """The `Pass` of a `model.GPT` over tokens and targets, both (N, T). Raises TypeError for a wrapped model."""
     refuse_wrapped(model)
     seen = defaultdict(list)
     with ExitStack() as stack, torch.enable_grad(), uncompiled():
@@ -88,17 +95,20 @@ def observe(model: nn.Module, tokens: Tensor, targets: Tensor) -> Pass:
 
 
 def weight_norms(matrices: Mapping[str, Tensor]) -> Sides:
-    """Thm 4.4, ‖W‖₂ = ‖W‖_F / √srank(W), of every matrix: (len(matrices),) in their order.
+    """Thm 4.4, ‖W‖₂ = ‖W‖_F / √srank(W), for every matrix in order: (len(matrices),).
 
-    The definition of the stable rank, solved for ‖W‖₂: it can only fail numerically. The left side is by SVD, the right
-    from `spectra`, NaN for a zero matrix, which has no stable rank.
+    The theorem is the definition of the stable rank solved for ‖W‖₂, so it can fail only numerically. The left side is
+    computed by SVD, the right side by `spectra`. A zero matrix has no stable rank, so its right side is NaN.
     """
     bound = [s.fro / math.sqrt(s.srank) for s in spectra(matrices).values()]
     return Sides(torch.stack([_norm(W) for W in matrices.values()]), torch.tensor(bound, dtype=torch.float64))
 
 
 def _jacobian_norms(functions: Sequence[nn.Module], points: Tensor) -> Tensor:
-    """‖∂f/∂z‖₂ at points (L, N, T, d), one f each: (L, N). Lanczos, from below: 3e-4, a few 1e-3 if σ₂ ≈ σ₁."""
+    """‖∂f/∂z‖₂, (L, N), of L functions f at their points z, (L, N, T, d).
+
+    Lanczos iteration approaches the norm from below, to 3e-4, or to a few 1e-3 where σ₂ ≈ σ₁.
+    """
     with torch.no_grad():
         good = [i for i, (f, z) in enumerate(zip(functions, points, strict=True)) if f(z).isfinite().all()]
     out = torch.full(points.shape[:2], math.nan, dtype=torch.float64)
@@ -109,7 +119,11 @@ def _jacobian_norms(functions: Sequence[nn.Module], points: Tensor) -> Tensor:
 
 
 class AttentionSides(NamedTuple):
-    """Thm 4.5, each (L, N). gamma: γ, the smallest margin. chi: χ; at 1 the assumption of sharp logits gives nothing."""
+    """Both sides of Thm 4.5 with its γ and χ, each (L, N).
+
+    gamma: the smallest margin γ between the two largest logits of a row.
+    chi:   χ = min((T − 1) e^{−γ}, 1). At χ = 1 the theorem gains nothing from its assumption of sharp attention.
+    """
 
     measured: Tensor
     bound: Tensor
@@ -119,17 +133,22 @@ class AttentionSides(NamedTuple):
 
 @torch.no_grad()
 def attention_norms(attns: Sequence[nn.Module], H: Tensor) -> AttentionSides:
-    """Thm 4.5: ‖∂Y/∂H‖₂ ≤ ‖W_V‖‖W_O‖ (‖A‖ + (4χ/√d_k) ‖W_Q‖‖W_K‖‖H‖²) for attention sublayers at H (L, N, T, d), T ≥ 2.
+    """Thm 4.5: ‖∂Y/∂H‖₂ ≤ ‖W_V‖‖W_O‖ (‖A‖ + (4χ/√d_k) ‖W_Q‖‖W_K‖‖H‖²), for attention layers at H (L, N, T, d), T ≥ 2.
 
-    Stated for one head. For several it holds with the whole matrices W_Q … W_O, ‖A‖ the largest over heads, γ the
-    smallest over heads and rows, and `attn.scale` for 1/√d_k: dY = [P_1 … P_h] W_O, P_h = A_h dH W_V^h + dA_h H W_V^h, and
-    (1) Σ_h ‖A_h dH W_V^h‖_F² ≤ max‖A_h‖² ‖dH W_V‖_F²;
-    (2) a row of dA_h is diag p − ppᵀ times that of the logits' dS_h, and by Gershgorin ‖diag p − ppᵀ‖₂ ≤ 2 max pᵢ(1 − pᵢ)
-        ≤ 2(1 − p₁) ≤ 2χ, because p₁ ≥ 1 / (1 + (n−1)e^{−γ});
-    (3) dS_h = scale · (dQ_h K_hᵀ + Q_h dK_hᵀ), and ‖K_h‖ ≤ ‖H‖‖W_K‖, ‖Q_h‖ ≤ ‖H‖‖W_Q‖, so that Minkowski's inequality
-        over heads gives √Σ‖dS_h‖_F² ≤ 2 scale ‖W_Q‖‖W_K‖‖H‖‖dH‖_F; (4) ‖H W_V^h‖ ≤ ‖H‖‖W_V‖.
-    n = T for every row, though causality allows fewer keys. A row with one allowed key does not vary and has no margin
-    (+inf). By (2) χ may be capped at 1/4 without any assumption. ‖H‖ is the spectral norm.
+    A are the attention weights, χ = min((n − 1)e^{−γ}, 1), and γ is the smallest margin between the two largest logits
+    of a row. We take n = T for every row, although causality allows fewer keys. A row with one allowed key does not
+    vary; its margin is infinite.
+
+    The paper states the theorem for one head. It also holds for several heads, with the whole matrices W_Q … W_O, the
+    largest ‖A_h‖, the smallest γ over heads and rows, and `attn.scale` for 1/√d_k. To see this, write
+    dY = [P_1 … P_h] W_O with P_h = A_h dH W_V^h + dA_h H W_V^h, where p is a row of A_h and S_h are the logits:
+    (1) Σ_h ‖A_h dH W_V^h‖_F² ≤ max‖A_h‖² ‖dH W_V‖_F².
+    (2) A row of dA_h is diag p − ppᵀ times the same row of dS_h. By Gershgorin
+        ‖diag p − ppᵀ‖₂ ≤ 2 max pᵢ(1 − pᵢ) ≤ 2(1 − p₁) ≤ 2χ, because p₁ ≥ 1 / (1 + (n − 1)e^{−γ}).
+    (3) dS_h = scale · (dQ_h K_hᵀ + Q_h dK_hᵀ) with ‖K_h‖ ≤ ‖H‖‖W_K‖ and ‖Q_h‖ ≤ ‖H‖‖W_Q‖. Minkowski's inequality over
+        heads gives √Σ‖dS_h‖_F² ≤ 2 scale ‖W_Q‖‖W_K‖‖H‖‖dH‖_F.
+    (4) ‖H W_V^h‖ ≤ ‖H‖‖W_V‖.
+    By (2), χ could be capped at 1/4 without any assumption.
     """
     rows = []
     for attn, h in zip(attns, H, strict=True):
@@ -139,14 +158,16 @@ def attention_norms(attns: Sequence[nn.Module], H: Tensor) -> AttentionSides:
         chi = ((h.shape[1] - 1) * torch.exp(-gamma)).clamp_max(1)
         A = _norm(logits.softmax(-1)).amax(1)
         Q, K, V, O = (_norm(getattr(attn, role).weight) for role in ATTENTION)  # noqa: E741
-        rows.append((V * O * (A + 4 * chi * attn.scale * Q * K * _norm(h) ** 2), gamma, chi))
+        bound = V * O * (A + 4 * chi * attn.scale * Q * K * _norm(h) ** 2)
+        rows.append((bound, gamma, chi))
     return AttentionSides(_jacobian_norms(attns, H), *map(torch.stack, zip(*rows, strict=True)))
 
 
 def mlp_norms(mlps: Sequence[nn.Module], X: Tensor) -> Sides:
-    """Thm 4.6: ‖J_MLP‖₂ ≤ L_φ ‖W_up‖_F‖W_down‖_F / √(srank W_up · srank W_down), GELU MLPs at X (L, N, T, d): (L, N).
+    """Thm 4.6: ‖J_MLP‖₂ ≤ L_φ ‖W_up‖_F‖W_down‖_F / √(srank W_up · srank W_down), for MLPs at X (L, N, T, d): (L, N).
 
-    By Thm 4.4 that is L_φ‖W_up‖₂‖W_down‖₂. It holds for a plain φ, not for a gated MLP. NaN when one is a zero matrix.
+    J_MLP is the Jacobian of an MLP with φ = GELU. By Thm 4.4 the right side equals L_φ‖W_up‖₂‖W_down‖₂; it is NaN when
+    one of the matrices is zero. The theorem does not hold for gated MLPs.
     """
     bounds = []
     for mlp in mlps:
@@ -159,40 +180,52 @@ def mlp_norms(mlps: Sequence[nn.Module], X: Tensor) -> Sides:
 def gradient_bounds(
     sigma: Tensor, link: Tensor, local: Tensor, gamma: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log10 of the right sides of Thms 4.8, (L, N), and 4.9, (N,), and the a's of 4.8, (L, N).
+    """log10 of the right sides of Thm 4.8, (L, N), and of Thm 4.9, (N,), and the a of Thm 4.8, (L, N).
 
-    sigma: (L, N), ‖J(ℓ)‖₂. link: (L, N), |cos| of J(ℓ)'s top left singular vector with v(ℓ+1), or with ∂L/∂h(L) for ℓ = L.
-    local: the same of ∂h(i)/∂v instead of J(i). gamma: ‖∂h(i)/∂v‖₂. grad: (N,), ‖∂L/∂h(L)‖.
-    4.8: aγ(aM)^{L−i}‖∂L/∂h(L)‖, M the smallest sigma above block i, a the smallest of local(i) and the links above i.
-    4.9: C((aM)^{2L} − 1)/((aM)² − 1), C = (aγ‖∂L/∂h(L)‖)², with the smallest a, γ and M of all blocks.
+    h(i) is the output of block i of L, v a parameter of that block, and v(ℓ) the top right singular vector of the
+    Jacobian J(ℓ). The loss is written ℒ.
+    sigma: (L, N), ‖J(ℓ)‖₂.
+    link:  (L, N), |cos| of the angle between J(ℓ)'s top left singular vector and v(ℓ+1), or ∂ℒ/∂h(L) for ℓ = L.
+    local: (L, N), the same for the local Jacobian ∂h(i)/∂v instead of J(i).
+    gamma: (L, N), γ = ‖∂h(i)/∂v‖₂.
+    grad:  (N,), ‖∂ℒ/∂h(L)‖.
 
-    Neither holds as stated for L ≥ 2 (tests/test_theory.py): like Thm 4.2 they take alignment with the next factor for
-    alignment with the whole product. Both do for rank-one J, and 4.8 for the last block.
+    Thm 4.8: aγ(aM)^{L−i}‖∂ℒ/∂h(L)‖. M is the smallest sigma above block i; a is the smallest of local(i) and of the
+    links above block i.
+    Thm 4.9: C((aM)^{2L} − 1)/((aM)² − 1), C = (aγ‖∂ℒ/∂h(L)‖)², with the smallest a, γ and M of all blocks.
+
+    For L ≥ 2 neither theorem holds as stated; tests/test_theory.py has a counterexample. As in Thm 4.2, the proofs use
+    the alignment with the next factor where they need the alignment with the whole product. Both theorems hold for J
+    of rank one, and Thm 4.8 holds for the last block.
     """
     L = len(sigma)
-
-    def above(x: Tensor) -> Tensor:
-        """The smallest of x(i + 1) … x(L); 1 for the last block."""
-        return torch.cat([x[1:].flip(0).cummin(0).values.flip(0), torch.ones_like(x[:1])])
-
-    def power(x: Tensor, n: Tensor) -> Tensor:
-        """n log x, also for x = 0 and n = 0."""
-        return torch.where(n > 0, n * x, 0.0)
-
     n = torch.arange(L, dtype=sigma.dtype)[:, None]
-    a, M, gamma, grad = torch.minimum(local, above(link)), above(sigma).log10(), gamma.log10(), grad.log10()
-    log_a = a.log10()
-    each = log_a + gamma + power(log_a + M, L - 1 - n) + grad
-    worst = log_a.amin(0)
-    terms = power(2 * (worst + M[0]), n)  # (aM)^{2n}; their sum is the quotient, also at aM = 1
-    total = 2 * (worst + gamma.amin(0) + grad) + (terms * math.log(10)).logsumexp(0) / math.log(10)
+    a = torch.minimum(local, _smallest_above(link))
+    log_a, log_M, log_gamma, log_grad = a.log10(), _smallest_above(sigma).log10(), gamma.log10(), grad.log10()
+    each = log_a + log_gamma + _log_power(log_a + log_M, L - 1 - n) + log_grad
+    log_worst_a = log_a.amin(0)
+    # the quotient of Thm 4.9 is the sum of (aM)^{2n} over n = 0 … L − 1, which also exists at aM = 1
+    log_terms = _log_power(2 * (log_worst_a + log_M[0]), n)
+    log_quotient = (log_terms * math.log(10)).logsumexp(0) / math.log(10)
+    total = 2 * (log_worst_a + log_gamma.amin(0) + log_grad) + log_quotient
     return each, total, a
 
 
-class GradientSides(NamedTuple):
-    """Thms 4.8 (each, (L, N)) and 4.9 (total, (N,)), all sides as log10.
+def _smallest_above(x: Tensor) -> Tensor:
+    """For each block i the smallest of x(i + 1) … x(L), (L, N), given x (L, N); 1 for the last block."""
+    return torch.cat([x[1:].flip(0).cummin(0).values.flip(0), torch.ones_like(x[:1])])
 
-    a: (L, N), the a of 4.8. flagged: (L, N), the singular vectors of J(ℓ) are `ill_conditioned`.
+
+def _log_power(log_x: Tensor, n: Tensor) -> Tensor:
+    """log xⁿ from log x; x⁰ is 1 also for x = 0."""
+    return torch.where(n > 0, n * log_x, 0.0)
+
+
+class GradientSides(NamedTuple):
+    """log10 of both sides of Thm 4.8 (each, (L, N)) and of Thm 4.9 (total, (N,)).
+
+    a:       (L, N), the a of Thm 4.8.
+    flagged: (L, N), whether the top singular vectors of J(ℓ) are `ill_conditioned`.
     """
 
     each: Sides
@@ -203,25 +236,26 @@ class GradientSides(NamedTuple):
 
 @torch.no_grad()
 def gradient_norms(blocks: Sequence[nn.Module], seen: Pass) -> GradientSides:
-    """Thm 4.8: ‖∂L/∂v‖ ≥ aγ(aM)^{L−i}‖∂L/∂h(L)‖; Thm 4.9: Σ_i ‖∂L/∂W(i)‖_F² ≥ C((aM)^{2L} − 1)/((aM)² − 1).
+    """Thm 4.8: ‖∂ℒ/∂v‖ ≥ aγ(aM)^{L−i}‖∂ℒ/∂h(L)‖; Thm 4.9: Σ_i ‖∂ℒ/∂W(i)‖_F² ≥ C((aM)^{2L} − 1)/((aM)² − 1).
 
-    Our reading, the paper's B.2 not being at hand: v = W(i) = W_down of block i, h(i) = H(i) of one sequence, L its own mean
-    loss. The local Jacobian ∂vec h(i)/∂vec W_down is activations ⊗ I: γ = ‖activations‖₂, and its top left singular
-    vectors are u ⊗ (any vector of R^d), u the activations' own; `local` is |cos| with the nearest of them. See
-    `gradient_bounds`. All is NaN when a block's output or the gradient is not finite.
+    For the symbols see `gradient_bounds`. The paper's assumptions B.2 are not available to us. We take v = W(i) =
+    W_down of block i, h(i) = H(i) of one sequence, and ℒ the mean loss of this sequence. The local Jacobian
+    ∂vec h(i)/∂vec W_down is then activations ⊗ I. So γ = ‖activations‖₂, and the top left singular vectors are
+    u ⊗ (any vector of R^d) with u the top left singular vector of the activations; `local` is |cos| of the angle to the
+    nearest of these. All values are NaN when a block's output or the gradient is not finite.
     """
     L, N = seen.h.shape[:2]
-    if not seen.dh.isfinite().all():  # as it is after a block that is not
+    if not seen.dh.isfinite().all():  # this is also so when the output of a block is not finite
         nan = torch.full((L, N), math.nan, dtype=torch.float64)
         return GradientSides(Sides(nan, nan), Sides(nan[0], nan[0]), nan, torch.ones(L, N, dtype=torch.bool))
     top = _Linearised(list(blocks), list(seen.h)).triples()
     u, v = (_exact(x).view(seen.h.shape) for x in (top.u, top.v))
     dh, act = _exact(seen.dh), _exact(seen.act)
     grad = dh[-1].flatten(1).norm(dim=1)
-    met = torch.cat([v[1:], dh[-1:] / grad[:, None, None]])  # by the gradient, before it passes block ℓ
-    link = (u * met).sum((-2, -1)).abs()
+    next_v = torch.cat([v[1:], dh[-1:] / grad[:, None, None]])  # v(ℓ+1), and after the last block ∂ℒ/∂h(L) normalised
+    link = (u * next_v).sum((-2, -1)).abs()
     U, S, _ = torch.linalg.svd(act, full_matrices=False)
-    local = (U[..., :1].mT @ met).flatten(2).norm(dim=-1)
+    local = (U[..., :1].mT @ next_v).flatten(2).norm(dim=-1)
     sigma, gamma = _exact(top.sigma).view(L, N), S[..., 0]
     bound, total_bound, a = gradient_bounds(sigma, link, local, gamma, grad)
     norms = (dh.mT @ act).flatten(2).norm(dim=-1)
@@ -230,27 +264,38 @@ def gradient_norms(blocks: Sequence[nn.Module], seen: Pass) -> GradientSides:
 
 
 class Ranks(NamedTuple):
-    """Of matrices (..., m, n). rank: how many s_i > s₁ · max(m, n) · ε, ε of the dtype. srank: NaN for a zero matrix."""
+    """Ranks of matrices (..., m, n), each (...).
+
+    rank:  the number of singular values s_i > s₁ · max(m, n) · ε, with ε of the dtype.
+    srank: the stable rank; NaN for a zero matrix.
+    """
 
     rank: Tensor
     srank: Tensor
 
 
 def ranks(X: Tensor) -> Ranks:
+    """The Ranks of matrices X (..., m, n)."""
     s = _singular_values(X)
     rank = (s > s[..., :1] * max(X.shape[-2:]) * torch.finfo(X.dtype).eps).sum(-1).double()
     return Ranks(torch.where(s[..., 0].isnan(), math.nan, rank), (s / s[..., :1]).square().sum(-1))
 
 
 def attention_ranks(seen: Pass) -> dict[str, Ranks]:
-    """Thm 4.10, hidden and co-hidden states of rank ≤ r give attention gradients of rank ≤ r: {name: (L,) each}.
+    """Thm 4.10, "hidden and co-hidden states of rank ≤ r give attention gradients of rank ≤ r": {name: (L,) Ranks}.
 
-    "hidden" is H entering the attention, "cohidden" ∂L/∂Y of its output, both (N·T, d), all sequences stacked; then the
-    four gradients by role. Each of them needs one of the two conditions: ∂L/∂W_Q = Hᵀ∂L/∂Q, and W_K and W_V likewise, has
-    rank ≤ rank H whatever ∂L/∂Y; ∂L/∂W_O = (heads' outputs)ᵀ∂L/∂Y has rank ≤ rank ∂L/∂Y whatever H. The other condition
-    alone gives W_V and W_O rank ≤ heads · r, W_Q and W_K nothing (the softmax's Jacobian is a Hadamard product).
-    The theorem is about ranks: *stable* ranks are not inherited (tests/test_theory.py: two factors of 1.1, their product
-    of full stable rank). And layer norm keeps both ranks ≤ d − 1 anyway: H forwards, ∂L/∂Y backwards.
+    "hidden" is H, the input of the attention. "cohidden" is ∂ℒ/∂Y, the loss's gradient with respect to its output Y.
+    Both are (N·T, d), all sequences below each other. The other names are the roles W_Q, W_K, W_V and W_O, whose
+    gradients are meant.
+
+    Each gradient needs only one of the two conditions. The gradient ∂ℒ/∂W_Q = Hᵀ∂ℒ/∂Q has rank ≤ rank H, whatever
+    ∂ℒ/∂Y; so have those of W_K and W_V. The gradient ∂ℒ/∂W_O = (heads' outputs)ᵀ∂ℒ/∂Y has rank ≤ rank ∂ℒ/∂Y, whatever
+    H. The other condition alone gives W_V and W_O rank ≤ heads · r, and nothing for W_Q and W_K, because the Jacobian
+    of the softmax is a Hadamard product.
+
+    The theorem does not hold for *stable* ranks: tests/test_theory.py multiplies two matrices of stable rank 1.1 into
+    one of full stable rank. Layer norm keeps both ranks ≤ d − 1 in any case, of H in the forward pass and of ∂ℒ/∂Y in
+    the backward pass.
     """
     found = {"hidden": ranks(seen.H.flatten(1, 2)), "cohidden": ranks(seen.dY.flatten(1, 2))}
     for role in ATTENTION:
@@ -259,11 +304,15 @@ def attention_ranks(seen: Pass) -> dict[str, Ranks]:
 
 
 class Drift(NamedTuple):
-    """Thm 4.12 for matrices (..., m, n), one value each; NaN for a zero matrix or gradient.
+    """What `stable_rank_drift` says of matrices (..., m, n), each (...); NaN for a zero matrix or a zero gradient.
 
-    holds: 1 where the condition does, else 0. share: of the i > 1 for which it does. positive: of the i with Cov_i > 0, the
-    paper's premise for all. top: η Cov₁ / s₁, relative change of s₁. eta: η. predicted: η d srank/dη. observed: the
-    change of srank by W ← W − ηG.
+    holds:     1 where the condition of Thm 4.12 holds for all i > 1, otherwise 0.
+    share:     the share of the i > 1 for which it holds.
+    positive:  the share of all i with Cov_i > 0, which the paper presumes for every i.
+    top:       η Cov₁ / s₁, the relative change of s₁.
+    eta:       η, the size of the step.
+    predicted: the change of srank to first order, η d srank/dη.
+    observed:  the change of srank by W ← W − ηG.
     """
 
     holds: Tensor
@@ -278,13 +327,16 @@ class Drift(NamedTuple):
 def stable_rank_drift(W: Tensor, G: Tensor) -> Drift:
     """Thm 4.12: a gradient step W ← W − ηG lowers srank(W) when Cov₁/Cov_i > s₁/s_i for all i > 1. W, G: (..., m, n).
 
-    Cov_i = −u_iᵀGv_i = ds_i/dη: minus the covariance (not centred) of the inputs along v_i with the output gradients along
-    u_i, positive when these are "negatively correlated". The condition is read as Cov₁ > 0 and, for every i > 1, Cov_i ≤ 0
-    (s_i shrinks; the quotient would have the wrong sign) or Cov₁ s_i > Cov_i s₁: s₁ grows, and in proportion fastest. With
-    all Cov_i < 0 the inequality taken literally says the opposite. To first order
-        d srank/dη = 2 Σ_{i>1} (s_i/s₁)² (Cov_i/s_i − Cov₁/s₁),
-    so the condition is sufficient and far from necessary: it counts the smallest s_i like the largest, the sum hardly
-    counts them at all. The step is of ‖ηG‖_F = 10⁻³ ‖W‖_F.
+    W has singular values s_i and singular vectors u_i, v_i. Cov_i = −u_iᵀGv_i = ds_i/dη is minus the covariance (not
+    centred) of the inputs along v_i with the output gradients along u_i; it is positive when these are negatively
+    correlated.
+
+    We read the condition as follows: Cov₁ > 0, and for every i > 1 either Cov_i ≤ 0 or Cov₁ s_i > Cov_i s₁. So s₁
+    grows, and no s_i grows as fast in proportion. (For Cov_i ≤ 0 the quotient of the theorem has the wrong sign. With
+    all Cov_i < 0 the inequality, taken literally, even says the opposite.) To first order
+        d srank/dη = 2 Σ_{i>1} (s_i/s₁)² (Cov_i/s_i − Cov₁/s₁).
+    The condition is therefore sufficient but far from necessary: it gives every s_i the same weight, whereas small s_i
+    hardly contribute to the sum. The step has ‖ηG‖_F = 10⁻³ ‖W‖_F.
     """
     (W, finite), (G, finite_G) = _finite(W), _finite(G)
     U, s, Vh = torch.linalg.svd(W, full_matrices=False)
@@ -301,79 +353,122 @@ def stable_rank_drift(W: Tensor, G: Tensor) -> Drift:
     return Drift(*(torch.where(defined, x, math.nan) for x in values))
 
 
-def flat(model: nn.Module, tokens: Tensor, targets: Tensor) -> dict[str, float]:
-    """All of it on tokens and targets (N, T), as {"<theorem>/<name>[/<layer>]": number}.
+def _layers(name: str, values: Tensor) -> dict[str, float]:
+    """{"<name>/<layer>": value} of values (L,)."""
+    return {f"{name}/{i}": value for i, value in enumerate(values.tolist())}
 
-    4.4: error, the largest relative one. 4.5, 4.6: measured and bound of each layer, means over sequences (gamma the
-    smallest, chi the largest); holds, share of layers and sequences; looseness, mean of log10 (bound / measured); vacuous,
-    share with χ = 1. 4.8, 4.9: log10 of both sides, means over sequences; holds; a, the smallest; ill_conditioned, share.
-    4.10: stable ranks of hidden and co-hidden states of each layer; rank_…, largest of all layers; holds, share of gradients
-    whose rank is at most the larger of those two; vacuous, share of layers where that is d − 1 or d; srank_gradient, mean;
-    srank_holds, what holds would be for stable ranks. 4.12: holds, share (also of each layer), positive: means of `Drift`'s;
-    grows, share of matrices with Cov₁ > 0; falls, with a stable rank that falls; agrees, where it does as predicted.
+
+def _share(true: Tensor, *needed: Tensor) -> float:
+    """The share of true entries, among those where none of the `needed` values is NaN."""
+    return true[~sum(needed).isnan()].double().mean().item()
+
+
+def flat(model: nn.Module, tokens: Tensor, targets: Tensor) -> dict[str, float]:
+    """All theorems on tokens and targets (N, T), as {"<theorem>/<name>": number}, or /<name>/<layer> for each layer.
+
+    4.4: error, the largest relative difference of the two sides. For the others see `_flat_norms` (4.5, 4.6),
+    `_flat_gradients` (4.8, 4.9), `_flat_ranks` (4.10) and `_flat_drift` (4.12). In all of them "holds" is the share of
+    cases in which the theorem holds, and a mean or a share leaves out what is not defined.
     """
     seen = observe(model, tokens, targets)
-    matrices = {n: p for n, p in model.blocks.named_parameters() if p.ndim == 2}
-    out = {}
-
-    def layers(name: str, values: Tensor):
-        out.update({f"{name}/{i}": v for i, v in enumerate(values.tolist())})
-
-    def share(true: Tensor, *of: Tensor) -> float:
-        """Of the entries where none of `of` is NaN."""
-        return true[~sum(of).isnan()].double().mean().item()
-
+    matrices = {name: p for name, p in model.blocks.named_parameters() if p.ndim == 2}
     sides = weight_norms(matrices)
-    out["4.4/error"] = (sides.measured / sides.bound - 1).abs().nan_to_num(0).max().item()
+    error = (sides.measured / sides.bound - 1).abs().nan_to_num(0).max().item()
+    return (
+        {"4.4/error": error}
+        | _flat_norms(model.blocks, seen)
+        | _flat_gradients(model.blocks, seen)
+        | _flat_ranks(seen)
+        | _flat_drift(matrices, seen.grads)
+    )
 
-    attention = attention_norms([b.attn for b in model.blocks], seen.H)
-    for key, (measured, bound) in (
-        ("4.5", attention[:2]), ("4.6", mlp_norms([b.mlp for b in model.blocks], seen.X)),
-    ):  # fmt: skip
-        layers(f"{key}/measured", measured.mean(1))
-        layers(f"{key}/bound", bound.mean(1))
-        out[f"{key}/holds"] = share(measured <= bound, measured, bound)
-        out[f"{key}/looseness"] = (bound / measured).log10().nanmean().item()
-    layers("4.5/gamma", attention.gamma.amin(1))
-    layers("4.5/chi", attention.chi.amax(1))
-    out["4.5/vacuous"] = share(attention.chi == 1, attention.chi)
 
-    gradients = gradient_norms(model.blocks, seen)
-    for key, (measured, bound) in (("4.8", gradients.each), ("4.9", gradients.total)):
-        out[f"{key}/holds"] = share(measured >= bound, measured, bound)
-    layers("4.8/log10_measured", gradients.each.measured.mean(1))
-    layers("4.8/log10_bound", gradients.each.bound.mean(1))
-    out["4.8/a"] = gradients.a.min().item()
-    out["4.8/ill_conditioned"] = gradients.flagged.double().mean().item()
-    out["4.9/log10_measured"] = gradients.total.measured.mean().item()
-    out["4.9/log10_bound"] = gradients.total.bound.mean().item()
+def _flat_norms(blocks: Sequence[nn.Module], seen: Pass) -> dict[str, float]:
+    """Thms 4.5 and 4.6, with both sides of each layer as means over sequences.
 
-    found = attention_ranks(seen)
-    for name in ("hidden", "cohidden"):
-        layers(f"4.10/srank_{name}", found[name].srank)
-        out[f"4.10/rank_{name}"] = found[name].rank.max().item()
-    r = Ranks(*map(torch.maximum, found["hidden"], found["cohidden"]))
-    of = Ranks(*map(torch.stack, zip(*(found[role] for role in ATTENTION), strict=True)))  # (4, L)
-    out |= {
-        "4.10/rank_gradient": of.rank.max().item(),
-        "4.10/holds": share(of.rank <= r.rank, of.rank, r.rank),
-        "4.10/vacuous": share(r.rank >= seen.H.shape[-1] - 1, r.rank),
-        "4.10/srank_gradient": of.srank.nanmean().item(),
-        "4.10/srank_holds": share(of.srank <= r.srank, of.srank, r.srank),
+    holds:      share of layers and sequences.
+    looseness:  mean of log10 (bound / measured).
+    gamma, chi: of each layer, the smallest γ and the largest χ of Thm 4.5.
+    vacuous:    share of layers and sequences with χ = 1.
+    """
+    out = {}
+    attention = attention_norms([block.attn for block in blocks], seen.H)
+    mlp = mlp_norms([block.mlp for block in blocks], seen.X)
+    for theorem, (measured, bound) in (("4.5", attention[:2]), ("4.6", mlp)):
+        out |= _layers(f"{theorem}/measured", measured.mean(1)) | _layers(f"{theorem}/bound", bound.mean(1))
+        out[f"{theorem}/holds"] = _share(measured <= bound, measured, bound)
+        out[f"{theorem}/looseness"] = (bound / measured).log10().nanmean().item()
+    out |= _layers("4.5/gamma", attention.gamma.amin(1)) | _layers("4.5/chi", attention.chi.amax(1))
+    out["4.5/vacuous"] = _share(attention.chi == 1, attention.chi)
+    return out
+
+
+def _flat_gradients(blocks: Sequence[nn.Module], seen: Pass) -> dict[str, float]:
+    """Thms 4.8 and 4.9, with log10 of both sides as means over sequences.
+
+    holds:           share of layers and sequences (4.8) or of sequences (4.9).
+    a:               the smallest a of Thm 4.8.
+    ill_conditioned: share of the Jacobians whose top singular vectors are uncertain.
+    """
+    found = gradient_norms(blocks, seen)
+    out = {}
+    for theorem, (measured, bound) in (("4.8", found.each), ("4.9", found.total)):
+        out[f"{theorem}/holds"] = _share(measured >= bound, measured, bound)
+    out |= _layers("4.8/log10_measured", found.each.measured.mean(1))
+    out |= _layers("4.8/log10_bound", found.each.bound.mean(1))
+    return out | {
+        "4.8/a": found.a.min().item(),
+        "4.8/ill_conditioned": found.flagged.double().mean().item(),
+        "4.9/log10_measured": found.total.measured.mean().item(),
+        "4.9/log10_bound": found.total.bound.mean().item(),
     }
 
+
+def _flat_ranks(seen: Pass) -> dict[str, float]:
+    """Thm 4.10 with r the larger rank of a layer's hidden and co-hidden states.
+
+    srank_hidden, srank_cohidden: stable ranks of each layer.
+    rank_hidden, rank_cohidden, rank_gradient: the largest over layers (and roles).
+    holds:          share of gradients of rank ≤ r.
+    vacuous:        share of layers with r ≥ d − 1.
+    srank_gradient: mean stable rank of the gradients.
+    srank_holds:    what holds would be for stable ranks.
+    """
+    found = attention_ranks(seen)
+    out = {}
+    for name in ("hidden", "cohidden"):
+        out |= _layers(f"4.10/srank_{name}", found[name].srank)
+        out[f"4.10/rank_{name}"] = found[name].rank.max().item()
+    states = Ranks(*map(torch.maximum, found["hidden"], found["cohidden"]))  # (L,)
+    gradients = Ranks(*map(torch.stack, zip(*(found[role] for role in ATTENTION), strict=True)))  # (4, L)
+    return out | {
+        "4.10/rank_gradient": gradients.rank.max().item(),
+        "4.10/holds": _share(gradients.rank <= states.rank, gradients.rank, states.rank),
+        "4.10/vacuous": _share(states.rank >= seen.H.shape[-1] - 1, states.rank),
+        "4.10/srank_gradient": gradients.srank.nanmean().item(),
+        "4.10/srank_holds": _share(gradients.srank <= states.srank, gradients.srank, states.srank),
+    }
+
+
+def _flat_drift(matrices: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> dict[str, float]:
+    """Thm 4.12 over all matrices and their gradients: means of `Drift`'s holds, share (also by layer) and positive.
+
+    grows:  share of matrices with Cov₁ > 0.
+    falls:  share of matrices whose stable rank falls.
+    agrees: share of matrices whose stable rank falls or rises as predicted.
+    """
     drifts = []
     for role in dict.fromkeys(map(role_of, matrices)):
-        names = [n for n in matrices if role_of(n) == role]
-        drifts.append(
-            stable_rank_drift(torch.stack([matrices[n] for n in names]), torch.stack([seen.grads[n] for n in names]))
-        )
+        names = [name for name in matrices if role_of(name) == role]
+        W, G = (torch.stack([tensors[name] for name in names]) for tensors in (matrices, grads))
+        drifts.append(stable_rank_drift(W, G))
     drift = Drift(*map(torch.stack, zip(*drifts, strict=True)))  # (6 roles, L)
-    layers("4.12/share", drift.share.nanmean(0))
+    out = _layers("4.12/share", drift.share.nanmean(0))
     for name in ("holds", "share", "positive"):
         out[f"4.12/{name}"] = getattr(drift, name).nanmean().item()
-    for name, true in (
-        ("grows", drift.top > 0), ("falls", drift.observed < 0), ("agrees", (drift.predicted < 0) == (drift.observed < 0)),
-    ):  # fmt: skip
-        out[f"4.12/{name}"] = share(true, drift.observed)
-    return out
+    falls = drift.observed < 0
+    return out | {
+        "4.12/grows": _share(drift.top > 0, drift.observed),
+        "4.12/falls": _share(falls, drift.observed),
+        "4.12/agrees": _share((drift.predicted < 0) == falls, drift.observed),
+    }

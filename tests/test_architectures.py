@@ -19,24 +19,14 @@ def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def logits_of_transformers(model: GPT, tokens, theirs, names: dict[str, str]):
-    """theirs with our weights, looked up by {part of our name: their template, {} the layer}; every one of them is set."""
-    state = {}
-    for name, p in model.named_parameters():
-        layer, rest = name.split(".")[1], name.split(".", 2)[-1]
-        key = names[rest if name.startswith("blocks.") else name]
-        state[key.format(layer)] = p.detach()
-    return theirs.eval(), state
-
-
 @pytest.mark.parametrize("kernel", ["chunked", "math"])
 def test_nanogpt_is_transformers_gpt2(kernel):
     model = noisy_model(attn_kernel=kernel)
     cfg = model.cfg
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.d_model, n_layer=cfg.n_layer, n_head=cfg.n_head,
-        n_inner=cfg.d_ff, activation_function="gelu", layer_norm_epsilon=1e-5, tie_word_embeddings=False,
-        bos_token_id=0, eos_token_id=0,
+        vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.d_model, n_layer=cfg.n_layer,
+        n_head=cfg.n_head, n_inner=cfg.d_ff, activation_function="gelu", layer_norm_epsilon=1e-5,
+        tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
     )).eval()  # fmt: skip
     zero = {n: torch.zeros_like(p) for n, p in gpt2.named_parameters() if n.endswith("bias")}
     p = dict(model.named_parameters())
@@ -56,16 +46,18 @@ def test_nanogpt_is_transformers_gpt2(kernel):
 
 
 def llama_arguments(cfg: Config) -> dict:
+    """The arguments of transformers' LlamaConfig that describe our model."""
     return dict(
         vocab_size=cfg.vocab_size, hidden_size=cfg.d_model, intermediate_size=cfg.d_ff, num_hidden_layers=cfg.n_layer,
-        num_attention_heads=cfg.n_head, num_key_value_heads=cfg.n_kv_head or cfg.n_head, max_position_embeddings=cfg.block_size,
-        rms_norm_eps=1e-5, rope_theta=cfg.rope_theta, tie_word_embeddings=False, attention_bias=False,
-        attn_implementation="eager",
+        num_attention_heads=cfg.n_head, num_key_value_heads=cfg.n_kv_head or cfg.n_head,
+        max_position_embeddings=cfg.block_size, rms_norm_eps=1e-5, rope_theta=cfg.rope_theta,
+        tie_word_embeddings=False, attention_bias=False, attn_implementation="eager",
     )  # fmt: skip
 
 
-LLAMA = {
-    "tok_emb.weight": "model.embed_tokens.weight", "final_norm.weight": "model.norm.weight", "head.weight": "lm_head.weight",
+LLAMA = {  # {name in our model (or block): name in transformers'}
+    "tok_emb.weight": "model.embed_tokens.weight", "final_norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
     "attn_norm.weight": "input_layernorm.weight", "mlp_norm.weight": "post_attention_layernorm.weight",
     "attn.W_Q.weight": "self_attn.q_proj.weight", "attn.W_K.weight": "self_attn.k_proj.weight",
     "attn.W_V.weight": "self_attn.v_proj.weight", "attn.W_O.weight": "self_attn.o_proj.weight",
@@ -75,6 +67,7 @@ LLAMA = {
 
 
 def renamed(model: GPT, names: dict[str, str]) -> dict:
+    """Our weights under the names of transformers."""
     state = {}
     for name, p in model.named_parameters():
         layer, _, rest = name.removeprefix("blocks.").partition(".") if name.startswith("blocks.") else ("", "", name)
@@ -96,7 +89,7 @@ def test_llama_is_transformers_llama(options):
 
 
 def test_mixture_of_experts_is_transformers_mixtral():
-    """Logits, and the load-balancing loss, which transformers takes over all layers' tokens at once: one layer here."""
+    """Logits, and for a single layer the load-balancing loss; transformers takes this loss over all layers at once."""
     for n_layer in (1, 3):
         model = noisy_model(**ROPE, **EXPERTS, n_layer=n_layer)
         cfg = model.cfg
@@ -108,8 +101,9 @@ def test_mixture_of_experts_is_transformers_mixtral():
         state = {k: v for k, v in state.items() if not k.endswith(".")}
         for i, block in enumerate(model.blocks):
             at = f"model.layers.{i}.mlp."
-            state |= {at + "gate.weight": block.mlp.router.weight, at + "experts.down_proj": block.mlp.W_down.weight,
-                      at + "experts.gate_up_proj": torch.cat([block.mlp.W_gate.weight, block.mlp.W_up.weight], 1)}  # fmt: skip
+            gate_up = torch.cat([block.mlp.W_gate.weight, block.mlp.W_up.weight], 1)
+            state |= {at + "gate.weight": block.mlp.router.weight, at + "experts.down_proj": block.mlp.W_down.weight}
+            state[at + "experts.gate_up_proj"] = gate_up
         mixtral.load_state_dict(state)
         tokens = torch.randint(256, (3, 8), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
@@ -170,7 +164,7 @@ def test_no_token_is_dropped_when_all_go_to_one_expert():
 
 
 def test_the_path_without_padding_gives_the_same():
-    """What a GPU runs in bf16, here in fp32: groups of any length, none of them padded."""
+    """A GPU runs groups of any length without padding in bf16; the same code runs here in fp32."""
     moe = mixture().float()
     x = randn(10, 16)
     expert = torch.tensor([0, 0, 0, 2, 2, 3, 3, 3, 3, 3])
@@ -245,7 +239,7 @@ def test_alternating_attention_begins_with_mha():
 
 
 def test_without_positions_the_order_of_what_came_before_does_not_matter():
-    """Of a single block: the last token attends to a set."""
+    """In a model of one block the last token attends to a set of tokens, whatever their order."""
     tokens = torch.randint(256, (1, 8), generator=torch.Generator().manual_seed(1))
     swapped = tokens.clone()
     swapped[0, [1, 4]] = swapped[0, [4, 1]]

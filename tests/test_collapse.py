@@ -6,7 +6,7 @@ from stability.collapse import Watch, final_loss, find_collapse, find_onsets, on
 
 
 def curve(*pieces):
-    """Losses: (steps, value) pieces one after the other."""
+    """Losses made of (steps, value) pieces, one after the other."""
     return [value for steps, value in pieces for _ in range(steps)]
 
 
@@ -85,24 +85,27 @@ def test_what_moved_first_and_by_how_much():
     steps = range(100, 1001, 100)
     lines = made_up(
         grad_norm=lambda step: 1.0 if step <= 600 else 4.0,
-        srank__attention={
-            s: 40.0 if s < 200 else 10.0 if s < 400 else 4.0 for s in steps
-        },  # halved at 400, not counting 200
-        attention__max_logit={s: 5.0 * 2 ** (s / 295) for s in steps},  # 2x of the first value, that at 300, at 600
+        # less than half at 200 and again at 400; 200 lies in the first quarter, which does not count
+        srank__attention={s: 40.0 if s < 200 else 10.0 if s < 400 else 4.0 for s in steps},
+        attention__max_logit={
+            s: 5.0 * 2 ** (s / 295) for s in steps
+        },  # at 600 twice the first value that counts, at 300
         log_z={s: 4.0 + (s >= 800) for s in steps},
         residual__gain={s: 9.0 if s == 500 else 2.0 for s in steps},  # up once and back: has not moved
         precision__error={s: 1e-6 * 1.9 ** (s == 1000) for s in steps},  # not by a factor of two
     )
     got = find_onsets(lines)
     assert got.signals == {
-        "stable rank": 400, "Jacobian alignment": None, "attention logits": 600, "log Z": 800, "first-block gain": None, "precision": None,
+        "stable rank": 400, "Jacobian alignment": None, "attention logits": 600, "log Z": 800,
+        "first-block gain": None, "precision": None,
     }  # fmt: skip
     assert got.grad_norm == 650  # the median of the last 100 steps has grown
     assert got.first == ["stable rank"]
     assert [got.lead(s) for s in ("stable rank", "attention logits", "log Z", "precision")] == [250, 50, -150, None]
     assert str(got) == "stable rank moved first, at step 400; 250 steps before the gradient norm"
     before = find_onsets(lines, until=390)
-    assert (before.signals["stable rank"], before.grad_norm) == (200, None)  # a collapse at 390 has another quarter
+    # the first quarter up to a collapse at 390 ends before 200
+    assert (before.signals["stable rank"], before.grad_norm) == (200, None)
     assert str(find_onsets(made_up(n=400))) == "nothing moved"
 
 
@@ -115,7 +118,7 @@ def test_signals_that_move_together_are_both_named():
 
 
 def test_a_signal_counts_against_its_best_so_far():
-    """Improving for a while and then falling back by half is moving, even if it ends no worse than it began."""
+    """A signal that improves and then falls back by half has moved, even if it ends no worse than it began."""
     worse = [0.0, -1.0, -2.0, -2.0, -1.2, -1.2]
     assert onset([100, 200, 300, 400, 500, 600], worse) == 500
     assert onset([100, 200, 300, 400, 500, 599], worse) is None  # the next measurement may tell otherwise

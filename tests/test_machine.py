@@ -31,7 +31,7 @@ def test_onednn_is_taken_on_amd_only_and_products_stay_exact(monkeypatch, amd):
 
 
 def test_onednn_is_refused_where_it_lowers_the_precision(monkeypatch):
-    """As it does on processors with matrix units."""
+    """On processors with matrix units oneDNN computes in bf16."""
     monkeypatch.setattr(machine, "processor", lambda: "AMD EPYC")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(machine, "product_error", lambda n, k: 2e-3 if n == 144 else 1e-7)
@@ -55,7 +55,7 @@ def test_nothing_is_chosen_on_a_gpu():
 
 
 def test_peak_memory_is_the_processs_own():
-    """Linux lets a child begin with its parent's peak, as getrusage tells it."""
+    """On Linux, getrusage starts a child process with the peak of its parent."""
     ballast = torch.ones(150_000_000)  # 0.6 GB
     code = "import torch; from engine import machine; print(machine.peak_memory(torch.device('cpu')))"
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -64,7 +64,7 @@ def test_peak_memory_is_the_processs_own():
 
 
 def test_a_block_compiles_for_the_shapes_of_training_only():
-    """Another batch size (the probes', say) must not make later steps run code for batches of any size."""
+    """Another batch size, such as the probes', must not replace the compiled code by slower code for any batch size."""
     cfg = small(compile="blocks")
     model = GPT(cfg)
     loss_of, record, notes = machine.compiled(cfg, model, CPU, contextlib.nullcontext())

@@ -1,4 +1,4 @@
-"""The names under which numbers are logged, and that they are what the probes say."""
+"""Every logged number has the value that the probes measure."""
 
 import math
 

@@ -56,7 +56,7 @@ def test_logits_equal_the_formula(options):
     cfg = small(**options)
     model = built(cfg).double()
     with torch.no_grad():
-        for i, p in enumerate(model.parameters()):  # leave W_Q = 0 and unit gains, or half the formula is untested
+        for i, p in enumerate(model.parameters()):  # with W_Q = 0 and gains of 1, half of the formula would be untested
             p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
         tokens = torch.randint(256, (3, 8), generator=torch.Generator().manual_seed(1))
         torch.testing.assert_close(model(tokens), reference_logits(model, tokens), rtol=1e-9, atol=1e-9)
@@ -66,7 +66,7 @@ def test_logits_equal_the_formula(options):
 
 @pytest.mark.parametrize("T", [1, 7, 64, 150])
 def test_chunked_attention_and_its_two_derivatives_equal_pytorchs(T):
-    """Below one chunk, exactly one, and several with a rest."""
+    """T below one chunk, of exactly one chunk, and of several chunks with a rest."""
     generator = torch.Generator().manual_seed(T)
     qkv, u, v = (torch.randn(3, 2, 3, T, 4, dtype=torch.float64, generator=generator) for _ in range(3))
 
@@ -144,7 +144,7 @@ def test_flops_agree_with_pytorchs_counter():
     with FlopCounterMode(display=False) as counter:
         model(tokens, tokens).backward()
     counted = counter.get_total_flops() / tokens.numel()
-    # the counter may or may not see the fused attention kernel, so matmuls alone are the lower end
+    # the counter may miss the fused attention kernel, so its lower limit is that of the matrix products alone
     attention = 12 * cfg.n_layer * cfg.d_model * cfg.block_size
     assert model.flops_per_token() - attention <= counted * 1.01
     assert counted <= model.flops_per_token() * 1.25

@@ -101,23 +101,23 @@ def test_products_computed_in_fp32_stay_far_below_the_cutoff():
         assert s[n // 2] < s[0] * cutoff(product) / 20
 
 
-# Singular values at the end of an AdamW run on the ramp that collapsed:
-# python train.py configs/stress_ramp.py --seed=0
+# Singular values at the end of an AdamW run that collapsed: python train.py configs/stress_ramp.py --seed=0
 COLLAPSED = {
     "0.attn.W_Q": [
-        11.9, 9.92, 8.38, 6.96, 6.87, 5.81, 5.22, 3.85, 3.3, 3.12, 2.76, 2.29, 1.93, 1.68, 1.44, 1.37, 1.26, 0.835, 0.821, 0.667,
-        0.553, 0.516, 0.475, 0.375, 0.36, 0.304, 0.282, 0.264, 0.24, 0.2, 0.175, 0.169, 0.15, 0.123, 0.114, 0.105, 0.0974, 0.0901,
-        0.0629, 0.0543, 0.0493, 0.0448, 0.0373, 0.0331, 0.0263, 0.0173, 0.00827, 0.00483,
+        11.9, 9.92, 8.38, 6.96, 6.87, 5.81, 5.22, 3.85, 3.3, 3.12, 2.76, 2.29, 1.93, 1.68, 1.44, 1.37, 1.26, 0.835,
+        0.821, 0.667, 0.553, 0.516, 0.475, 0.375, 0.36, 0.304, 0.282, 0.264, 0.24, 0.2, 0.175, 0.169, 0.15, 0.123,
+        0.114, 0.105, 0.0974, 0.0901, 0.0629, 0.0543, 0.0493, 0.0448, 0.0373, 0.0331, 0.0263, 0.0173, 0.00827, 0.00483,
     ],
     "12.attn.W_O": [
-        6.17, 4.7, 4.04, 3.32, 2.93, 2.12, 1.74, 1.67, 1.36, 1.14, 1.09, 0.942, 0.791, 0.709, 0.669, 0.593, 0.489, 0.446, 0.393,
-        0.356, 0.352, 0.324, 0.282, 0.256, 0.213, 0.2, 0.177, 0.149, 0.144, 0.132, 0.119, 0.107, 0.102, 0.0927, 0.0777, 0.0696,
-        0.0603, 0.051, 0.0476, 0.0461, 0.0352, 0.0318, 0.0271, 0.0187, 0.017, 0.00752, 0.00147, 0.000988,
+        6.17, 4.7, 4.04, 3.32, 2.93, 2.12, 1.74, 1.67, 1.36, 1.14, 1.09, 0.942, 0.791, 0.709, 0.669, 0.593, 0.489,
+        0.446, 0.393, 0.356, 0.352, 0.324, 0.282, 0.256, 0.213, 0.2, 0.177, 0.149, 0.144, 0.132, 0.119, 0.107, 0.102,
+        0.0927, 0.0777, 0.0696, 0.0603, 0.051, 0.0476, 0.0461, 0.0352, 0.0318, 0.0271, 0.0187, 0.017, 0.00752, 0.00147,
+        0.000988,
     ],
     "0.mlp.W_up": [
-        19.5, 17.7, 17.4, 16.1, 14.5, 13.7, 13.3, 7.81, 1.37, 1.26, 1.18, 1.05, 0.972, 0.879, 0.764, 0.74, 0.709, 0.627, 0.611,
-        0.565, 0.555, 0.508, 0.487, 0.468, 0.43, 0.416, 0.398, 0.374, 0.361, 0.348, 0.325, 0.321, 0.308, 0.289, 0.278, 0.259, 0.251,
-        0.243, 0.234, 0.22, 0.192, 0.188, 0.179, 0.168, 0.158, 0.143, 0.131, 0.121,
+        19.5, 17.7, 17.4, 16.1, 14.5, 13.7, 13.3, 7.81, 1.37, 1.26, 1.18, 1.05, 0.972, 0.879, 0.764, 0.74, 0.709,
+        0.627, 0.611, 0.565, 0.555, 0.508, 0.487, 0.468, 0.43, 0.416, 0.398, 0.374, 0.361, 0.348, 0.325, 0.321, 0.308,
+        0.289, 0.278, 0.259, 0.251, 0.243, 0.234, 0.22, 0.192, 0.188, 0.179, 0.168, 0.158, 0.143, 0.131, 0.121,
     ],
 }  # fmt: skip
 
@@ -125,7 +125,7 @@ COLLAPSED = {
 @pytest.mark.parametrize("shape", [(48, 48), (48, 192), (256, 256), (384, 512)])
 @pytest.mark.parametrize("name", COLLAPSED)
 def test_polar_at_real_spectra(name, shape):
-    """Wider matrices have the same spectrum, drawn out."""
+    """Wider matrices have the same spectrum, interpolated to more singular values."""
     at = torch.linspace(0, 47, min(shape), dtype=torch.float64)
     s = torch.tensor(COLLAPSED[name], dtype=torch.float64).log()
     below = at.long().clamp(max=46)
@@ -139,12 +139,12 @@ def test_polar_at_real_spectra(name, shape):
 @pytest.mark.parametrize("log_kappa", [0, 2, 4])
 def test_polar_over_condition_numbers(shape, log_kappa):
     W = with_spectrum(*shape, torch.logspace(0, -log_kappa, min(shape), dtype=torch.float64), batch=(2,))
-    # what an fp32 SVD has
+    # the bound that an fp32 SVD is held to above
     assert error(msign(W, "polar"), oracle(W)) < 1e-5 + 10**log_kappa * EPS32
 
 
 def test_polar_is_0_or_1_everywhere_and_says_where_it_was_not():
-    """Singular values all around the cut-off: what lies between is given to eigh, and counted."""
+    """Smallest singular values on both sides of the cut-off: matrices that end between 0 and 1 go to "eigh"."""
     edge = rank_cutoff(48, 48)
     s = torch.ones(200, 48, dtype=torch.float64)
     s[:, -1] = torch.logspace(-1.5, 0.5, 200, dtype=torch.float64) * edge
@@ -155,6 +155,15 @@ def test_polar_is_0_or_1_everywhere_and_says_where_it_was_not():
     assert smallest[0] < 1e-3 and smallest[-1] > 1 - 1e-3
     assert 0 < room.counts["fallbacks"] < 100
     assert room.counts["matrices"] == 200
+
+
+def test_polar_restores_the_precision_of_products():
+    """PyTorch's older setting cannot be read once a program has used the newer one, as machine.set_arithmetic does."""
+    W = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    expected = msign(W, "polar")
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    assert torch.equal(msign(W, "polar"), expected)
+    assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
 
 
 def test_polar_falls_back_when_its_residual_says_so(monkeypatch):

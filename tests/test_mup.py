@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -88,8 +89,7 @@ WIDTHS = [48, 96, 192, 384]
 
 
 def slopes(**changes):
-    from dataclasses import replace
-
+    """The steepest slope of an activation inside the blocks, and the slopes of the logits at each step."""
     sizes = mup.coordinate_check(replace(CHECK, **changes), WIDTHS, steps=4, seeds=2)
     blocks = [
         mup.width_slope(WIDTHS, per_width)

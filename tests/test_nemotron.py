@@ -1,4 +1,4 @@
-"""Shards to token files: Nemotron-CC, FineWeb-Edu, and tokens that uint16 cannot hold. No network but this machine's own."""
+"""From shards to token files: Nemotron-CC, FineWeb-Edu, and tokens that uint16 cannot hold. No outside network."""
 
 import gzip
 import hashlib
@@ -43,7 +43,7 @@ def run(monkeypatch, module, *options):
 
 
 def is_as_expected(folder, texts):
-    """Whether a corpus holds the documents of each file, 0, 2000, … in val and the others in train, in order."""
+    """Whether val holds documents 0, 2000, … of each file and train all others, in order."""
     encode = get_tokenizer("gpt2").encode
     val = [t for file in texts for i, t in enumerate(file) if i in (0, 2000, 4000)]
     train = [t for file in texts for i, t in enumerate(file) if i not in (0, 2000, 4000)]
@@ -114,7 +114,7 @@ def test_a_killed_preparation_leaves_no_worker_behind():
 
 
 class Server(BaseHTTPRequestHandler):
-    """Files from memory; the first answer for a path in `broken` stops half-way."""
+    """Serves files from memory; the first answer for a path in `broken` stops halfway."""
 
     files, broken, ranges, requests = {}, set(), True, []
 
@@ -139,7 +139,7 @@ class Server(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def site(monkeypatch):
-    """A function that serves files at its address; fresh, and not through a proxy."""
+    """A fresh Server, which is running at its `url` and is not reached through a proxy."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(shards, "RETRY_AFTER", (0, 0))
     handler = type("Handler", (Server,), {"files": {}, "broken": set(), "ranges": True, "requests": []})
@@ -248,7 +248,7 @@ def test_bad_options_are_refused(tmp_path, monkeypatch, options, says):
 
 
 def wide_encoding(name):
-    """cl100k_base's ids of special tokens over single bytes."""
+    """An encoding of single bytes with the special tokens of cl100k_base."""
     ranks = {bytes([i]): i for i in range(256)}
     return tiktoken.Encoding(
         name, pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 100257, "<|x|>": 100276}

@@ -94,11 +94,11 @@ def test_lanczos_residual_tells_that_it_has_not_converged():
 
 
 def test_lanczos_stops_group_by_group_and_is_right_when_it_does():
-    """Maps of very different gaps: each group runs as long as it needs, and what came early is as good."""
+    """Maps of very different gaps: each group runs as long as it needs, and a group that stops early is as exact."""
     g = torch.Generator().manual_seed(0)
     U, V = (torch.linalg.qr(torch.randn(12, 80, 80, generator=g, dtype=torch.float64))[0] for _ in range(2))
     S = torch.rand(12, 80, generator=g, dtype=torch.float64).sort(descending=True)[0]
-    S[:4, 0], S[4:8, 0] = 5.0, 1.3  # far apart, near, and whatever comes: mostly ill-conditioned
+    S[:4, 0], S[4:8, 0] = 5.0, 1.3  # a wide gap, a narrow one, and for the rest a random one: mostly ill-conditioned
     J = (U * S[:, None]) @ V.mT
     products = []
     whole = J.view(6, 2, 80, 80)
@@ -186,7 +186,7 @@ def test_jacobians_against_dense_ones(make):
 
 
 def test_jacobians_that_are_not_flagged_are_right_where_lanczos_is_hard(monkeypatch):
-    """NanoGPT-5M's blocks before training: σ₂/σ₁ is 0.9 to 0.999 and twelve steps do not always suffice."""
+    """In NanoGPT-5M's blocks before training σ₂/σ₁ is 0.9 to 0.999, and twelve steps do not always suffice."""
     cfg = Config(vocab_size=256, block_size=64)
     model = GPT(cfg)
     mup.init_weights(model, cfg)
@@ -197,7 +197,7 @@ def test_jacobians_that_are_not_flagged_are_right_where_lanczos_is_hard(monkeypa
     sure = ~ill_conditioned(got.ratio, got.residual)
     assert 0.2 < sure.double().mean() < 0.95
     error = (got.sigma / best.sigma - 1).abs()
-    # one of the 48 is taken for its second value, which happens when they are close
+    # for one of the 48 Jacobians σ₂ is taken for σ₁, which happens when the two are close
     assert (error[sure] > 1e-4).sum() <= 2
     assert (error[sure] < 1e-2).all()
     assert (error[~sure] > 1e-4).sum() > 1
@@ -271,7 +271,7 @@ def test_blocks_compiled_in_place_are_measured_uncompiled():
 
 
 def test_sharded_modules_are_refused_by_name(tmp_path):
-    """FSDP2 swaps a block's parameters for DTensors; a world of one process shows it."""
+    """FSDP2 replaces a block's parameters by DTensors, also with one process."""
     blocks, x = our_blocks()
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -342,10 +342,10 @@ def measured_exactly(J):
 
 
 def test_theorem_4_2_does_not_hold_as_stated():
-    """Three maps of norm M = 1, adjacent alignments a = 1/√2, so the theorem promises a product of at least a² = 1/2.
+    """Three maps of norm M = 1 with adjacent alignments a = 1/√2: the theorem promises a product of at least a² = 1/2.
 
-    J1 sends everything to u1 = (e1 + e2)/√2; J2 = e1 e1ᵀ + s e2 e2ᵀ with s just below 1 keeps e1 its top vector; J3 reads
-    out (e1 − e2)/√2. Both neighbours are aligned with J2's e1, yet the part carried by e2 cancels it.
+    J1 sends everything to u1 = (e1 + e2)/√2. J2 = e1 e1ᵀ + s e2 e2ᵀ has the top vector e1, as s is just below 1. J3
+    projects on (e1 − e2)/√2. J1 and J3 are both aligned with e1, but what J2 carries along e2 cancels the rest.
     """
     e1, e2 = torch.eye(2, dtype=torch.float64)
     s = 1 - 1e-6

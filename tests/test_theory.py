@@ -18,7 +18,7 @@ def randn(*shape, seed=0):
 
 
 def a_model(**overrides):
-    """With W_Q drawn at random, or nothing depends on the attention's logits."""
+    """A model and its tokens and targets. W_Q is random, because with W_Q = 0 the attention's logits have no effect."""
     cfg = small(**{"n_layer": 3, **overrides})
     model = GPT(cfg)
     mup.init_weights(model, cfg)
@@ -56,7 +56,7 @@ def attention(heads, d, seed, sharpness):
 
 
 def right_side_of_4_5(attn, H):
-    """Of one sequence (T, d), row by row."""
+    """The right side of Thm 4.5 and χ for one sequence H (T, d), computed row by row."""
     (T, d), k = H.shape, H.shape[1] // attn.n_head
     W = {role: getattr(attn, role).weight.detach() for role in theory.ATTENTION}
     gamma, A = math.inf, []
@@ -75,7 +75,7 @@ def right_side_of_4_5(attn, H):
 
 
 def test_theorem_4_5_against_dense_jacobians():
-    seen = {True: [], False: []}  # χ = 1 -> measured / bound
+    seen = {True: [], False: []}  # {whether χ = 1: [measured / bound]}
     for trial in range(60):
         heads, T = (1, 2, 4)[trial % 3], 2 + trial % 4
         attn = attention(heads, 8, trial, sharpness=(0, 0.01, 1, 30, 1000)[trial % 5])
@@ -87,7 +87,7 @@ def test_theorem_4_5_against_dense_jacobians():
             assert measured <= got.bound[0, n]
             assert (got.bound[0, n], got.chi[0, n]) == pytest.approx(right_side_of_4_5(attn, H[n]), rel=1e-9)
             seen[got.chi[0, n].item() == 1].append(measured / got.bound[0, n].item())
-        P = torch.softmax(attn.logits(H), -1)  # what the proof takes χ for
+        P = torch.softmax(attn.logits(H), -1)  # step (2) of the proof: ‖diag p − ppᵀ‖ ≤ 2χ
         spread = torch.linalg.matrix_norm(torch.diag_embed(P) - P[..., None] * P[..., None, :], 2).amax((1, 2))
         assert (spread <= 2 * got.chi[0] + 1e-12).all()
         assert (spread <= 0.5 + 1e-12).all()
@@ -144,10 +144,11 @@ def test_theorem_4_6_needs_its_constant():
 
 
 def test_theorems_4_8_and_4_9_do_not_hold_as_stated():
-    """Two tokens, d = 1, two blocks, W_down 1 × 1, every alignment a = 1/√2, M = γ = ‖∂L/∂h(2)‖ = 1.
+    """Two tokens, d = 1, two blocks, W_down 1 × 1, every alignment a = 1/√2, M = γ = ‖∂ℒ/∂h(2)‖ = 1.
 
-    The activations of block 1 are (1, 1)/√2, J(2) = diag(1, s) with s just below 1 keeps e1 its top vector, ∂L/∂h(2) =
-    (1, −1)/√2: aligned with e1 on both sides, what e2 carries cancels. 4.8 promises a² = ½ for block 1, 4.9 a² + a⁴ = ¾.
+    The activations of block 1 are (1, 1)/√2. J(2) = diag(1, s) has the top vector e1, as s is just below 1. The
+    gradient is ∂ℒ/∂h(2) = (1, −1)/√2. Both sides are aligned with e1, but what J(2) carries along e2 cancels the rest.
+    Thm 4.8 promises a² = ½ for block 1, and Thm 4.9 promises a² + a⁴ = ¾.
     """
     s, a = 1 - 1e-6, 1 / math.sqrt(2)
     act1, act2, g = torch.tensor([[a, a], [1, 0], [a, -a]]).double()
@@ -308,7 +309,7 @@ def test_theorem_4_12_condition_is_sufficient():
 
 
 def test_theorem_4_12_condition_is_not_necessary():
-    """Only the last singular value outgrows the first: the condition fails, the stable rank falls all the same."""
+    """Only the last singular value outgrows the first: the condition fails, but the stable rank still falls."""
     s, rates = torch.tensor([3, 2, 1, 1e-3]).double(), torch.tensor([1, 0, 0, 2]).double()
     got = theory.stable_rank_drift(*matrix_and_gradient(s, rates, 0))
     assert got.holds == 0

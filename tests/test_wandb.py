@@ -87,7 +87,10 @@ def test_what_wandb_shows(recorded):
 
 
 def last_record(data: bytes) -> int:
-    """Where the last record of a .wandb file begins: in blocks of 32 KiB a head of 7 bytes, with the length, precedes each."""
+    """Where the last record of a .wandb file begins.
+
+    The file is made of blocks of 32 KiB. A head of 7 bytes precedes every record and holds its length.
+    """
     at = after = len(data) // 32768 * 32768
     while after < len(data):
         at, after = after, after + 7 + int.from_bytes(data[after + 4 : after + 6], "little")
@@ -98,7 +101,7 @@ def test_what_cannot_be_read_is_one_line(recorded, tmp_path, monkeypatch):
     (file,) = recorded.rglob("*.wandb")
     whole = file.read_bytes()
     last, inside = last_record(whole), 40_000
-    assert len(whole) > 2 * 32768  # the records of the last block are read though one before them is damaged
+    assert len(whole) > 2 * 32768  # the reader skips a damaged block, and goes on to read the last one
     damage = {
         "changed": whole[:inside] + bytes([whole[inside] ^ 1]) + whole[inside + 1 :], "cut": whole[: last + 9],
         "cut between records": whole[:last], "empty": b"", "other": b"not W&B's\n" * 99,
@@ -117,7 +120,7 @@ def test_what_cannot_be_read_is_one_line(recorded, tmp_path, monkeypatch):
     refused(tmp_path, f"5 .wandb files in it; give one of them, such as {tmp_path}/changed.wandb")
     refused(tmp_path / "nowhere", "no .wandb file there; give one")
     refused(recorded / "metrics.jsonl", "Not a .wandb file")
-    # the command line of a wandb from before `leet inspect`
+    # an older wandb, whose command line has no `leet inspect`
     old = tmp_path / "old" / "wandb"
     old.mkdir(parents=True)
     (old / "__init__.py").touch()
