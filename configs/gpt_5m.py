@@ -1,4 +1,5 @@
-# The ladder's first step: NanoGPT-5M's shape with the ladder's batch. A dense GPT, base width 768; MSign with --msign_period=100.
+# The ladder's first step: NanoGPT-5M's shape, trained with the ladder's batch. A dense GPT with base width 768.
+# --msign_period=100 adds MSign.
 
 # parameters: 2 x 50304 x 48 + 1024 x 48 + 24 x (12 x 48^2 + 2 x 48) + 48 = 5 544 240
 n_layer = 24

@@ -1,8 +1,8 @@
 # LLaMA-MoE-3B of the paper (Table 4), trained with AdamW: the baseline that collapses near step 3 000.
 
-# 16 layers, hidden 2048, 16 heads of 128, MHA with RoPE, 16 experts of width 1360 = 5440 / 4, 4 of them for a token, RMSNorm
-# parameters: 2 x 128256 x 2048 + 16 x (4 x 2048^2 + 16 x 3 x 2048 x 1360 + 16 x 2048 + 2 x 2048) + 2048 = 2 933 458 944,
-#   of which a token meets 2933458944 - 16 x 12 x 3 x 2048 x 1360 = 1 329 137 664
+# 16 layers, hidden 2048, 16 heads of 128, MHA with RoPE, RMSNorm; 16 experts of width 1360 = 5440 / 4, 4 for each token
+# parameters: 2 x 128256 x 2048 + 16 x (4 x 2048^2 + 16 x 3 x 2048 x 1360 + 16 x 2048 + 2 x 2048) + 2048 =
+#   2 933 458 944, of which a token meets 2933458944 - 16 x 12 x 3 x 2048 x 1360 = 1 329 137 664
 n_layer = 16
 d_model = 2048
 n_head = 16

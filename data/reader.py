@@ -34,7 +34,12 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 def corpus_dir(dataset: str) -> Path:
     """The folder of a corpus: data/<dataset>, or `dataset` itself when it is a path."""
-    return Path(dataset).expanduser() if os.sep in dataset or dataset in (".", "..") else DATA / dataset
+    if os.sep not in dataset and dataset not in (".", ".."):
+        return DATA / dataset
+    try:
+        return Path(dataset).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"dataset = {dataset!r}: must be a folder ({error})") from error
 
 
 def is_prepared(dataset: str) -> bool:

@@ -144,7 +144,7 @@ def _quiet():
 
 
 def kernel_runs(cfg: Config, device: torch.device) -> bool:
-    """Whether cfg.attn_kernel computes this configuration's attention on the device: one block of each kind, one sequence."""
+    """Whether cfg.attn_kernel computes this attention on the device. It is tried on two blocks and one sequence."""
     with torch.device("meta"):
         model = GPT(replace(cfg, n_layer=2, n_experts=0, d_ff=1, vocab_size=2, theory_every=0, recompute=False))
     model.to_empty(device=device)

@@ -184,7 +184,7 @@ TEXTS = [
     "x" * 5000,
     "ü λ 漢字 🙂",
     "..",
-    "~nobody/x",
+    "~no-such-user/x",
     "two\nlines",
     "\udcff",
     "*",
@@ -231,8 +231,16 @@ def values_of(f) -> list[list[str]]:
     return [[], [huge], ends, others]
 
 
+# each was a traceback once, or worse: 999 999 threads are a segmentation fault
+FOUND = [
+    "eval_batches=999999999", "logit_power=1e300", "attn_kernel=efficient", "attn_kernel=cudnn", "msign_backend=polar",
+    "n_layer=1", "n_layer=999999999", "threads=999999", "lr=1e300", "seed=99999999999999999999", "dataset=~no-such-user/x",
+]  # fmt: skip
+
+
 def command_lines():
     """Lists of --field=value without end: every field alone, choices and huge values first; then pairs, triples."""
+    yield from ([f"--{text}"] for text in FOUND)
     fields = [f for f in FIELDS.values() if f.name not in LEFT_OUT]
     for kind in range(4):
         for f in fields:

@@ -1,5 +1,6 @@
-# MSign when it is needed: looked at every 10 steps, applied to those of attention's matrices whose stable rank is below a threshold;
-# on the ramp of the stress test, three seeds an arm, 3000 steps. Fixed periods are in table3_small, the floor in attention_off.
+# MSign only when it is needed. Every 10 steps it is applied to those attention matrices whose stable rank is below a
+# threshold. The ramp of the stress test, three seeds an arm, 3000 steps. table3_small.py has fixed periods,
+# attention_off.py the floor: the loss without attention.
 
 config = "configs/stress_ramp.py"
 msign_period = 10

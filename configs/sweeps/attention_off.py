@@ -1,5 +1,5 @@
-# The floor that every rescue is held against: the ramp of the stress test with attention set to zero every 100 steps. Five seeds,
-# 3000 steps.
+# The floor: the loss without attention, which every rescue is compared with. The ramp of the stress test with all
+# attention matrices set to zero every 100 steps. Five seeds, 3000 steps.
 
 config = "configs/stress_ramp.py"
 msign_period = 100

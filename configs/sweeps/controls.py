@@ -1,5 +1,6 @@
-# Is it the stable rank? On the ramp of the stress test: what else could be done to attention's matrices every 100 steps, and other
-# ways to keep attention small. Three seeds an arm, 3000 steps; AdamW and MSign are in table2_small, the floor in attention_off.
+# Is it the stable rank that matters? The ramp of the stress test with other changes to the attention matrices every
+# 100 steps, and with other ways to keep attention small. Three seeds an arm, 3000 steps. table2_small.py has AdamW and
+# MSign, attention_off.py the floor (the loss without attention).
 
 _every = {"msign_period": 100}
 config = "configs/stress_ramp.py"

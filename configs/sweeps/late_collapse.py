@@ -1,11 +1,15 @@
-# Is there a collapse like the paper's at a constant learning rate: smooth training first, collapse much later, the stable rank moving
-# before the gradient norm? The protocol, written before the runs: AdamW, constant rates after 300 steps of warm-up, 6000 steps, one
-# seed, the paper's β₂ = 0.95 unless an arm says otherwise; the rate alone first, then one change at a time at twice the paper's rate.
-# An arm counts as found when its loss rises or is no longer finite (rules 1 and 2 of collapse.py) after the first third of the run, and no
-# gradient norm in that third is ten times the run's median. What is found is repeated with more seeds, and with MSign.
+# Is there a collapse like the paper's at a constant learning rate: smooth training first, collapse much later, and a
+# stable rank that falls before the gradient norm rises?
 #
-# None of the first sixteen arms counted: two lost their way, without decay and with little of it, but stalled from step 750 on, long before
-# the loss rose. The last four, written after that, ask whether the same happens later, and after smooth training, at lower rates.
+# The protocol was written before the runs. AdamW, constant rates after 300 steps of warm-up, 6000 steps, one seed, the
+# paper's β₂ = 0.95 unless an arm says otherwise. First only the rate changes, then one other thing at a time at twice
+# the paper's rate. An arm counts if its loss rises or is no longer finite (rules 1 and 2 of collapse.py) after the
+# first third of the run, and if no gradient norm in that third is ten times the run's median. An arm that counts is
+# repeated with more seeds, and with MSign.
+#
+# None of the first sixteen arms counted. Two arms collapsed, one without decay and one with little of it, but their
+# loss stalled from step 750 on, long before it rose. The last four arms were written after that. They ask whether the
+# same happens later, and after smooth training, at lower rates.
 
 config = "configs/stress_constant.py"
 beta2 = 0.95

@@ -1,5 +1,5 @@
-# What else prevents the late collapse of late_seeds.py: three of its seeds, 6000 steps, no weight decay, one and a half times the paper's rate.
-# AdamW and MSign are there; the first arm is the floor.
+# What else prevents the late collapse of late_seeds.py? Three of its seeds, 6000 steps, no weight decay, one and a half
+# times the paper's rate. late_seeds.py has AdamW and MSign. The first arm is the floor: the loss without attention.
 
 _every = {"msign_period": 100}
 config = "configs/stress_constant.py"

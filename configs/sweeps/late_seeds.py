@@ -1,5 +1,5 @@
-# The one arm of late_collapse.py that counted, without weight decay at one and a half times the paper's rate, on five seeds that were not
-# looked at before, with AdamW and with MSign on attention; 10 runs of 6000 steps.
+# The one arm of late_collapse.py that counted, repeated on five new seeds: no weight decay, one and a half times the
+# paper's rate, with AdamW and with MSign on attention. 10 runs of 6000 steps.
 
 config = "configs/stress_constant.py"
 beta2 = 0.95

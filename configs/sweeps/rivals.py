@@ -1,5 +1,6 @@
-# Rivals on the ramp of the stress test, three seeds an arm, 3000 steps; AdamW and MSign again, for times side by side; the floor is in
-# attention_off. Their own recipes are in rivals.py; learning rates, decays and β₂ = 0.999 are AdamW's, and so is the clip at a norm of 1.
+# Rival optimizers on the ramp of the stress test, three seeds an arm, 3000 steps. AdamW and MSign run again, so that
+# times can be compared. attention_off.py has the floor: the loss without attention. remedies/rivals.py has each rival's
+# own recipe. Learning rates, decays, β₂ = 0.999 and the clip at a gradient norm of 1 are AdamW's.
 
 config = "configs/stress_ramp.py"
 arm = {

@@ -1,5 +1,6 @@
-# Does a higher stable rank go with better generalisation? On 12 MB, of which a run of 3000 steps reads an eighth, and on 8 kB, which it
-# reads 187 times; the validation text is the same, other modules of the library. The paper's rate, constant; three seeds; 18 runs.
+# Does a higher stable rank go with better generalisation? One text has 12 MB, of which a run of 3000 steps reads an
+# eighth. The other has 8 kB, which a run reads 187 times. The validation text is the same for both: other modules of
+# the library. The paper's rate, constant. Three seeds, 18 runs.
 
 config = "configs/stress_constant.py"
 lr_scale = 1.0
