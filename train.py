@@ -9,7 +9,6 @@ Every run is a folder below runs/ (engine/runlog.py says what is in it). `--dry_
 
 import dataclasses
 import os
-import platform
 import signal
 import sys
 from functools import partial
@@ -108,7 +107,7 @@ class Run:
         if world.tell(self.log.finished):
             self.log.say(f"{self.folder}: already finished; nothing to resume")
             return False
-        self.writer = checkpoint.Sharded() if self.sharded else None
+        self.writer = checkpoint.Sharded() if self.sharded else checkpoint.Whole(world.main)
         self.restore()
         probe, targets = (t.to(self.device) for t in (self.val_data or self.train_data).fixed_windows(cfg.probe_batch))
         self.instruments = Instruments(
@@ -121,17 +120,12 @@ class Run:
 
     def record(self) -> dict:
         """What record.json says of this run besides its configuration, code and versions."""
-        cfg, data, gpu = self.cfg, self.train_data, self.device.type == "cuda"
-        return {
-            "data": {"folder": data.folder.name, "fingerprint": data.fingerprint(), "notes": self.notes, **data.meta},
-            "machine": {
-                "device": str(self.device), "threads": torch.get_num_threads(), "processor": platform.machine(),
-                "attention_kernel": machine.attention_kernel(cfg, self.device), "dtype": cfg.dtype,
-                "processes": self.world.size, "parallel": self.how if self.world.size > 1 else None, **self.arithmetic,
-                "gpu": torch.cuda.get_device_name(self.device) if gpu else None,
-            },
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-        }  # fmt: skip
+        data, size = self.train_data, self.world.size
+        about_data = {"folder": data.folder.name, "fingerprint": data.fingerprint(), "notes": self.notes, **data.meta}
+        processes = {"processes": size, "parallel": self.how if size > 1 else None}
+        about_machine = machine.describe(self.cfg, self.device) | processes | self.arithmetic
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return {"data": about_data, "machine": about_machine, "parameters": parameters}
 
     def restore(self):
         """Go on from the last checkpoint, if there is one, with the metrics that were logged until then."""
@@ -155,14 +149,8 @@ class Run:
             return
         self.healthy = self.healthy if self.watch.suspicious else self.step
         about = {"architecture": self.cfg.architecture, "metrics_bytes": self.log.metrics_bytes()}
-        folder, keep = self.folder, {self.healthy, self.step}
-        if self.writer:
-            prune = partial(checkpoint.prune, folder, keep)
-            self.writer.save(folder, self.step, self.model, self.optimizer, about, prune)
-        elif self.world.main:
-            state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-            checkpoint.save(folder, self.step, state | about)
-            checkpoint.prune(folder, keep)
+        prune = partial(checkpoint.prune, self.folder, {self.healthy, self.step})
+        self.writer.save(self.folder, self.step, self.model, self.optimizer, about, prune)
 
     def draw(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """This process's micro-batches of a step, each (micro_batch, block_size), on their way to the device."""
@@ -268,8 +256,7 @@ def evaluate(run: Run) -> float:
 def stop(run: Run, received: signal.Signals) -> int:
     """Save a run that a signal stopped. Returns the exit code."""
     run.save()
-    if run.writer:
-        run.writer.wait()
+    run.writer.wait()
     run.log.event("stopped", signal=received.name, step=run.step)
     run.log.say(f"{received.name}: saved after step {run.step}; go on with --resume")
     run.log.close()
@@ -278,8 +265,7 @@ def stop(run: Run, received: signal.Signals) -> int:
 
 def end(run: Run) -> int:
     """Write the summary of a run that took its last step, or that met a value that is not finite. Returns the exit code."""
-    if run.writer:
-        run.writer.wait()
+    run.writer.wait()
     if not run.world.main:
         return 0
     cfg, watch, collapse = run.cfg, run.watch, run.watch.collapse

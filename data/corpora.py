@@ -24,7 +24,4 @@ def open_splits(cfg: Config) -> tuple[TokenFiles, TokenFiles | None, list[str]]:
         dataset = found
     train = TokenFiles(dataset, "train", cfg.block_size, cfg.vocab_size)
     val = TokenFiles(dataset, "val", cfg.block_size, cfg.vocab_size) if cfg.eval_every else None
-    if val:
-        val.require("eval_batches", cfg.eval_batches, cfg.eval_batches * cfg.micro_batch)
-    (val or train).require("probe_batch", cfg.probe_batch, cfg.probe_batch)
     return train, val, notes

@@ -55,7 +55,7 @@ class TokenFiles:
     """
 
     def __init__(self, dataset: str, split: str, block_size: int, vocab_size: int):
-        self.folder, self.split = corpus_dir(dataset), split
+        self.folder = corpus_dir(dataset)
         self.block_size = block_size
         self.paths = sorted(self.folder.glob(f"*{split}*.bin"))
         if not self.paths:
@@ -134,14 +134,6 @@ class TokenFiles:
         """Inputs and targets of batch_size random windows. They depend on seed and step alone, so no state is saved."""
         rng = np.random.Generator(np.random.Philox(key=[seed, step]))
         return self.windows(rng.integers(0, self.ends[-1], batch_size))
-
-    def require(self, field: str, value: int, count: int):
-        """Raise UserError, naming the field that asks for them, unless there are `count` different windows."""
-        if count > self.ends[-1]:
-            raise UserError(
-                f"{field} = {value}: must be less; it asks for {count} different windows of {self.block_size} tokens, "
-                f"and the {self.split} files in {self.folder} have {self.ends[-1]}"
-            )
 
     def fixed_windows(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets of `count` evenly spaced windows, the same at every call, for evaluation."""

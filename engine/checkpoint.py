@@ -21,10 +21,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from config import UserError
+from engine.parallel import part_of
 
 ABOUT = "checkpoint.json"  # in a sharded checkpoint's folder: step, architecture, files and their sha256
 
@@ -90,7 +91,7 @@ def load(path: Path, architecture: dict, model: torch.nn.Module, optimizer: Opti
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if any(isinstance(p, DTensor) for p in parameters):
             for p, moments in zip(parameters, state["state"].values(), strict=False):
-                moments |= {key: _part_of(value, p) for key, value in moments.items() if value.ndim}
+                moments |= {key: part_of(value, p) for key, value in moments.items() if value.ndim}
         optimizer.load_state_dict(state)
     return about
 
@@ -123,14 +124,7 @@ def _open(path: Path, architecture: dict) -> dict:
 @torch.no_grad()
 def _fill(model: torch.nn.Module, weights: dict[str, Tensor]):
     for name, p in model.named_parameters():
-        p.copy_(_part_of(weights[name], p))
-
-
-def _part_of(value: Tensor, p: Tensor) -> Tensor:
-    """That part of a whole parameter's values which p holds: this rank's shard if p is sharded, otherwise all."""
-    if isinstance(p, DTensor):
-        return distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
-    return value
+        p.copy_(part_of(weights[name], p))
 
 
 def _open_file(path: Path) -> dict:
@@ -210,6 +204,22 @@ def _load_folder(path: Path, model: torch.nn.Module, optimizer: Optimizer, about
     dcp.load(_tensors(model, optimizer), storage_reader=_Reader(path), no_dist=not dist.is_initialized())
     if "msign_steps" in about:
         optimizer.steps = about["msign_steps"]
+
+
+class Whole:
+    """Writes the checkpoints of a model that every process holds as a whole: the main one writes, the others go on."""
+
+    def __init__(self, main: bool):
+        self.main = main
+
+    def save(self, folder: Path, step: int, model, optimizer, about: dict, then):
+        """Write the checkpoint of `step` and call `then`. Raises UserError if it cannot be written."""
+        if self.main:
+            save(folder, step, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **about})
+            then()
+
+    def wait(self):
+        """Return at once: what `save` was given is written."""
 
 
 class Sharded:

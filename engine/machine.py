@@ -238,3 +238,15 @@ def peak_memory(device: torch.device) -> int:
             return int(peak.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def describe(cfg: Config, device: torch.device) -> dict:
+    """What a run's record says of where it runs."""
+    return {
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "processor": platform.machine(),
+        "attention_kernel": attention_kernel(cfg, device),
+        "dtype": cfg.dtype,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+    }

@@ -187,12 +187,17 @@ def not_finite(model: nn.Module, optimizer: Optimizer, world: World) -> str | No
     return next(iter(world.agree(found)), None)
 
 
+def part_of(value: Tensor, p: Tensor) -> Tensor:
+    """A whole parameter's values, the same on all ranks, as p holds them: themselves, or this rank's shard as a DTensor."""
+    if isinstance(p, DTensor):
+        return distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+    return value
+
+
 @torch.no_grad()
 def fill(p: Tensor, value: Tensor):
-    """p ← value, of which a DTensor keeps its own rows; value is the same on all ranks."""
-    if isinstance(p, DTensor):
-        value = distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
-    p.copy_(value)
+    """p ← value, the whole parameter's values."""
+    p.copy_(part_of(value, p))
 
 
 class Replica:
