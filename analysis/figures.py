@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from analysis.runs import OFF, Run, judged
-from analysis.statistics import Arm, geometric_mean, loss
+from analysis.statistics import Arm, geometric_mean, grouped, loss
 from config import UserError
 from stability.collapse import WINDOW
 
@@ -121,10 +121,11 @@ def columns(runs: Sequence[Run], rows: int, height: float, needs: str) -> tuple[
     if not runs:
         raise UserError(f"needs a run that logs {needs}")
     if len(runs) > COLUMNS:
-        runs = list({run.arm: run for run in reversed(runs)}.values())[::-1][:COLUMNS]
+        runs = [arm.runs[0] for arm in grouped(runs)][:COLUMNS]
     fig, axes = plt.subplots(rows, len(runs), figsize=(9, height), sharex=True, sharey="row", squeeze=False)
-    for column, run in zip(axes.T, runs, strict=True):
-        column[0].set_title(title(run))
+    titles = [title(run) for run in runs]
+    for column, run, words in zip(axes.T, runs, titles, strict=True):
+        column[0].set_title(words if titles.count(words) == 1 else run.name)
         column[-1].set_xlabel("step")
         for ax in column:
             mark_collapse(ax, run)

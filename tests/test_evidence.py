@@ -65,12 +65,17 @@ def test_a_packed_grid_is_small_and_says_the_same(tmp_path):
 def test_a_long_grid_is_several_files(tmp_path, monkeypatch):
     """Whole runs in one file, as many as fit; a later grid that is shorter leaves none of an earlier one's files."""
     monkeypatch.setattr("analysis.runs.ROWS", 25)
-    runs = [replace(load_run(made_up(tmp_path / f"r{n}-{i}", [2.0 + i] * n)), summary={}) for i, n in enumerate((10, 10, 40, 10))]
+    runs = [
+        replace(load_run(made_up(tmp_path / f"r{n}-{i}", [2.0 + i] * n)), summary={})
+        for i, n in enumerate((10, 10, 40, 10))
+    ]
     record_grid(tmp_path / "grid", runs)
     rows = {path.name: len(pd.read_parquet(path)) for path in (tmp_path / "grid").glob("steps-*")}
     assert rows == {"steps-0.parquet": 20, "steps-1.parquet": 40, "steps-2.parquet": 10}
     again = load_runs(tmp_path / "grid")
-    assert [(run.name, run.final_loss(), len(run.steps)) for run in again] == [(r.name, r.final_loss(), len(r.steps)) for r in runs]
+    assert [(run.name, run.final_loss(), len(run.steps)) for run in again] == [
+        (r.name, r.final_loss(), len(r.steps)) for r in runs
+    ]
     monkeypatch.setattr("analysis.runs.ROWS", 100)
     record_grid(tmp_path / "grid", [])
     assert [path.name for path in (tmp_path / "grid").glob("steps-*")] == ["steps-0.parquet"]
@@ -88,7 +93,10 @@ def test_values_that_are_not_finite_stay_so(tmp_path):
     stamp(folder)
     record_grid(tmp_path / "grid", [load_run(folder)])
     (run,) = load_runs(tmp_path / "grid")
-    assert run.steps["train/loss"].tolist() == [2.0, math.inf, 2.0] and run.series("train/loss").to_dict() == {1: 2.0, 3: 2.0}
+    assert run.steps["train/loss"].tolist() == [2.0, math.inf, 2.0] and run.series("train/loss").to_dict() == {
+        1: 2.0,
+        3: 2.0,
+    }
 
 
 def test_intervals_are_students():
@@ -163,7 +171,15 @@ def test_sensitivity_is_the_mean_loss_above_the_best(tmp_path):
 def a_run(grad_norms, **more):
     lines = [{"iter": i + 1, "train/loss": 2.0, "grad_norm": g, "lr": 1.0} for i, g in enumerate(grad_norms)]
     lines[-1] |= more
-    config = {"name": "x", "seed": 0, "msign_period": 0, "optimizer": "adamw", "wandb_group": "e", "lr_scale": 1.0, "lr": 1.0}
+    config = {
+        "name": "x",
+        "seed": 0,
+        "msign_period": 0,
+        "optimizer": "adamw",
+        "wandb_group": "e",
+        "lr_scale": 1.0,
+        "lr": 1.0,
+    }
     return Run("x", config, *frames(lines))
 
 
@@ -269,7 +285,9 @@ def test_a_late_collapse_is_smooth_first():
     assert statistics.late(run(2000)) and statistics.late(run(2000, 1500))
     assert not any(map(statistics.late, (run(500), run(2000, 900), run(3000))))
     (row,) = tables.late_table([Arm("a", [run(2000)])]).to_numpy().tolist()
-    assert row[:4] == ["a", "0", "3000", "3.00"] and row[4].startswith("20") and row[5:] == ["1.0", "nothing moved", "yes"]
+    assert (
+        row[:4] == ["a", "0", "3000", "3.00"] and row[4].startswith("20") and row[5:] == ["1.0", "nothing moved", "yes"]
+    )
 
 
 def test_gap_is_validation_minus_training():
