@@ -1,56 +1,72 @@
-"""Recorded runs, read, judged and tabulated. Reads run folders (or their copies under results/); trains and draws nothing."""
+"""Recorded runs as data frames: read, judged, and written.
 
+Three places hold runs: run folders (runs/<name>, or their copies under results/), offline W&B runs, and recorded grids. All are read
+as `Run`. A grid is a folder of Parquet files: runs.parquet has a row a run, with columns such as config.lr, axes.seed, code.git and
+summary.steps; steps-0.parquet and those that follow have a row a run and step, to four digits, whole runs in one file.
+"""
+
+import functools
 import gzip
 import json
 import math
-import re
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from config import FIELDS, UserError
-from engine.runlog import read_metrics
-from stability.collapse import CLEARLY, SIGNALS, Collapse, final_loss, find_collapse, find_onsets
+from engine.runlog import PER_LAYER, read_metrics, read_wandb
+from stability.collapse import CLEARLY, SIGNALS, Collapse, Onsets, final_loss, find_collapse, find_onsets
 
-DEFAULTS = {name: f.default for name, f in FIELDS.items()}  # of what a record is older than
+DEFAULTS = {name: f.default for name, f in FIELDS.items()}  # of fields that a record is older than
+# what a grid keeps of its runs: three values of every step, the others at their cadences
+KEPT = ("lr", "train/loss", "grad_norm", "val/loss", "srank/attention", "srank/mlp", "sigma1/attention", "attention/max_logit",
+        "attention/entropy", "log_z", "residual/gain", "jacobian/alignment", "jacobian/sigma1", "jacobian/product",
+        "precision/error", "msign/matrices")  # fmt: skip
+ROWS = 150_000  # of one file of steps, which keeps it below 1 MB; a longer run has a file for itself
+OFF = "attention off"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
-    """One recorded run. Every series is an array over its steps; `sparse(key)` gives those logged at a cadence."""
+    """One recorded run.
+
+    `steps` has a row a step, `layers` a row for each step at which single layers were measured (columns such as srank/0.W_Q); both
+    are indexed by the step. NaN: not logged; infinity: logged, and not finite. `floor` is what the same model ends at without attention.
+    """
 
     folder: Path
     config: dict
-    lines: list[dict]
-
-    @property
-    def arm(self) -> str:
-        optimizer = "AdamW" if self.config["optimizer"] == "adamw" else self.config["optimizer"]
-        if not self.config["msign_period"]:
-            return optimizer
-        if self.config["msign_map"] == "zero":
-            return "attention off"
-        what = "MSign" if self.config["msign_map"] == "sign" else self.config["msign_map"]
-        return f"{what} ({self.config['msign_targets']})"
+    steps: pd.DataFrame
+    layers: pd.DataFrame = field(default_factory=pd.DataFrame)
+    axes: dict = field(default_factory=dict)  # its values on the axes of its grid
+    code: dict = field(default_factory=dict)  # the revision that made it
+    summary: dict = field(default_factory=dict)
+    floor: float | None = None
 
     @property
     def name(self) -> str:
         return self.config["name"]
 
     @property
-    def experiment(self) -> str:
-        return self.config["wandb_group"]
+    def arm(self) -> str:
+        """What sets this run apart, in words: its name in its grid, or its optimizer and what MSign is applied to."""
+        if self.axes.get("arm"):
+            return self.axes["arm"]
+        if not self.config["msign_period"]:
+            return "AdamW" if self.config["optimizer"] == "adamw" else self.config["optimizer"]
+        what = {"zero": OFF, "sign": "MSign"}.get(self.config["msign_map"], self.config["msign_map"])
+        return OFF if what == OFF else f"{what} ({self.config['msign_targets']})"
 
-    def series(self, key: str) -> list[float | None]:
-        return [line[key] for line in self.lines]
-
-    def sparse(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of the lines that hold a finite `key`."""
-        found = [(line["iter"], line[key]) for line in self.lines if line.get(key) is not None]
-        return [s for s, _ in found], [v for _, v in found]
+    def series(self, key: str) -> pd.Series:
+        """The finite values of `key` by step."""
+        values = (self.layers if key in self.layers else self.steps).get(key, pd.Series(dtype=float))
+        return values[np.isfinite(values)]
 
     def by_layer(
         self, family: str, combine: Callable[[np.ndarray], float] = np.mean, roles: Sequence[str] = ()
@@ -59,30 +75,87 @@ class Run:
 
         `combine` makes one value of a layer's roles (all of them, or those named). NaN: not logged, or not finite.
         """
-        pattern = re.compile(rf"{family}/(\d+)(?:\.(\w+))?")
-        found = {}
-        for line in self.lines:
-            layers = defaultdict(list)
-            for key, value in line.items():
-                match = pattern.fullmatch(key)
-                if match and (not roles or match[2] in roles):
-                    layers[int(match[1])].append(np.nan if value is None else value)
-            if layers:
-                found[line["iter"]] = {layer: combine(np.array(values)) for layer, values in layers.items()}
-        size = 1 + max((max(layers) for layers in found.values()), default=-1)
-        values = [[layers.get(layer, np.nan) for layers in found.values()] for layer in range(size)]
-        return np.array(list(found)), np.array(values, float).reshape(size, len(found))
+        role = rf"\.(?:{'|'.join(roles)})" if roles else r"(?:\.\w+)?"
+        layer = pd.Series(self.layers.columns, dtype=str).str.extract(rf"^{family}/(\d+){role}$", expand=False)
+        logged = self.layers.loc[:, layer.notna().to_numpy()].dropna(how="all")
+        groups = logged.T.groupby(layer.dropna().astype(int).to_numpy())
+        values = np.full((1 + max(groups.groups, default=-1), len(logged)), np.nan)
+        for number, of in groups:
+            found = [column[~np.isnan(column)] for column in of.to_numpy().T]
+            values[number] = [combine(column) if len(column) else np.nan for column in found]
+        return logged.index.to_numpy(), np.where(np.isinf(values), np.nan, values)
+
+    @functools.cached_property
+    def collapse(self) -> Collapse | None:
+        """The collapse by collapse.py's rules; without a floor, by the two that need none."""
+        floor = None if self.arm == OFF else self.floor
+        return find_collapse(self.steps["train/loss"].tolist(), self.steps["grad_norm"].tolist(), floor)
+
+    @property
+    def end(self) -> int:
+        """The step of the collapse, or the last step."""
+        return self.collapse.step if self.collapse else len(self.steps)
+
+    @functools.cached_property
+    def onsets(self) -> Onsets:
+        """What moved first, up to the collapse, or in the whole run if there is none (collapse.find_onsets)."""
+        lines = [{"iter": step} for step in self.steps.index]
+        for key in ("grad_norm", *(key for key, _ in SIGNALS.values())):
+            for step, value in self.series(key).items():
+                lines[step - 1][key] = value
+        return find_onsets(lines, self.end)
 
     def final_loss(self) -> float:
-        return final_loss(self.series("train/loss"))
+        """Mean of the last 100 training losses; infinity if one of them is not finite."""
+        return final_loss(self.steps["train/loss"].tolist())
 
     def max_grad_norm(self, after: int = 1000) -> float:
-        """Largest gradient norm after step `after`; infinity if one is not finite."""
-        norms = self.series("grad_norm")[after:] or self.series("grad_norm")
-        return max(math.inf if g is None else g for g in norms)
+        """Largest gradient norm after step `after`, or of all in a shorter run; infinity if one is not finite."""
+        norms = self.steps["grad_norm"]
+        return (norms.iloc[after:] if len(norms) > after else norms).max()
 
-    def lr_multiple(self, step: int) -> float:
-        return self.lines[step - 1]["lr"] / self.config["lr"]
+    def lr_multiple(self) -> float:
+        """Learning rate at the collapse, in multiples of the paper's; NaN without one."""
+        return self.steps["lr"][self.end] / self.config["lr"] if self.collapse else math.nan
+
+    @property
+    def rescued(self) -> bool:
+        """No collapse, and clearly better than the same model without attention."""
+        return self.collapse is None and self.floor is not None and self.final_loss() < self.floor - CLEARLY
+
+    @property
+    def verdict(self) -> str:
+        """One line, such as `AdamW: collapsed at step 1450 (9.3x): ...`."""
+        if self.collapse:
+            return f"{self.arm}: collapsed at step {self.end} ({self.lr_multiple():.1f}x): {self.collapse.why}"
+        text = f"{self.arm}: no collapse, final loss {self.final_loss():.2f}"
+        if self.floor is None or self.arm == OFF:
+            return text
+        if self.rescued:
+            return f"{text}, {self.floor - self.final_loss():.2f} below attention-off: attention lives"
+        return f"{text}, but not clearly below attention-off ({self.floor:.2f}): attention is of no use"
+
+
+def judged(runs: Sequence[Run], off: Sequence[Run] = (), same: str = "wandb_group") -> list[Run]:
+    """The runs with their floors: the final loss of the attention-off run, among `runs` or else in `off`, that has the same seed and the
+    same value of the field `same`."""
+    floors = {(run.config[same], run.config["seed"]): run.final_loss() for run in (*runs, *off) if run.arm == OFF}
+    return [replace(run, floor=floors.get((run.config[same], run.config["seed"]))) for run in runs]
+
+
+@functools.cache
+def of_a_layer(key: str) -> bool:
+    return PER_LAYER.fullmatch(key) is not None
+
+
+def frames(lines: Sequence[dict]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`Run.steps` and `Run.layers` of the lines of a metrics.jsonl."""
+    lines = [{key: math.inf if value is None else value for key, value in line.items()} for line in lines]
+    steps = [{key: value for key, value in line.items() if not of_a_layer(key)} for line in lines]
+    layers = [line for line, rest in zip(lines, steps, strict=True) if len(rest) < len(line)]
+    layers = [{key: value for key, value in line.items() if of_a_layer(key) or key == "iter"} for line in layers]
+    first, second = (pd.DataFrame(rows or [{"iter": 1}]).set_index("iter").astype(float) for rows in (steps, layers))
+    return first, second
 
 
 def load_run(path: str | Path) -> Run:
@@ -92,9 +165,9 @@ def load_run(path: str | Path) -> Run:
     """
     path = Path(path)
     if (path / "record.json").is_file():
-        config, lines = json.loads((path / "record.json").read_text())["config"], read_metrics(path)
+        record, lines = json.loads((path / "record.json").read_text()), read_metrics(path)
     else:
-        config, lines = read_offline(path)
+        record, lines = read_offline(path)
     if not lines:
         raise UserError(f"{path}: no step was recorded")
     for key in ("iter", "train/loss", "grad_norm", "lr"):
@@ -102,190 +175,70 @@ def load_run(path: str | Path) -> Run:
             raise UserError(f"{path}: not a run of train.py (a line without {key})")
     if [line["iter"] for line in lines] != list(range(1, len(lines) + 1)):
         raise UserError(f"{path}: its steps are not 1, 2, 3, …; a part of a run cannot be judged")
-    return Run(path, DEFAULTS | config, lines)
+    summary = path / "summary.json"
+    more = {"code": record.get("code", {}), "summary": json.loads(summary.read_text()) if summary.is_file() else {}}
+    return Run(path, DEFAULTS | record["config"], *frames(lines), **more)
 
 
 def read_offline(path: Path) -> tuple[dict, list[dict]]:
-    """Config and lines of an offline W&B run. One that was resumed left a file per part, all of the same name."""
-    from engine.runlog import read_wandb
-
+    """Record and lines of an offline W&B run. One that was resumed left a file per part, all of the same name."""
     files = [path] if path.is_file() and path.suffix == ".wandb" else sorted(path.rglob("*.wandb"))
     names = sorted({file.name for file in files})
     if len(names) != 1:
         raise UserError(f"{path}: not a run (no record.json, and {', '.join(names) or 'no .wandb file'} in it)")
     parts = [read_wandb(file) for file in files]
     by_step = {line["iter"]: line for _, lines in parts for line in lines if "iter" in line}
-    return parts[0][0], [by_step[step] for step in sorted(by_step)]
+    return {"config": parts[0][0]}, [by_step[step] for step in sorted(by_step)]
 
 
-def geometric_mean(values: np.ndarray) -> float:
-    """exp(mean log) of the positive values, NaN when there are none."""
-    positive = values[values > 0]
-    return np.exp(np.log(positive).mean()) if len(positive) else np.nan
+def load_runs(folder: str | Path) -> list[Run]:
+    """The runs of a recorded grid, as they were recorded, or of a folder of run folders, by name. Raises UserError if there is none."""
+    folder = Path(folder)
+    if not (folder / "runs.parquet").is_file():
+        runs = [load_run(path.parent) for path in sorted(folder.glob("*/record.json"))]
+        if not runs:
+            raise UserError(f"{folder}: no recorded runs; scripts/sweep.py and reproduce.py write them with --record")
+        return runs
+    parts = pd.concat(map(pd.read_parquet, folder.glob("steps-*.parquet")))
+    steps = {name: of.drop(columns="run").set_index("iter") for name, of in parts.groupby("run")}
+    runs = []
+    for row in pq.read_table(folder / "runs.parquet").to_pylist():
+        record = {"config": dict(DEFAULTS), "axes": {}, "code": {}, "summary": {}}
+        for column, value in row.items():
+            part, _, key = column.partition(".")
+            record[part] |= {} if value is None else {key: value}
+        name = record["config"]["name"]
+        runs.append(Run(folder / name, steps=steps[name], **record))
+    return runs
 
 
-def floors(runs: Sequence[Run]) -> dict[tuple[str, int], float]:
-    """Final loss of the attention-off arm by (experiment, seed)."""
-    return {(r.experiment, r.config["seed"]): r.final_loss() for r in runs if r.arm == "attention off"}
+def short(value):
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-@dataclass(frozen=True)
-class Verdict:
-    run: Run
-    collapse: Collapse | None
-    floor: float | None  # the attention-off arm's final loss, same experiment and seed
-
-    @property
-    def rescued(self) -> bool:
-        """No collapse, and clearly better than the same model without attention."""
-        return self.collapse is None and self.floor is not None and self.run.final_loss() < self.floor - CLEARLY
-
-    def __str__(self) -> str:
-        """One line, such as `AdamW: collapsed at step 1450 (9.3x): ...`."""
-        if self.collapse:
-            step = self.collapse.step
-            return f"{self.run.arm}: collapsed at step {step} ({self.run.lr_multiple(step):.1f}x): {self.collapse.why}"
-        text = f"{self.run.arm}: no collapse, final loss {self.run.final_loss():.2f}"
-        if self.floor is None or self.run.arm == "attention off":
-            return text
-        gap = self.floor - self.run.final_loss()
-        if self.rescued:
-            return f"{text}, {gap:.2f} below attention-off: attention lives"
-        return f"{text}, but not clearly below attention-off ({self.floor:.2f}): attention is of no use"
-
-
-def verdicts(runs: Sequence[Run]) -> list[Verdict]:
-    """collapse.py's rules on every run, with the attention-off arm of its own experiment and seed as the floor."""
-    floor_of = floors(runs)
-    result = []
-    for run in runs:
-        floor = floor_of.get((run.experiment, run.config["seed"]))
-        against = None if run.arm == "attention off" else floor
-        result.append(Verdict(run, find_collapse(run.series("train/loss"), run.series("grad_norm"), against), floor))
-    return result
-
-
-def table(runs: Sequence[Run]) -> str:
-    """Markdown, a row per arm: seeds, collapses and where, final losses, largest gradient norm; mean [min, max]."""
-    rows = {}
-    for verdict in verdicts(runs):
-        rows.setdefault(verdict.run.arm, []).append(verdict)
-
-    def spread(values: Sequence[float], digits: int = 2) -> str:
-        values = np.asarray(values, float)
-        if len(values) == 1:
-            return f"{values[0]:.{digits}f}"
-        return f"{values.mean():.{digits}f} [{values.min():.{digits}f}, {values.max():.{digits}f}]"
-
-    out = [
-        "| arm | seeds | collapsed | at step | at lr multiple | final loss | below attention-off | largest gradient norm after step 1000 |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for arm, group in rows.items():
-        fell = [v for v in group if v.collapse]
-        gaps = [v.floor - v.run.final_loss() for v in group if v.floor is not None]
-        out.append(
-            f"| {arm} | {len(group)} | {len(fell)} of {len(group)} "
-            f"| {spread([v.collapse.step for v in fell], 0) if fell else '–'} "
-            f"| {spread([v.run.lr_multiple(v.collapse.step) for v in fell], 1) if fell else '–'} "
-            f"| {spread([v.run.final_loss() for v in group])} "
-            f"| {spread(gaps) if gaps and arm != 'attention off' else '–'} "
-            f"| {spread([v.run.max_grad_norm() for v in group], 1)} |"
-        )
-    return "\n".join(out) + "\n"
-
-
-def onsets_table(runs: Sequence[Run]) -> str:
-    """Markdown, a row per run that logged a signal: when each of collapse.SIGNALS moved; the first to move in bold.
-
-    With its lead over the gradient norm, in steps, when both moved. Up to the collapse, or over the whole run if it has none.
-    """
-    out = [
-        f"| run | collapse | {' | '.join(SIGNALS)} | gradient norm |",
-        "|---|---|" + "---|" * (len(SIGNALS) + 1),
-    ]
-    for verdict in verdicts(runs):
-        run = verdict.run
-        if not any(run.sparse(key)[0] for key, _ in SIGNALS.values()):
-            continue
-        collapse = verdict.collapse.step if verdict.collapse else None
-        onsets = find_onsets(run.lines, collapse)
-        cells = []
-        for name, step in onsets.signals.items():
-            if step is None:
-                cells.append("–" if run.sparse(SIGNALS[name][0])[0] else "not logged")
-                continue
-            lead = onsets.lead(name)
-            cell = f"{step}" + ("" if lead is None else f" ({lead:+d})")
-            cells.append(f"**{cell}**" if name in onsets.first else cell)
-        out.append(f"| {run.name} | {collapse or '–'} | {' | '.join(cells)} | {onsets.grad_norm or '–'} |")
-    return "\n".join(out) + "\n"
-
-
-# what a theorem's row says: the logged shares and how to word them
-THEOREMS = {
-    "4.2": "product of the Jacobians above its bound",
-    "4.4": "‖W‖₂ = ‖W‖_F / √srank(W), every matrix",
-    "4.5": "attention's Jacobian below its bound",
-    "4.6": "MLP's Jacobian below its bound",
-    "4.8": "gradient of W_down above its bound",
-    "4.9": "sum of squared gradients above its bound",
-    "4.10": "attention gradients of rank ≤ hidden and co-hidden states'",
-    "4.12": "condition for a falling stable rank",
-}
-
-
-def theory_table(run: Run) -> str:
-    """Markdown, a row per theorem, over all measurements of a run: where it holds, how loose it is, where it is empty.
-
-    Looseness in powers of ten, mean [smallest, largest] over measurements. Raises UserError if the run did not log theory/….
-    """
-    logged = [line for line in run.lines if "theory/4.4/error" in line]
-    if not logged:
-        raise UserError(f"{run.folder}: did not log both sides of the theorems (theory_every)")
-
-    both = [[line.get(f"jacobian/{side}") for side in ("product", "bound_4_2")] for line in run.lines]
-    products, bounds = np.array([sides for sides in both if all(sides)]).reshape(-1, 2).T
-
-    def mean(key: str) -> float:
-        return float(
-            np.mean([line[f"theory/{key}"] for line in logged if line[f"theory/{key}"] is not None] or [np.nan])
-        )
-
-    def spread(values: Sequence[float]) -> str:
-        return f"{np.nanmean(values):.1f} [{np.nanmin(values):.1f}, {np.nanmax(values):.1f}]"
-
-    def mean_holds(theorem: str) -> float:
-        return float(np.mean(products >= bounds)) if theorem == "4.2" else mean(f"{theorem}/holds")
-
-    def looseness(theorem: str) -> str:
-        if theorem == "4.2":
-            return spread(np.log10(products / bounds))
-        if theorem in ("4.5", "4.6"):
-            return spread([line[f"theory/{theorem}/looseness"] for line in logged])
-        if theorem == "4.9":
-            sides = [[line[f"theory/4.9/log10_{side}"] for side in ("measured", "bound")] for line in logged]
-            return spread([measured - bound for measured, bound in sides])
-        if theorem == "4.8":
-            measured, bound = (run.by_layer(f"theory/4.8/log10_{side}")[1] for side in ("measured", "bound"))
-            return spread((measured - bound).ravel())
-        return "–"
-
-    remarks = {
-        "4.2": f"at {len(products)} measurements of the Jacobians",
-        "4.4": f"largest relative error {max(line['theory/4.4/error'] for line in logged):.0e}",
-        "4.5": f"empty (χ = 1) in {mean('4.5/vacuous'):.0%} of blocks",
-        "4.8": f"smallest alignment a = {min(line['theory/4.8/a'] for line in logged):.0e}; Jacobian ill-conditioned in {mean('4.8/ill_conditioned'):.0%} of blocks",
-        "4.10": f"empty (full rank anyway) in {mean('4.10/vacuous'):.0%} of blocks; true of stable ranks in {mean('4.10/srank_holds'):.0%}",
-        "4.12": f"the stable rank falls in {mean('4.12/falls'):.0%} of matrices, as the first-order formula says in {mean('4.12/agrees'):.0%}",
-    }  # fmt: skip
-    out = ["| theorem | statement | holds in | looseness, powers of ten | |", "|---|---|---|---|---|"]
-    for theorem, statement in THEOREMS.items():
-        if theorem == "4.2" and not len(products):
-            continue  # the Jacobians have a cadence of their own
-        holds = "identity" if theorem == "4.4" else f"{mean_holds(theorem):.0%}"
-        out.append(f"| {theorem} | {statement} | {holds} | {looseness(theorem)} | {remarks.get(theorem, '')} |")
-    return "\n".join(out) + "\n"
+def record_grid(folder: Path, runs: Iterable[Run]):
+    """Write runs to a grid's folder, in the place of those of the same names; others that it holds stay."""
+    before = load_runs(folder) if (folder / "runs.parquet").is_file() else []
+    rows, parts, size = [], [], ROWS
+    for name, run in ({run.name: run for run in before} | {run.name: run for run in runs}).items():
+        summary = {key: short(value) for key, value in run.summary.items() if not isinstance(value, dict)}
+        record = {"config": portable(run.config), "axes": run.axes, "code": run.code, "summary": summary}
+        rows.append({f"{part}.{key}": value for part, values in record.items() for key, value in values.items()})
+        size += len(run.steps)
+        if size > ROWS:
+            size = len(run.steps)
+            parts.append([])
+        steps = run.steps.reindex(columns=KEPT).map(short)
+        parts[-1].append(steps.reset_index(names="iter").assign(run=name))
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("steps-*.parquet"):
+        path.unlink()
+    for number, part in enumerate(parts):
+        steps = pa.Table.from_pandas(pd.concat(part), preserve_index=False)
+        pq.write_table(steps, folder / f"steps-{number}.parquet", compression="zstd", compression_level=19)
+    columns = dict.fromkeys(column for row in rows for column in row)
+    table = pa.Table.from_pylist([{column: row.get(column) for column in columns} for row in rows])
+    pq.write_table(table, folder / "runs.parquet", compression="zstd")
 
 
 def portable(config: dict) -> dict:
@@ -298,8 +251,7 @@ def pack_run(folder: Path, target: Path):
     target.mkdir(parents=True, exist_ok=True)
     record = json.loads((folder / "record.json").read_text())
     (target / "record.json").write_text(json.dumps(record | {"config": portable(record["config"])}, indent=1) + "\n")
-    for name in ("events.jsonl", "summary.json"):
-        if (folder / name).is_file():
-            (target / name).write_bytes((folder / name).read_bytes())
+    for path in filter(Path.is_file, (folder / "events.jsonl", folder / "summary.json")):
+        shutil.copyfile(path, target / path.name)
     packed = gzip.compress((folder / "metrics.jsonl").read_bytes(), mtime=0)
     (target / "metrics.jsonl.gz").write_bytes(packed)

@@ -13,9 +13,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from analysis.evidence import arms_table, label, period_table
+from analysis.report import GRIDS, RESULTS, finding, packed
+from analysis.tables import arms_table, fitted_r, markdown, period_table
 from config import Parser, output_folder, run_cli
-from scripts.report import GRIDS, RESULTS, finding, packed
 
 SHORT = ["--warmup_steps=1250", "--max_steps=1500", "--seed=0,1"]
 # every 100 steps on attention is an arm of table2_small
@@ -29,7 +29,7 @@ def main() -> int:
     args, rest = parser.parse_known_args()
     runs_dir = args.runs_dir / "quick" if args.quick else args.runs_dir
     runs_dir.mkdir(parents=True, exist_ok=True)
-    record = runs_dir if args.quick else RESULTS
+    record = runs_dir / "recorded" if args.quick else RESULTS
     for grid in QUICK if args.quick else GRIDS:
         command = [sys.executable, str(ROOT / "scripts" / "sweep.py"), str(ROOT / "configs" / "sweeps" / f"{grid}.py")]
         more = [
@@ -43,11 +43,11 @@ def main() -> int:
         if done.returncode:
             return done.returncode
     if args.quick:
-        print(arms_table(finding("layers", record)))
-        periods = packed("table3_small", record) + [
-            r for r in packed("table2_small", record) if label(r) == "MSign (attention)"
-        ]
-        print(period_table(sorted(periods, key=lambda r: r.config["msign_period"]), packed("attention_off", record)))
+        every_100 = [run for run in packed("table2_small", record) if run.arm == "MSign (attention)"]
+        runs = sorted(packed("table3_small", record) + every_100, key=lambda run: run.config["msign_period"])
+        print(markdown(arms_table(finding("layers", record))))
+        print(markdown(period_table(runs, packed("attention_off", record))))
+        print(f"r = {fitted_r(runs):.2f} steps an application.")
         return 0
     return subprocess.run([sys.executable, str(ROOT / "scripts" / "report.py")]).returncode
 

@@ -19,7 +19,8 @@ sys.path.insert(0, str(ROOT))
 from tqdm import tqdm
 
 from analysis.figures import overview, save
-from analysis.runs import load_run, pack_run, table, verdicts
+from analysis.runs import judged, load_run, pack_run
+from analysis.tables import markdown, overview_table
 from config import Number, Parser, UserError, output_folder, read_config_file, run_cli
 from data import stdlib
 from engine.pool import Job, Pool
@@ -94,8 +95,9 @@ def main() -> int:
             pack_run(job.folder, args.record / args.experiment / job.name)
     stem = args.runs_dir / args.experiment
     figures = save(overview(runs), stem)
-    stem.with_suffix(".md").write_text(table(runs))
-    print(f"\n{table(runs)}\n" + "\n".join(str(v) for v in verdicts(runs)))
+    table = markdown(overview_table(runs))
+    stem.with_suffix(".md").write_text(table)
+    print(f"\n{table}\n" + "\n".join(run.verdict for run in judged(runs)))
     print(f"\n{time.perf_counter() - began:.0f} s; " + ", ".join(str(p) for p in [*figures, stem.with_suffix(".md")]))
     return 0
 

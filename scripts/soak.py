@@ -21,7 +21,9 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from analysis.evidence import markdown
+import pandas as pd
+
+from analysis.tables import markdown
 from config import Number, Parser, UserError, output_stem, run_cli
 from scripts.faults import Place
 
@@ -96,7 +98,7 @@ def judge(samples: Sequence[Sample]) -> tuple[str, bool]:
         flat &= ok
         rows.append([what, f"{early:.4g}", f"{late:.4g}", f"{late / early:.3f}", f"{limit:g}", "yes" if ok else "no"])
     return (
-        markdown(rows)
+        markdown(pd.DataFrame(rows[2:], columns=rows[0]))
         + f"\n{last:.0f} steps, each with all measurements, a validation and a checkpoint; {columns['seconds'][-1]:.0f} s.\n",
         flat,
     )

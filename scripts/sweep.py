@@ -3,7 +3,7 @@
     python scripts/sweep.py configs/sweeps/table2_small.py --dry_run     # the points, and what is done of them
     python scripts/sweep.py configs/sweeps/table2_small.py               # run what is missing, go on with what was cut
     python scripts/sweep.py configs/sweeps/table2_small.py --seed=0,1    # a field as in train.py; of an axis, these values alone
-    python scripts/sweep.py configs/sweeps/table2_small.py --record=results --dry_run    # pack what is done into results/table2_small.jsonl.gz
+    python scripts/sweep.py configs/sweeps/table2_small.py --record=results --dry_run    # pack what is done into results/table2_small/
     python scripts/sweep.py configs/sweeps/ladder.py --wandb             # register it with W&B, for many machines
 
 A grid file is plain assignments to the names of config.py, and to `config`, the config file that the runs start from. A
@@ -36,8 +36,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from analysis.evidence import pack, unpack
-from analysis.runs import load_run
+from analysis.runs import load_run, load_runs, record_grid
 from config import (
     FIELDS,
     Config,
@@ -347,10 +346,10 @@ def register(path: Path, todo: list[Point], overrides: list[str], dry_run: bool)
 
 def record(grid: list[Point], args):
     if args.record:
-        target = args.record / f"{args.grid.stem}.jsonl.gz"
+        target = args.record / args.grid.stem
         done = [p for p in grid if p.summary]
-        pack(((p.axes, load_run(p.folder)) for p in done), target)
-        print(f"{len(done)} of {len(grid)} points packed into {target}, which holds {len(unpack(target))}")
+        record_grid(target, (dataclasses.replace(load_run(p.folder), axes=p.axes) for p in done))
+        print(f"{len(done)} of {len(grid)} points packed into {target}, which holds {len(load_runs(target))}")
 
 
 def main() -> int:
@@ -365,7 +364,7 @@ def main() -> int:
     parser.add_argument(
         "--record",
         type=output_folder,
-        help="at the end, pack the runs that are done into this folder, as <grid>.jsonl.gz",
+        help="at the end, pack the runs that are done into this folder, as <grid>/*.parquet",
     )
     parser.add_argument("--point", help="run this point alone, in the foreground: what W&B's agents call")
     args, overrides = parser.parse_known_args()

@@ -1,13 +1,16 @@
-import gzip
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from analysis import evidence
-from analysis.runs import Run, load_run, verdicts
+from analysis import statistics, tables
+from analysis.runs import Run, frames, judged, load_run, load_runs, record_grid
+from analysis.statistics import Arm, arms
 from config import UserError
+from tests.conftest import ROOT
 from tests.test_runs import made_up
 
 
@@ -31,9 +34,9 @@ def grid(tmp_path, arms, seeds=range(5), steps=1000):
             }
             (folder / "summary.json").write_text(json.dumps(summary | {"peak_memory_gib": 0.5}))
             stamp(folder)
-            runs.append(({"arm": arm, "seed": seed}, load_run(folder)))
-    target = tmp_path / "grid.jsonl.gz"
-    evidence.pack(runs, target)
+            runs.append(replace(load_run(folder), axes={"arm": arm, "seed": seed}))
+    target = tmp_path / "grid"
+    record_grid(target, runs)
     return target, runs
 
 
@@ -43,81 +46,110 @@ ARMS = {"AdamW": (2.5, {}), "MSign": (2.2, {"msign_period": 100}), "same": (2.5,
 
 def test_a_packed_grid_is_small_and_says_the_same(tmp_path):
     target, runs = grid(tmp_path, ARMS)
-    packed = evidence.unpack(target)
-    assert target.stat().st_size < 0.5 * sum((r.folder / "metrics.jsonl").stat().st_size for _, r in runs)
-    for (axes, run), again in zip(runs, packed, strict=True):
-        assert (again.axes, again.config, again.code["git"]) == (axes, run.config, "abc")
-        assert again.series("train/loss") == pytest.approx(run.series("train/loss"), rel=1e-3)
-        assert again.series("grad_norm") == pytest.approx(run.series("grad_norm"), rel=1e-3)
-        assert again.sparse("srank/attention") == run.sparse("srank/attention")
-        assert (again.tokens_per_second, again.peak_memory_gib) == (pytest.approx(
-            json.loads((run.folder / "summary.json").read_text())["tokens_per_second"], rel=1e-3), 0.5)  # fmt: skip
-    assert [str(v.collapse) for v in verdicts(packed)] == [str(v.collapse) for v in verdicts([r for _, r in runs])]
-    evidence.pack(runs, tmp_path / "again.gz")
-    assert (tmp_path / "again.gz").read_bytes() == target.read_bytes()
+    packed = load_runs(target)
+    size = sum(path.stat().st_size for path in target.glob("steps-*.parquet"))
+    assert size < 0.5 * sum((run.folder / "metrics.jsonl").stat().st_size for run in runs)
+    for run, again in zip(runs, packed, strict=True):
+        assert (again.axes, again.config, again.code["git"]) == (run.axes, run.config, "abc")
+        assert {key: type(value) for key, value in again.config.items()} == {k: type(v) for k, v in run.config.items()}
+        for key in ("train/loss", "grad_norm", "srank/attention"):
+            pd.testing.assert_series_equal(again.series(key), run.series(key), rtol=1e-3)
+        assert again.summary == pytest.approx(run.summary, rel=1e-3) and again.summary["peak_memory_gib"] == 0.5
+    assert [str(run.collapse) for run in judged(packed)] == [str(run.collapse) for run in judged(runs)]
+    record_grid(tmp_path / "again", runs)
+    record_grid(tmp_path / "again", packed[::-1])  # in the place of those of the same names
+    for path in target.iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_long_grid_is_several_files(tmp_path, monkeypatch):
+    """Whole runs in one file, as many as fit; a later grid that is shorter leaves none of an earlier one's files."""
+    monkeypatch.setattr("analysis.runs.ROWS", 25)
+    runs = [
+        replace(load_run(made_up(tmp_path / f"r{n}-{i}", [2.0 + i] * n)), summary={})
+        for i, n in enumerate((10, 10, 40, 10))
+    ]
+    record_grid(tmp_path / "grid", runs)
+    rows = {path.name: len(pd.read_parquet(path)) for path in (tmp_path / "grid").glob("steps-*")}
+    assert rows == {"steps-0.parquet": 20, "steps-1.parquet": 40, "steps-2.parquet": 10}
+    again = load_runs(tmp_path / "grid")
+    assert [(run.name, run.final_loss(), len(run.steps)) for run in again] == [
+        (r.name, r.final_loss(), len(r.steps)) for r in runs
+    ]
+    monkeypatch.setattr("analysis.runs.ROWS", 100)
+    record_grid(tmp_path / "grid", [])
+    assert [path.name for path in (tmp_path / "grid").glob("steps-*")] == ["steps-0.parquet"]
+    assert len(load_runs(tmp_path / "grid")) == 4
+
+
+def test_recorded_grids_are_small():
+    files = list(ROOT.glob("results/*/*.parquet"))
+    assert len(files) == 22 and all(path.stat().st_size < 1e6 for path in files)
 
 
 def test_values_that_are_not_finite_stay_so(tmp_path):
     folder = made_up(tmp_path / "x", [2.0, None, 2.0])
     (folder / "summary.json").write_text('{"tokens_per_second": 1.0, "peak_memory_gib": 0.5}')
     stamp(folder)
-    evidence.pack([({}, load_run(folder))], tmp_path / "grid.gz")
-    (run,) = evidence.unpack(tmp_path / "grid.gz")
-    assert run.series("train/loss") == [2.0, None, 2.0]
-    assert json.loads(gzip.decompress((tmp_path / "grid.gz").read_bytes()))["every"]["train/loss"][1] is None
+    record_grid(tmp_path / "grid", [load_run(folder)])
+    (run,) = load_runs(tmp_path / "grid")
+    assert run.steps["train/loss"].tolist() == [2.0, math.inf, 2.0] and run.series("train/loss").to_dict() == {
+        1: 2.0,
+        3: 2.0,
+    }
 
 
 def test_intervals_are_students():
-    mean, half = evidence.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    mean, half = statistics.interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert mean == 3.0
     assert half == pytest.approx(2.776445 * math.sqrt(2.5) / math.sqrt(5), rel=1e-6)  # t(0.975, 4) from a table
-    assert math.isnan(evidence.interval([1.0])[1])
-    assert evidence.said([1.0]) == "1.00" and evidence.said([]) == "–"
+    assert math.isnan(statistics.interval([1.0])[1])
+    assert statistics.said([1.0]) == "1.00" and statistics.said([]) == "–"
 
 
 def test_holms_adjustment():
-    assert evidence.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert evidence.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert statistics.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+    assert statistics.holm({"a": 0.5, "b": math.nan}) == pytest.approx({"a": 1.0, "b": 1.0})
 
 
 def test_fishers_exact_test():
-    assert evidence.fisher(0, 5, 5, 5) == pytest.approx(2 / 252)
-    assert evidence.fisher(3, 3, 5, 5) == 1.0
+    assert statistics.fisher(0, 5, 5, 5) == pytest.approx(2 / 252)
+    assert statistics.fisher(3, 3, 5, 5) == 1.0
 
 
 def test_pairs_are_taken_by_seed():
-    differences, p = evidence.paired({0: 1.0, 1: 2.1, 2: 3.0, 9: 0.0}, {2: 2.0, 0: 0.1, 1: 1.0, 8: 5.0})
+    differences, p = statistics.paired({0: 1.0, 1: 2.1, 2: 3.0, 9: 0.0}, {2: 2.0, 0: 0.1, 1: 1.0, 8: 5.0})
     assert differences == pytest.approx([0.9, 1.1, 1.0])
     assert p == pytest.approx(0.00332, rel=1e-2)  # t = 17.3 at 2 degrees of freedom
 
 
 def test_an_arm_that_is_better_is_told_from_one_that_is_not(tmp_path):
     target, _ = grid(tmp_path, ARMS)
-    table = evidence.arms_table(evidence.arms(evidence.unpack(target)))
-    rows = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]] for row in table.splitlines()}
-    head = rows["arm"]
-    p, against, floor = head.index("p"), head.index("against AdamW"), head.index("against attention off")
-    assert rows["MSign"][p] == "< 0.001" and rows["MSign"][against].startswith("-0.30")
+    found = arms(load_runs(target))
+    rows = tables.arms_table(found).set_index("arm").T
+    against, floor = "against AdamW", "against attention off"
+    assert rows["MSign"]["p"] == "< 0.001" and rows["MSign"][against].startswith("-0.30")
     assert rows["MSign"][floor].startswith("-0.20")
-    assert float(rows["same"][p]) > 0.1 and rows["same"][against].startswith(("-0.00", "0.00"))
-    assert rows["AdamW"][p] == rows["AdamW"][against] == "–"
-    assert rows["AdamW"][head.index("n")] == "5"
+    assert float(rows["same"]["p"]) > 0.1 and rows["same"][against].startswith(("-0.00", "0.00"))
+    assert rows["AdamW"]["p"] == rows["AdamW"][against] == "–"
+    assert rows["AdamW"]["n"] == "5"
     with pytest.raises(UserError, match="Muon: no such arm"):
-        evidence.arms_table(evidence.arms(evidence.unpack(target)), "Muon")
+        tables.arms_table(found, "Muon")
 
 
 def test_r_of_eq_18_is_fitted(tmp_path):
     """The runs take 1 + 2 / P of the time that none takes."""
-    arms = {f"P{p}": (2.2, {"msign_period": p}) for p in (1, 10, 100, 1_000_000)}
-    target, _ = grid(tmp_path, arms, seeds=range(2), steps=300)
-    text = evidence.period_table(evidence.unpack(target))
-    assert "r = 2.00 steps an application" in text
-    assert "| 1 | 2 | 0 of 2 | – | " in text and "| 3.00 ± 0.00 |" in text
+    periods = {f"P{p}": (2.2, {"msign_period": p}) for p in (1, 10, 100, 1_000_000)}
+    target, _ = grid(tmp_path, periods, seeds=range(2), steps=300)
+    runs = load_runs(target)
+    assert tables.fitted_r(runs) == pytest.approx(2.0, rel=1e-3)
+    first = tables.period_table(runs).iloc[0]
+    assert first[["P", "n", "collapsed", "at lr multiple", "time"]].tolist() == ["1", "2", "0 of 2", "–", "3.00 ± 0.00"]
 
 
 def test_no_such_grid(tmp_path):
-    with pytest.raises(UserError, match="no such grid"):
-        evidence.unpack(tmp_path / "none.jsonl.gz")
+    with pytest.raises(UserError, match=r"none: no recorded runs; scripts/sweep\.py"):
+        load_runs(tmp_path / "none")
 
 
 def test_sensitivity_is_the_mean_loss_above_the_best(tmp_path):
@@ -128,10 +160,9 @@ def test_sensitivity_is_the_mean_loss_above_the_best(tmp_path):
             folder = made_up(tmp_path / f"{seed}-{rate}", [4.0, *[2.6] * 200, *[end] * 400], seed=seed, lr_scale=rate)
             (folder / "summary.json").write_text('{"tokens_per_second": 1.0, "peak_memory_gib": 0.5}')
             stamp(folder)
-            runs.append(({"arm": "AdamW"}, load_run(folder)))
-    evidence.pack(runs, tmp_path / "grid.gz")
-    row = evidence.margin_table(evidence.arms(evidence.unpack(tmp_path / "grid.gz"))).splitlines()[2]
-    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+            runs.append(replace(load_run(folder), axes={"arm": "AdamW"}))
+    record_grid(tmp_path / "grid", runs)
+    (cells,) = tables.margin_table(arms(load_runs(tmp_path / "grid"))).to_numpy().tolist()
     mean = ((0 + 0.5 + 2.0) / 3 + (0.1 + 0 + 1.9) / 3) / 2
     assert cells[:2] == ["AdamW", "3 × 2"] and cells[2].startswith(f"{mean:.3f} ±")
     assert cells[3].startswith("2.05 ±") and cells[4:] == ["1", "2"]
@@ -140,13 +171,22 @@ def test_sensitivity_is_the_mean_loss_above_the_best(tmp_path):
 def a_run(grad_norms, **more):
     lines = [{"iter": i + 1, "train/loss": 2.0, "grad_norm": g, "lr": 1.0} for i, g in enumerate(grad_norms)]
     lines[-1] |= more
-    return Run("x", {"name": "x", "seed": 0}, lines)
+    config = {
+        "name": "x",
+        "seed": 0,
+        "msign_period": 0,
+        "optimizer": "adamw",
+        "wandb_group": "e",
+        "lr_scale": 1.0,
+        "lr": 1.0,
+    }
+    return Run("x", config, *frames(lines))
 
 
 def test_fluctuation_is_that_of_the_logarithm_within_windows():
     wave = np.exp(np.where(np.arange(4000) % 2, 0.3, -0.3))
     slow = np.repeat(10.0 ** np.arange(40), 100)  # between windows, which does not count
-    assert evidence.fluctuation(a_run(list(wave * slow))) == pytest.approx(0.3 * math.sqrt(100 / 99), rel=1e-6)
+    assert statistics.fluctuation(a_run(list(wave * slow))) == pytest.approx(0.3 * math.sqrt(100 / 99), rel=1e-6)
 
 
 def test_spikes_are_counted_against_the_thousand_before():
@@ -154,8 +194,8 @@ def test_spikes_are_counted_against_the_thousand_before():
     norms[[500, 1500, 2500]] = (
         50.0  # the first is before there are a thousand; the third is judged with the second in its past
     )
-    assert evidence.spikes(a_run(list(norms))) == pytest.approx(2 / 2000 * 1000)
-    assert evidence.spikes(a_run([*norms[:2999], None])) == pytest.approx(3 / 2000 * 1000)
+    assert statistics.spikes(a_run(list(norms))) == pytest.approx(2 / 2000 * 1000)
+    assert statistics.spikes(a_run([*norms[:2999], None])) == pytest.approx(3 / 2000 * 1000)
 
 
 def test_an_application_costs_what_the_loss_rises_by():
@@ -163,20 +203,18 @@ def test_an_application_costs_what_the_loss_rises_by():
     for s in (200, 300):  # at 100 it is too early to count; at 400 nothing comes after
         losses[s : s + 10] = [2.5] * 10
     run = a_run([1.0] * 400)
-    run.config["msign_period"] = 0
-    assert math.isnan(evidence.application_cost(run))
+    assert math.isnan(statistics.application_cost(run))
     run.config["msign_period"] = 100
-    for line, value in zip(run.lines, losses, strict=True):
-        line["train/loss"] = value
-    assert evidence.application_cost(run) == pytest.approx(0.5)
+    run.steps["train/loss"] = losses
+    assert statistics.application_cost(run) == pytest.approx(0.5)
 
 
 def test_columns_of_ones_own(tmp_path):
     target, _ = grid(tmp_path, {"AdamW": (2.5, {}), "MSign": (2.2, {"msign_period": 100})}, seeds=range(2))
-    found = evidence.arms(evidence.unpack(target))
-    rows = evidence.arms_table(found, more=evidence.costs(evidence.unpack(target))).splitlines()
-    assert rows[0].endswith("| p | time | peak memory, GiB |")
-    assert rows[3].endswith("| 1.02 ± 0.00 | 0.50 ± 0.00 |")
+    runs = load_runs(target)
+    table = tables.arms_table(arms(runs), more=tables.costs(runs))
+    assert table.columns[-3:].tolist() == ["p", "time", "peak memory, GiB"]
+    assert table.iloc[1, -2:].tolist() == ["1.02 ± 0.00", "0.50 ± 0.00"]
 
 
 def test_texts_are_told_apart_and_ranks_correlated(tmp_path):
@@ -190,13 +228,14 @@ def test_texts_are_told_apart_and_ranks_correlated(tmp_path):
             (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             (folder / "summary.json").write_text('{"tokens_per_second": 1.0, "peak_memory_gib": 0.5}')
             stamp(folder)
-            runs.append(({"arm": "AdamW"}, load_run(folder)))
-    evidence.pack(runs, tmp_path / "grid.gz")
-    table = evidence.texts_table(evidence.unpack(tmp_path / "grid.gz"))
-    assert "| small | AdamW | 5 | 2.00 ± 0.00 | 2.80 ± 0.20 | 0.80 ± 0.20 | 4.0 ± 2.0 |" in table
-    table = evidence.ranks_table({"grid": evidence.unpack(tmp_path / "grid.gz")})
-    assert "| grid | small | 5 | -1.00 | < 0.001 | -1.00 | < 0.001 |" in table
-    assert "| grid | large | 5 | 1.00 | < 0.001 | 1.00 | < 0.001 |" in table
+            runs.append(replace(load_run(folder), axes={"arm": "AdamW"}))
+    record_grid(tmp_path / "grid", runs)
+    runs = load_runs(tmp_path / "grid")
+    text = "small AdamW 5 2.00 ± 0.00 2.80 ± 0.20 0.80 ± 0.20 4.0 ± 2.0"
+    assert " ".join(tables.texts_table(runs).iloc[0]) == text
+    small, large = tables.ranks_table({"grid": runs}).to_numpy().tolist()
+    assert small == ["grid", "small", "5", "-1.00", "< 0.001", "-1.00", "< 0.001"]
+    assert large == ["grid", "large", "5", "1.00", "< 0.001", "1.00", "< 0.001"]
 
 
 def test_thresholds_are_held_against_the_period_that_replaces_as_many():
@@ -212,57 +251,53 @@ def test_thresholds_are_held_against_the_period_that_replaces_as_many():
                 msign_map="sign",
                 msign_targets="attention",
             )
-            for line in run.lines:
-                line["train/loss"] = loss + seed / 10 + seed * every / 1e5
-                if line["iter"] % every == 0:
-                    line["msign/matrices"] = replaced
+            run.steps["train/loss"] = loss + seed / 10 + seed * every / 1e5
+            run.steps["msign/matrices"] = np.where(run.steps.index % every == 0, replaced, np.nan)
             runs.append(run)
-        return evidence.Arm(name, verdicts(runs))
+        return Arm(name, judged(runs))
 
     periods = [arm("P = 10", 2.0, 8, 10), arm("P = 100", 2.5, 8, 100), arm("never", 3.0, 0, 100)]
-    table = evidence.threshold_table([arm("below 4", 2.25, 1, 10), arm("below 1", 3.0, 0, 10)], periods)
-    assert "| below 4 | 3 | 100 ± 0 | 0 of 3 | 2.35 ± 0.25 | P = 100: 80 | 0 of 3 | -0.25 ± 0.00 |" in table
-    assert "| below 1 | 3 | 0 ± 0 | 0 of 3 | 3.10 ± 0.25 | never: 0 | 0 of 3 |" in table
+    table = tables.threshold_table([arm("below 4", 2.25, 1, 10), arm("below 1", 3.0, 0, 10)], periods)
+    four, one = (" | ".join(cells) for cells in table.to_numpy().tolist())
+    assert four.startswith("below 4 | 3 | 100 ± 0 | 0 of 3 | 2.35 ± 0.25 | P = 100: 80 | 0 of 3 | -0.25 ± 0.00 |")
+    assert one.startswith("below 1 | 3 | 0 ± 0 | 0 of 3 | 3.10 ± 0.25 | never: 0 | 0 of 3 |")
 
 
 def test_the_floor_may_come_from_another_grid(tmp_path):
     """A run with a spike and a final loss above the floor has collapsed, by rule 3; without a floor nobody can tell."""
     target, _ = grid(tmp_path / "a", {"AdamW": (2.5, {})}, seeds=[0])
     off, _ = grid(tmp_path / "b", {"off": (2.4, {"msign_period": 100, "msign_map": "zero"})}, seeds=[0])
-    (run,), off = evidence.unpack(target), evidence.unpack(off)
-    run.lines[500]["grad_norm"] = 50.0
-    (alone,), (held,) = evidence.arms([run]), evidence.arms([run], off=off)
+    (run,), off = load_runs(target), load_runs(off)
+    off = [replace(other, axes={}) for other in off]
+    run.steps.loc[501, "grad_norm"] = 50.0
+    (alone,), (held,) = arms([run]), arms([run], off=off)
     assert (len(alone.collapsed), len(held.collapsed)) == (0, 1)
 
 
 def test_a_late_collapse_is_smooth_first():
-    def verdict(rises_at, spike_at=None):
+    def run(rises_at, spike_at=None):
         run = a_run([1.0] * 3000)
-        for line in run.lines[rises_at:]:
-            line["train/loss"] = 3.0
+        run.steps.loc[rises_at + 1 :, "train/loss"] = 3.0
         if spike_at:
-            run.lines[spike_at]["grad_norm"] = 20.0
-        return verdicts(
-            [Run("x", {"wandb_group": "e", "msign_period": 0, "optimizer": "adamw"} | run.config, run.lines)]
-        )[0]
+            run.steps.loc[spike_at + 1, "grad_norm"] = 20.0
+        return run
 
-    assert evidence.late(verdict(2000)) and evidence.late(verdict(2000, 1500))
+    assert statistics.late(run(2000)) and statistics.late(run(2000, 1500))
+    assert not any(map(statistics.late, (run(500), run(2000, 900), run(3000))))
+    (row,) = tables.late_table([Arm("a", [run(2000)])]).to_numpy().tolist()
     assert (
-        not evidence.late(verdict(500)) and not evidence.late(verdict(2000, 900)) and not evidence.late(verdict(3000))
+        row[:4] == ["a", "0", "3000", "3.00"] and row[4].startswith("20") and row[5:] == ["1.0", "nothing moved", "yes"]
     )
-    row = evidence.late_table([evidence.Arm("a", [verdict(2000)])]).splitlines()[2]
-    assert row.startswith("| a | 0 | 3000 | 3.00 | 20") and row.endswith("| 1.0 | nothing moved | yes |")
 
 
 def test_gap_is_validation_minus_training():
-    assert evidence.gap(a_run([1.0] * 200, **{"val/loss": 2.25})) == pytest.approx(0.25)
+    assert statistics.gap(a_run([1.0] * 200, **{"val/loss": 2.25})) == pytest.approx(0.25)
 
 
 def test_a_link_is_a_rank_correlation_after_the_first_quarter():
     run = a_run([1.0] * 1000)
-    for line in run.lines[49::50]:
-        step = line["iter"]
-        line |= {"jacobian/alignment": step if step > 250 else -step, "jacobian/product": 1 / step}
-    verdict = evidence.Verdict(run, None, None)
-    assert evidence.link(verdict, "jacobian/alignment", "jacobian/product") == pytest.approx(-1.0)
-    assert math.isnan(evidence.link(verdict, "jacobian/alignment", "jacobian/product", least=16))
+    for step in range(50, 1001, 50):
+        run.steps.loc[step, "jacobian/alignment"] = step if step > 250 else -step
+        run.steps.loc[step, "jacobian/product"] = 1 / step
+    assert statistics.link(run, "jacobian/alignment", "jacobian/product") == pytest.approx(-1.0)
+    assert math.isnan(statistics.link(run, "jacobian/alignment", "jacobian/product", least=16))

@@ -1,5 +1,6 @@
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
@@ -15,14 +16,14 @@ from analysis.figures import (
     overview,
     peaks,
     save,
-    scatter,
     smooth,
     strips,
     theorems,
 )
-from analysis.runs import Verdict, load_run, verdicts
+from analysis.runs import judged, load_run
+from analysis.statistics import Arm, grouped
+from analysis.tables import capped_loss
 from config import UserError
-from stability.collapse import Collapse
 from tests.conftest import ROOT
 from tests.test_runs import logged_theory, made_up
 
@@ -93,7 +94,10 @@ def test_overview_is_drawn_and_repeatable(arms, tmp_path):
 def test_fig1_shows_stable_rank_and_alignment_against_gradient_norm(arms):
     fig = fig1(arms)
     srank, srank_msign, alignment, alignment_msign, *twins = fig.axes
-    assert [ax.get_title() for ax in fig.axes[:2]] == ["adamw", "msign"]  # not the arms that measured nothing
+    assert [ax.get_title() for ax in fig.axes[:2]] == [
+        "AdamW, seed 0",
+        "MSign (attention), seed 0",
+    ]  # not the arms that measured nothing
     assert lines(srank, "stable rank") == [[[50, 100, 200], [9, 8, 7]]]
     assert lines(alignment, "alignment") == [[[50, 100, 200], pytest.approx([0.2, 0.4, 0.6])]]
     assert srank.get_ylabel().startswith("(a) stable rank")
@@ -119,8 +123,19 @@ def test_fig1_shades_the_share_of_ill_conditioned_pairs(arms):
 
 def test_beyond_four_runs_the_first_of_each_arm_gets_a_column(arms, tmp_path):
     more = [load_run(made_up(tmp_path / f"s{i}", [2.5] * 200, probes=probes(), seed=i)) for i in (1, 2, 3)]
-    assert [ax.get_title() for ax in fig1([*arms, *more[:2]]).axes[:4]] == ["adamw", "msign", "s1", "s2"]
-    assert [ax.get_title() for ax in fig1([*arms, *more]).axes[:3]] == ["adamw", "msign", ""]
+    assert [ax.get_title() for ax in fig1([*arms, *more[:2]]).axes[:4]] == [
+        "AdamW, seed 0", "MSign (attention), seed 0", "AdamW, seed 1", "AdamW, seed 2"]  # fmt: skip
+    assert [ax.get_title() for ax in fig1([*arms, *more]).axes[:3]] == [
+        "AdamW, seed 0",
+        "MSign (attention), seed 0",
+        "",
+    ]
+    twice = load_run(made_up(tmp_path / "twice", [2.5] * 200, probes=probes()))
+    assert [ax.get_title() for ax in fig1([*arms[:2], twice]).axes[:3]] == [
+        "adamw",
+        "MSign (attention), seed 0",
+        "twice",
+    ]
 
 
 def test_fig2_gives_the_bounds_an_axis_and_says_what_lies_below_it(arms):
@@ -187,7 +202,7 @@ def test_heatmaps_show_the_logged_values_where_and_when_they_were_measured(arms)
     np.testing.assert_allclose(srank.get_coordinates()[0, :, 0], [25, 75, 150, 250])
     np.testing.assert_allclose(srank.get_coordinates()[:, 0, 1], [-0.5, 0.5, 1.5, 2.5, 3.5])
     np.testing.assert_allclose(alignment.get_coordinates()[:, 0, 1], [0, 1, 2, 3])  # between layers
-    assert [ax.get_title() for ax in fig.axes[:2]] == ["adamw", "msign"]
+    assert [ax.get_title() for ax in fig.axes[:2]] == ["AdamW, seed 0", "MSign (attention), seed 0"]
     assert [ax.get_ylabel() for ax in fig.axes[:8]] == ["layer", ""] * 4
     assert [ax.get_xlabel() for ax in fig.axes[6:8]] == ["step"] * 2
     bars = [ax.get_ylabel().split()[0] for ax in fig.axes[8:]]
@@ -260,7 +275,7 @@ def test_recorded_runs_are_drawn():
     loss, grad = fig4(runs).axes
     assert len(grad.lines) == 6
     assert loss.get_legend().get_texts()[0].get_text() == "P = 100, MSign (attention)"  # whatever the order of the runs
-    np.testing.assert_array_equal(fig3(runs).axes[0].lines[0].get_ydata(), smooth(runs[0].series("train/loss"))[::5])
+    np.testing.assert_array_equal(fig3(runs).axes[0].lines[0].get_ydata(), smooth(runs[0].steps["train/loss"])[::5])
 
 
 def test_edges_lie_halfway():
@@ -269,14 +284,13 @@ def test_edges_lie_halfway():
 
 
 def test_peaks_keep_every_spike():
-    steps, largest = peaks(np.arange(1, 26), [1.0] * 7 + [90.0] + [2.0] * 16 + [None])
-    assert steps.tolist() == [1, 11, 21]
-    assert largest.tolist() == [90.0, 2.0, 2.0]
+    norms = pd.Series([1.0] * 7 + [90.0] + [2.0] * 16 + [np.inf], index=range(1, 26))
+    assert peaks(norms).to_dict() == {1: 90.0, 11: 2.0, 21: 2.0}
 
 
 def test_smooth():
-    assert np.isnan(smooth([1.0] * 3, 4)).all()
-    assert smooth([1.0, 2.0, 3.0, None], 2)[1:3].tolist() == [1.5, 2.5]
+    assert smooth(pd.Series([1.0] * 3), 4).isna().all()
+    assert smooth(pd.Series([1.0, 2.0, 3.0, np.inf]), 2).iloc[1:3].tolist() == [1.5, 2.5]
 
 
 def test_theorems_show_both_sides_of_the_last_measurement(tmp_path):
@@ -301,47 +315,44 @@ def test_theorems_show_both_sides_of_the_last_measurement(tmp_path):
 
 
 def test_strips_tell_collapsed_runs_from_the_others(arms):
-    judged = verdicts(arms)
-    fig = strips([(v.run.arm, [v]) for v in judged])
+    found = grouped(judged(arms))
+    fig = strips(found)
     (ax,) = fig.axes
     points = [line for line in ax.lines if line.get_linestyle() == "None"]
     assert [line.get_marker() for line in points] == ["x", "o", "x", "o"]
     assert [float(line.get_xdata()[0]) for line in points[1:]] == pytest.approx([2.1, 2.6, 2.4])
-    assert [label.get_text() for label in ax.get_yticklabels()] == [v.run.arm for v in judged]
+    assert [label.get_text() for label in ax.get_yticklabels()] == [arm.name for arm in found]
     (floor,) = [line for line in ax.lines if line.get_linestyle() == "--"]
     assert floor.get_xdata()[0] == pytest.approx(2.4)
 
 
 def test_losses_are_drawn_against_a_value_of_the_configuration(tmp_path):
-    """Two rates, two seeds; a run that ends above where it began is drawn where it began."""
-    judged = [
-        Verdict(
-            load_run(made_up(tmp_path / f"{rate}-{seed}", [4.0] + [end + seed] * 200, lr_scale=rate, seed=seed)),
-            fell,
-            None,
-        )
-        for rate, end, fell in ((1.0, 2.0, None), (8.0, 5.0, Collapse(100, 300, "x")))
+    """Two rates, two seeds; a run that ends above where it began is drawn where it began; the line goes through the means."""
+    runs = [
+        load_run(made_up(tmp_path / f"{rate}-{seed}", [4.0, *start, *[end + seed] * 400], lr_scale=rate, seed=seed))
+        for rate, start, end in ((1.0, [], 2.0), (8.0, [3.0] * 300, 5.0))
         for seed in range(2)
     ]
-    (ax,) = against([("AdamW", "lr_scale", judged)], "rate").axes
-    *dots, line = ax.lines
+    by_rate = grouped(judged(runs), lambda run: run.config["lr_scale"])
+    x = {"x": lambda run: run.config["lr_scale"], "xscale": "log", "xlabel": "rate"}
+    (ax,) = against({"": {"AdamW": by_rate}}, y=capped_loss, **x).axes
+    line, *dots = ax.lines
     assert [(*dot.get_xdata(), *dot.get_ydata(), dot.get_marker()) for dot in dots] == [
         (1.0, 2.0, "o"), (1.0, 3.0, "o"), (8.0, 4.0, "x"), (8.0, 4.0, "x"),
     ]  # fmt: skip
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([1.0, 8.0], [2.5, 4.0])
-    assert ax.get_xscale() == "log" and ax.get_xlabel() == "rate"
-    (ax,) = against(
-        [("AdamW", "lr_scale", judged)], "seeds", x=lambda run: run.config["lr_scale"] + run.config["seed"]
-    ).axes
-    assert (list(ax.lines[-1].get_xdata()), list(ax.lines[-1].get_ydata())) == ([1.5, 8.5], [2.5, 4.0])
+    assert ax.get_xscale() == "log" and ax.get_xlabel() == "rate" and ax.get_legend() is None
 
 
 def test_one_value_against_another_a_column_per_panel(arms):
-    fig = scatter(
-        [("a", [("AdamW", arms[:1]), ("mine", arms[1:])]), ("b", [("AdamW", arms)])],
-        ("one", lambda run: run.config["seed"] + 1.0), ("other", lambda run: run.final_loss()),
-    )  # fmt: skip
-    left, right = fig.axes
-    assert [line.get_label() for line in left.lines] == ["AdamW", "mine"] and left.get_title() == "a"
-    assert list(left.lines[1].get_ydata()) == [run.final_loss() for run in arms[1:]]
+    panels = {
+        "a": {"AdamW": [Arm("AdamW", arms[:1])], "mine": [Arm("mine", arms[1:])]},
+        "b": {"AdamW": [Arm("AdamW", arms)]},
+    }
+    x, y = (lambda run: run.config["seed"] + 1.0), (lambda run: run.final_loss())
+    left, right = against(panels, x, y, xlabel="one", ylabel="other").axes
+    named = [line.get_label() for line in left.lines if not line.get_label().startswith("_")]
+    assert named == ["AdamW", "mine"] and left.get_title() == "a"
+    drawn = [y for line in left.lines if line.get_label().startswith("_") for y in line.get_ydata()]
+    assert drawn == [run.final_loss() for run in arms]
     assert (right.get_xlabel(), right.get_ylabel()) == ("one", "other")

@@ -3,26 +3,23 @@
 import numpy as np
 import pytest
 
-from analysis.evidence import (
+from analysis.report import BY_NUMBER, GRIDS, by_number, finding, packed, regimes
+from analysis.statistics import (
     LINKS,
     application_cost,
     arms,
     fluctuation,
     gap,
     late,
-    ledger_table,
     loss,
-    margin_table,
     p_text,
     paired,
-    period_table,
     said,
     spikes,
     srank,
-    threshold_table,
 )
-from scripts.report import BY_NUMBER, GRIDS, by_number, finding, packed, regimes
-from stability.collapse import CLEARLY, find_onsets
+from analysis.tables import fitted_r, ledger_table, margin_table, threshold_table
+from stability.collapse import CLEARLY
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -36,15 +33,15 @@ def layers():
 
 def test_every_run_was_recorded_by_committed_code_and_every_arm_has_its_seeds(layers):
     for arm in layers.values():
-        assert sorted(v.run.config["seed"] for v in arm.verdicts) == [0, 1, 2, 3, 4]
-        assert all(v.run.code["dirty"] is False and v.run.config["max_steps"] == len(v.run.lines) for v in arm.verdicts)
+        assert sorted(run.config["seed"] for run in arm.runs) == [0, 1, 2, 3, 4]
+        assert all(run.code["dirty"] is False and run.config["max_steps"] == len(run.steps) for run in arm.runs)
 
 
 def test_the_first_two_questions_take_less_than_three_hours_on_two_cores():
     """By the speeds of the recorded runs: Tables 2 and 3 in small, and their floor."""
     runs = [run for grid in ("table2_small", "attention_off", "table3_small") for run in packed(grid)]
-    tokens = [len(run.lines) * run.config["batch_size"] * run.config["block_size"] for run in runs]
-    seconds = sum(n / run.tokens_per_second for n, run in zip(tokens, runs, strict=True))
+    tokens = [len(run.steps) * run.config["batch_size"] * run.config["block_size"] for run in runs]
+    seconds = sum(n / run.summary["tokens_per_second"] for n, run in zip(tokens, runs, strict=True))
     assert seconds / 2 < 3 * 3600 and len(runs) == 70
 
 
@@ -68,14 +65,10 @@ def test_attention_must_be_restored_and_of_it_w_q_and_w_k(layers):
 
 def test_the_attention_logits_move_first_and_stay_where_w_q_and_w_k_are_restored(layers):
     def logits(*names):
-        of = [
-            dict(zip(*v.run.sparse("attention/max_logit"), strict=True))[1500]
-            for n in names
-            for v in layers[n].verdicts
-        ]
+        of = [run.series("attention/max_logit")[1500] for n in names for run in layers[n].runs]
         return round(min(of)), round(max(of))
 
-    onsets = [find_onsets(v.run.lines, v.collapse.step) for v in layers["AdamW"].verdicts]
+    onsets = [run.onsets for run in layers["AdamW"].runs]
     assert [o.first for o in onsets] == [["attention logits"]] * 5
     assert logits("AdamW") == (904, 1351)
     assert logits("MSign (W_V,W_O)") == (589, 1116)
@@ -94,7 +87,7 @@ def test_the_spectral_norm_is_what_must_be_bounded_and_not_the_stable_rank(contr
         ("attention's lr ÷ 4", "-0.239 ± 0.085", "0.007"), ("attention's lr ÷ 16", "-0.321 ± 0.085", "0.004"),
         ("MSign, moments reset", "0.029 ± 0.095", "0.32"), ("square-rooted singular values", "0.061 ± 0.058", "0.045"),
     ):  # fmt: skip
-        assert not controls[name].collapsed and len(controls[name].verdicts) == 3
+        assert not controls[name].collapsed and len(controls[name].runs) == 3
         differences, p = paired(controls[name].by_seed(loss), controls["MSign (attention)"].by_seed(loss))
         assert said(differences, 3) == words and words.lstrip("-") in REPORT
         assert p_text(p) == text_p and f"p = {text_p})" in REPORT
@@ -102,11 +95,11 @@ def test_the_spectral_norm_is_what_must_be_bounded_and_not_the_stable_rank(contr
         len(controls[name].collapsed) == 3
         for name in ("β₂ 0.95", "weight decay × 10", "decay independent of the rate", "bf16")
     )
-    assert said([v.run.lr_multiple(v.collapse.step) for v in controls["β₂ 0.95"].verdicts], 1) == "5.0 ± 0.1"
+    assert said([run.lr_multiple() for run in controls["β₂ 0.95"].runs], 1) == "5.0 ± 0.1"
     assert controls["attention in plain math"].by_seed(loss).items() <= controls["AdamW"].by_seed(loss).items()
 
     def ranks(name, step=2550):
-        of = [dict(zip(*v.run.sparse("srank/attention"), strict=True))[step] for v in controls[name].verdicts]
+        of = [run.series("srank/attention")[step] for run in controls[name].runs]
         return round(min(of), 1), round(max(of), 1)
 
     assert (ranks(scaled), ranks("AdamW"), ranks("QK-norm")) == ((1.7, 1.9), (2.3, 2.6), (4.3, 4.3))
@@ -120,7 +113,7 @@ def test_protection_is_lost_between_a_hundred_and_a_thousand_steps(controls):
         arm.name: arm
         for arm in arms(packed("table3_small"), lambda run: str(run.config["msign_period"]), packed("attention_off"))
     }
-    fell = {name: (len(arm.collapsed), len(arm.verdicts)) for name, arm in found.items()}
+    fell = {name: (len(arm.collapsed), len(arm.runs)) for name, arm in found.items()}
     assert fell == dict.fromkeys(("1", "3", "10", "30", "60", "100", "180"), (0, 3)) | {
         "300": (2, 3),
         "1000": (3, 3),
@@ -132,7 +125,7 @@ def test_protection_is_lost_between_a_hundred_and_a_thousand_steps(controls):
     ):  # fmt: skip
         assert said(paired(ten, other.by_seed(loss))[0], 3) == words and words.lstrip("-") in REPORT
     assert p_text(paired(ten, found["100"].by_seed(loss))[1]) == "0.004"
-    assert "r = 0.50 steps an application" in period_table(packed("table3_small"), packed("attention_off"))
+    assert f"{fitted_r(packed('table3_small')):.2f}" == "0.50"
 
 
 def test_how_many_matrices_are_replaced_counts_and_not_which():
@@ -143,7 +136,8 @@ def test_how_many_matrices_are_replaced_counts_and_not_which():
         differences, p = paired(below[name].by_seed(loss), fixed[other].by_seed(loss))
         assert said(differences, 3) == words and words.lstrip("-") in REPORT
         assert p_text(p) == text_p and f"p = {text_p})" in REPORT
-        assert f"| {other}: " in next(row for row in threshold_table(below.values(), fixed.values()).splitlines() if f"| {name} |" in row)  # fmt: skip
+        table = threshold_table(below.values(), fixed.values()).set_index("arm")
+        assert table["fixed P of nearly as many"][name].startswith(f"{other}: ")
     assert {name: len(arm.collapsed) for name, arm in below.items()} == {
         "below 2": 3,
         "below 4": 0,
@@ -159,23 +153,23 @@ def late_seeds():
 
 def test_one_arm_of_twenty_collapses_late_by_the_protocol():
     found = arms(packed("late_collapse"))
-    assert [arm.name for arm in found if any(map(late, arm.verdicts))] == ["no decay, lr × 1.5"]
+    assert [arm.name for arm in found if any(map(late, arm.runs))] == ["no decay, lr × 1.5"]
     assert len(found) == 20 and "Of twenty arms one counts" in REPORT
 
 
 def test_without_decay_adamw_collapses_late_while_logits_grow_and_the_stable_rank_stays(late_seeds):
     adamw, msign = late_seeds["AdamW"], late_seeds["MSign (attention)"]
     assert (len(adamw.collapsed), len(msign.collapsed)) == (3, 0)
-    assert all(v.collapse.step > 4000 for v in adamw.collapsed)
-    assert [late(v) for v in adamw.verdicts].count(True) == 1
+    assert all(run.collapse.step > 4000 for run in adamw.collapsed)
+    assert [late(run) for run in adamw.runs].count(True) == 1
     differences, p = paired(msign.by_seed(loss), adamw.by_seed(loss))
     assert said(differences, 3) == "-0.472 ± 0.095" and p < 0.001 and "0.472 ± 0.095 below AdamW (p < 0.001)" in REPORT
-    lowest = {v.run.config["seed"]: np.convolve(v.run.series("train/loss"), np.full(100, 0.01), "valid").min() for v in adamw.verdicts}  # fmt: skip
+    lowest = {run.config["seed"]: np.convolve(run.steps["train/loss"], np.full(100, 0.01), "valid").min() for run in adamw.runs}  # fmt: skip
     above, _ = paired(adamw.by_seed(loss), lowest)
     assert said(above, 3) == "0.096 ± 0.039" and "0.096 ± 0.039 above its own lowest" in REPORT
 
     def spread(arm, key, step, digits):
-        values = [dict(zip(*v.run.sparse(key), strict=True))[step] for v in arm.verdicts]
+        values = [run.series(key)[step] for run in arm.runs]
         return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
 
     for step, words in ((1000, "441 to 628"), (2000, "889 to 1100"), (4000, "1716 to 2027"), (6000, "2252 to 3394")):
@@ -183,19 +177,19 @@ def test_without_decay_adamw_collapses_late_while_logits_grow_and_the_stable_ran
     assert spread(msign, "attention/max_logit", 6000, 0) == "263 to 277" and "MSign 263 to 277" in REPORT
     assert spread(adamw, "srank/attention", 1000, 1) == "3.1 to 3.4"
     assert all(spread(adamw, "srank/attention", step, 1) in ("3.3 to 3.8", "3.2 to 3.8", "3.2 to 3.7") for step in (2000, 3000, 4000, 5000, 6000))  # fmt: skip
-    norms = {arm: np.array([v.run.series("grad_norm") for v in late_seeds[arm].verdicts], float) for arm in late_seeds}
+    norms = {arm: np.array([run.steps["grad_norm"] for run in late_seeds[arm].runs], float) for arm in late_seeds}
     grown = {arm: np.median(of[:, 5500:], 1) / np.median(of[:, 500:1000], 1) for arm, of in norms.items()}
     assert 5 < grown["AdamW"].min() < grown["AdamW"].max() < 8.5
     assert (round(grown["MSign (attention)"].min(), 1), round(grown["MSign (attention)"].max(), 1)) == (1.6, 2.0)
     assert 1e2 < norms["AdamW"].max(1).min() < norms["AdamW"].max() < 3e3
-    onsets = [find_onsets(v.run.lines, v.collapse and v.collapse.step) for v in adamw.verdicts]
+    onsets = [run.onsets for run in adamw.runs]
     assert all(o.first == ["attention logits"] for o in onsets)
     assert sum(o.lead("attention logits") < 0 for o in onsets) == 4
 
 
 def test_the_late_collapse_is_prevented_at_adamws_stable_ranks_and_spectral_norms_too(late_seeds):
     found = {arm.name: arm for arm in finding("late")}
-    assert {name: (len(arm.collapsed), len(arm.verdicts)) for name, arm in found.items()} == {"AdamW": (5, 5), "MSign (attention)": (0, 5)} | dict.fromkeys(
+    assert {name: (len(arm.collapsed), len(arm.runs)) for name, arm in found.items()} == {"AdamW": (5, 5), "MSign (attention)": (0, 5)} | dict.fromkeys(
         ("attention off", "W scaled to MSign's spectral norm", "attention's lr ÷ 16", "QK-norm"), (0, 3))  # fmt: skip
     for name, words, text_p in (
         ("QK-norm", "-0.419 ± 0.036", "< 0.001"), ("attention's lr ÷ 16", "-0.390 ± 0.022", "< 0.001"),
@@ -208,7 +202,7 @@ def test_the_late_collapse_is_prevented_at_adamws_stable_ranks_and_spectral_norm
     assert all(d <= -0.18 for name in rescued for d in paired(found[name].by_seed(loss), off)[0])
 
     def at_the_end(name, key, digits):
-        values = [v.run.sparse(key)[1][-1] for v in found[name].verdicts]
+        values = [run.series(key).iloc[-1] for run in found[name].runs]
         low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
         return low if low == high else f"{low} to {high}"
 
@@ -224,7 +218,7 @@ def test_the_late_collapse_is_prevented_at_adamws_stable_ranks_and_spectral_norm
 
 def test_the_ledger_says_what_the_report_says():
     """The words beside the table of the paper's chain: every number in them is in the table, and what moved first."""
-    rows = [[c.strip() for c in row.strip("|").split("|")] for row in ledger_table(regimes()).splitlines()[2:]]
+    rows = ledger_table(regimes()).to_numpy().tolist()
     cell = {(row[0], row[1]): dict(zip(("stable rank", "J", "alignment", "product", *LINKS), row[4:], strict=True)) for row in rows}  # fmt: skip
     adamw = [cell[regime, "AdamW"] for regime in ("ramp", "constant 2 ×", "no decay")]
     assert [of["stable rank"][:3] for of in adamw] == ["3.0", "2.5", "3.4"]
@@ -237,15 +231,15 @@ def test_the_ledger_says_what_the_report_says():
     lower = [10 ** (float(of["product"][:3]) - float(cell[regime, "MSign (attention)"]["product"][:3])) for of, regime in zip(adamw, ("ramp", "constant 2 ×", "no decay"), strict=True)]  # fmt: skip
     assert all(3 <= ratio <= 5.1 for ratio in lower)
     firsts = [
-        find_onsets(v.run.lines, v.collapse and v.collapse.step).first
-        for runs in regimes().values() for arm in arms(runs) if arm.name == "AdamW" for v in arm.verdicts
+        run.onsets.first
+        for runs in regimes().values() for arm in arms(runs) if arm.name == "AdamW" for run in arm.runs
     ]  # fmt: skip
     assert firsts.count(["attention logits"]) == 10 and firsts.count(["first-block gain"]) == 1 and len(firsts) == 11
 
 
 def test_three_rivals_prevent_the_collapse_too(controls):
     rivals = {arm.name: arm for arm in finding("rivals")}
-    fell = {name: len(arm.collapsed) for name, arm in rivals.items() if len(arm.verdicts) == 3}
+    fell = {name: len(arm.collapsed) for name, arm in rivals.items() if len(arm.runs) == 3}
     assert fell == {
         "AdamW": 3,
         "MSign (attention)": 0,
@@ -265,7 +259,7 @@ def test_three_rivals_prevent_the_collapse_too(controls):
         differences, p = paired(rivals[name].by_seed(loss), other.by_seed(loss))
         assert said(differences, 3) == words and words.lstrip("-") in REPORT and p_text(p) == text_p
     rate = {
-        name: np.mean([v.run.tokens_per_second for v in rivals[name].verdicts])
+        name: np.mean([run.summary["tokens_per_second"] for run in rivals[name].runs])
         for name in ("AdamW", "Muon", "spectral sphere")
     }
     assert 1.8 < rate["AdamW"] / rate["Muon"] < 2.2 and 7 < rate["AdamW"] / rate["spectral sphere"] < 8
@@ -276,10 +270,10 @@ def test_larger_rates_are_survivable_with_msign_and_not_better():
     attention = "attention's lr ÷ 16"
 
     def at(name, rate):
-        return {v.run.config["seed"]: loss(v.run) for v in found[name].verdicts if v.run.config["lr_scale"] == rate}
+        return {run.config["seed"]: loss(run) for run in found[name].runs if run.config["lr_scale"] == rate}
 
     def best(name):
-        rates = {v.run.config["lr_scale"] for v in found[name].verdicts}
+        rates = {run.config["lr_scale"] for run in found[name].runs}
         return {seed: min(at(name, rate)[seed] for rate in rates) for seed in (0, 1, 2)}
 
     for a, b, words, text_p in (
@@ -293,10 +287,7 @@ def test_larger_rates_are_survivable_with_msign_and_not_better():
         assert said(differences, 3) == words and words.lstrip("-") in REPORT
         assert p_text(p) == text_p and f"p = {text_p}" in REPORT
     assert said(list(at("MSign (attention)", 16).values())) == "2.94 ± 0.09"
-    rows = {
-        row.split(" | ")[0].lstrip("| "): row.rstrip(" |").split(" | ")
-        for row in margin_table(found.values()).splitlines()
-    }
+    rows = {row[0]: row for row in margin_table(found.values()).to_numpy().tolist()}
     assert {name: row[4:] for name, row in rows.items() if name in found} == {
         "AdamW": ["0.5", "2"], "MSign (attention)": ["0.5", "16"], "QK-norm": ["2", "16"], attention: ["2", "16"],
     }  # fmt: skip
@@ -318,9 +309,9 @@ def test_a_higher_stable_rank_generalises_no_better():
             rank for arm in found.values() for rank in arm.by_seed(srank).values() if arm.name != "MSign (attention)"
         ]
         assert all(rank > 2.8 * max(others) for rank in found["MSign (attention)"].by_seed(srank).values())
-    series = [run.sparse("val/loss") for run in runs if run.config["dataset"] == "stdlib-small"]
-    assert all(steps[0] == 500 and min(values) == values[0] for steps, values in series)
-    assert (min(v[0] for _, v in series), max(v[0] for _, v in series)) == pytest.approx((2.68, 2.73), abs=0.005)
+    series = [run.series("val/loss") for run in runs if run.config["dataset"] == "stdlib-small"]
+    assert all(values.index[0] == values.idxmin() == 500 for values in series)
+    assert (min(v[500] for v in series), max(v[500] for v in series)) == pytest.approx((2.68, 2.73), abs=0.005)
 
 
 def test_the_readme_says_what_the_grids_say(layers, controls):

@@ -1,20 +1,11 @@
-import gzip
 import json
 
 import numpy as np
 import pytest
 
-from analysis.runs import (
-    DEFAULTS,
-    THEOREMS,
-    geometric_mean,
-    load_run,
-    onsets_table,
-    pack_run,
-    table,
-    theory_table,
-    verdicts,
-)
+from analysis.runs import DEFAULTS, frames, judged, load_run, load_runs, pack_run
+from analysis.statistics import geometric_mean
+from analysis.tables import THEOREMS, onsets_table, overview_table, theory_table
 from config import UserError
 from stability import theory
 from tests.conftest import ROOT
@@ -64,7 +55,7 @@ def arms(tmp_path):
 
 
 def test_verdicts(arms):
-    said = [str(v) for v in verdicts(arms)]
+    said = [run.verdict for run in judged(arms)]
     assert said[0].startswith("AdamW: collapsed at step 525 (5.2x): mean loss rose from 2.50")
     assert said[1] == "MSign (attention): no collapse, final loss 2.10, 0.30 below attention-off: attention lives"
     assert said[2].startswith("MSign (mlp): collapsed at step 700 (7.0x): 2 gradient norms beyond 10x")
@@ -73,45 +64,45 @@ def test_verdicts(arms):
 
 def test_surviving_without_attention_is_no_rescue(arms, tmp_path):
     harmless = load_run(made_up(tmp_path / "harmless", [2.35] * 1000, msign_period=100))
-    (verdict,) = verdicts([harmless, arms[3]])[:1]
-    assert verdict.collapse is None
-    assert not verdict.rescued
-    assert "attention is of no use" in str(verdict)
-    (alone,) = verdicts([harmless])
+    run, _ = judged([harmless, arms[3]])
+    assert run.collapse is None
+    assert not run.rescued
+    assert "attention is of no use" in run.verdict
+    (alone,) = judged([harmless])
     assert not alone.rescued
 
 
 def test_the_floor_is_the_same_experiments_and_seeds(arms, tmp_path):
     other = load_run(made_up(tmp_path / "other", [2.6] * 1000, spikes=(700,), seed=1))
-    assert verdicts([*arms, other])[-1].collapse is None
+    assert judged([*arms, other])[-1].collapse is None
 
 
 def test_table(arms, tmp_path):
     second = load_run(made_up(tmp_path / "adamw1", [2.5] * 600 + [2.7] * 400, seed=1))
-    rows = table([*arms, second]).splitlines()
-    assert len(rows) == 2 + 4
-    assert rows[2].startswith("| AdamW | 2 | 2 of 2 | 588 [525, 650] | 5.9 [5.2, 6.5] | 2.80 [2.70, 2.90] |")
-    assert rows[3].startswith("| MSign (attention) | 1 | 0 of 1 | – | – | 2.10 | 0.30 | 1.0 |")
+    rows = overview_table([*arms, second]).to_numpy().tolist()
+    assert len(rows) == 4
+    assert rows[0][:6] == ["AdamW", "2", "2 of 2", "588 [525, 650]", "5.9 [5.2, 6.5]", "2.80 [2.70, 2.90]"]
+    assert rows[1] == ["MSign (attention)", "1", "0 of 1", "–", "–", "2.10", "0.30", "1.0"]
 
 
 def test_values_that_are_not_finite_are_shown_as_such(tmp_path):
     run = load_run(made_up(tmp_path / "bad", [2.5] * 300 + [None], grad=2.0))
-    (verdict,) = verdicts([run])
-    assert str(verdict) == "AdamW: collapsed at step 301 (3.0x): the loss is not finite"
-    assert "inf" in table([run])
+    (run,) = judged([run])
+    assert run.verdict == "AdamW: collapsed at step 301 (3.0x): the loss is not finite"
+    assert overview_table([run])["final loss"].tolist() == ["inf"]
 
 
 def test_packed_runs_read_the_same(arms, tmp_path):
     pack_run(arms[0].folder, tmp_path / "packed")
     again = load_run(tmp_path / "packed")
-    assert (again.lines, again.config) == (arms[0].lines, arms[0].config)
+    assert again.steps.equals(arms[0].steps) and again.config == arms[0].config
 
 
 def test_what_is_recorded_does_not_say_where(tmp_path):
     pack_run(made_up(tmp_path / "run", [1.0] * 5, runs_dir=str(tmp_path)), tmp_path / "packed")
     assert str(tmp_path) not in (tmp_path / "packed" / "record.json").read_text()
-    packed = [gzip.decompress(path.read_bytes()).decode() for path in ROOT.glob("results/*.gz")]
-    assert len(packed) > 8 and all('"runs_dir": "/' not in text for text in packed)
+    grids = sorted({path.parent for path in ROOT.glob("results/*/runs.parquet")})
+    assert len(grids) == 11 and {run.config["runs_dir"] for grid in grids for run in load_runs(grid)} == {"runs"}
     records = [path.read_text() for path in ROOT.glob("results/*/*/record.json")]
     assert len(records) == 24 and all('"runs_dir": "/' not in text for text in records)
 
@@ -148,19 +139,20 @@ def offline(folder, monkeypatch, parts):
     def read_wandb(path):
         return {"name": path.stem, "seed": 3}, parts[path.relative_to(folder).with_suffix("").as_posix()]
 
-    monkeypatch.setattr("engine.runlog.read_wandb", read_wandb)
+    monkeypatch.setattr("analysis.runs.read_wandb", read_wandb)
 
 
 def test_an_offline_wandb_run_is_a_run(tmp_path, monkeypatch):
     offline(tmp_path / "w", monkeypatch, {"a/x": lines(1, 2)})
     for path in (tmp_path / "w", tmp_path / "w/a", tmp_path / "w/a/x.wandb"):
         run = load_run(path)
-        assert (run.lines, run.config, run.name) == (lines(1, 2), DEFAULTS | {"name": "x", "seed": 3}, "x")
+        assert run.steps.equals(frames(lines(1, 2))[0])
+        assert (run.config, run.name) == (DEFAULTS | {"name": "x", "seed": 3}, "x")
 
 
 def test_the_parts_of_a_resumed_wandb_run_are_one_run(tmp_path, monkeypatch):
     offline(tmp_path, monkeypatch, {"a/x": lines(1, 2, 3), "b/x": lines(3, 4, loss=7.0)})
-    assert load_run(tmp_path).lines == lines(1, 2) + lines(3, 4, loss=7.0)
+    assert load_run(tmp_path).steps["train/loss"].to_dict() == {1: 2.0, 2: 2.0, 3: 7.0, 4: 7.0}
     with pytest.raises(UserError, match="a part of a run cannot be judged"):
         load_run(tmp_path / "b")
 
@@ -194,17 +186,21 @@ def test_geometric_mean_leaves_out_what_has_no_logarithm():
 def test_onsets_table(tmp_path):
     steps = range(100, 1001, 100)
     moving = {s: {"srank/attention": 8.0 if s < 500 else 3.0, "log_z": 5.0 + (s >= 400)} for s in steps}
-    fallen = load_run(made_up(tmp_path / "fallen", [2.5] * 900 + [3.5] * 300, probes=moving))
-    still = load_run(made_up(tmp_path / "still", [2.5] * 1000, probes={s: {"log_z": 5.0} for s in steps}))
-    for i, line in enumerate(fallen.lines):
+    folder = made_up(tmp_path / "fallen", [2.5] * 900 + [3.5] * 300, probes=moving)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for i, line in enumerate(lines):
         line["grad_norm"] = 1.0 if i < 600 else 5.0
         if i + 1 not in moving:
             line.pop("srank/attention", None)
-    head, _, *rows = onsets_table([fallen, still]).splitlines()
-    assert head.startswith("| run | collapse | stable rank | Jacobian alignment |")
-    assert rows == [
-        "| fallen | 910 | 500 (+150) | not logged | not logged | **400 (+250)** | not logged | not logged | 650 |",
-        "| still | – | – | not logged | not logged | – | not logged | not logged | – |",
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    fallen = load_run(folder)
+    still = load_run(made_up(tmp_path / "still", [2.5] * 1000, probes={s: {"log_z": 5.0} for s in steps}))
+    table = onsets_table([fallen, still])
+    assert table.columns[:4].tolist() == ["run", "collapse", "stable rank", "Jacobian alignment"]
+    no = "not logged"
+    assert table.to_numpy().tolist() == [
+        ["fallen", "910", "500 (+150)", no, no, "**400 (+250)**", no, no, "650"],
+        ["still", "–", "–", no, no, "–", no, no, "–"],
     ]
 
 
@@ -218,15 +214,15 @@ def test_theory_table(tmp_path):
     first |= {"jacobian/product": 1e4, "jacobian/bound_4_2": 1e-10}
     last |= {"jacobian/product": 1e4, "jacobian/bound_4_2": 1e6}
     run = load_run(made_up(tmp_path / "r", [2.0] * 120, probes={50: first, 100: last}))
-    rows = {row.split(" | ")[0].strip("| "): row for row in theory_table(run).splitlines()[2:]}
+    rows = {row[0]: row[2:] for row in theory_table(run).to_numpy().tolist()}
     assert rows.keys() == THEOREMS.keys()
-    assert "| 50% | 6.0 [-2.0, 14.0] | at 2 measurements" in rows["4.2"]
+    assert rows["4.2"] == ["50%", "6.0 [-2.0, 14.0]", "at 2 measurements of the Jacobians"]
     held, loose = first["theory/4.5/holds"], first["theory/4.5/looseness"]
-    assert f"| {(held + 0.5) / 2:.0%} | {(loose + 9) / 2:.1f} [{loose:.1f}, 9.0] |" in rows["4.5"]
+    assert rows["4.5"][:2] == [f"{(held + 0.5) / 2:.0%}", f"{(loose + 9) / 2:.1f} [{loose:.1f}, 9.0]"]
     gap = first["theory/4.9/log10_measured"] - first["theory/4.9/log10_bound"]
-    assert f"| {gap + 0.5:.1f} [{gap:.1f}, {gap + 1:.1f}] |" in rows["4.9"]
-    assert f"falls in {first['theory/4.12/falls']:.0%} of matrices" in rows["4.12"]
+    assert rows["4.9"][1] == f"{gap + 0.5:.1f} [{gap:.1f}, {gap + 1:.1f}]"
+    assert f"falls in {first['theory/4.12/falls']:.0%} of matrices" in rows["4.12"][2]
     bare = theory_table(load_run(made_up(tmp_path / "bare", [2.0] * 120, probes={50: logged_theory()})))
-    assert "| 4.2 |" not in bare
+    assert "4.2" not in bare["theorem"].tolist()
     with pytest.raises(UserError, match="theory_every"):
         theory_table(load_run(made_up(tmp_path / "none", [2.0] * 120)))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis import evidence
+from analysis.runs import load_runs
 from config import UserError
 from scripts import sweep
 from tests.conftest import ROOT, command, refused, run
@@ -208,8 +208,8 @@ def test_what_is_done_is_packed(grid, tmp_path):
     assert done.returncode == 0 and "1 of 1 points packed" in done.stdout, done.stdout
     done = run("scripts/sweep.py", grid, "--dry_run", f"--record={tmp_path}")
     assert done.returncode == 0 and "1 of 6 points packed" in done.stdout, done.stdout
-    (packed,) = evidence.unpack(tmp_path / "grid.jsonl.gz")
-    assert packed.axes == {"msign_period": 0, "seed": 0} and len(packed.lines) == 10
+    (packed,) = load_runs(tmp_path / "grid")
+    assert packed.axes == {"msign_period": 0, "seed": 0} and len(packed.steps) == 10
 
 
 def test_what_was_recorded_elsewhere_stays(grid, tmp_path):
@@ -218,5 +218,5 @@ def test_what_was_recorded_elsewhere_stays(grid, tmp_path):
         more = ["--msign_period=0", f"--runs_dir={tmp_path}/{number}", f"--record={tmp_path}"]
         done = run("scripts/sweep.py", grid, *only, *more)
         assert done.returncode == 0, done.stderr
-    found = evidence.unpack(tmp_path / "grid.jsonl.gz")
-    assert [(run.axes["seed"], len(run.lines)) for run in found] == [(0, 12), (1, 10)]
+    found = load_runs(tmp_path / "grid")
+    assert [(run.axes["seed"], len(run.steps)) for run in found] == [(0, 12), (1, 10)]

@@ -1,0 +1,170 @@
+"""Runs by arm, what is measured of one run, and how arms are compared.
+
+Every interval is Student's at 95 %. Every test is two-sided, and paired by seed: two runs of one seed begin with the same weights and
+read the same batches.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from analysis.runs import Run, judged
+from stability.collapse import SPIKE, WINDOW
+
+# the paper's chain: a name for a link, its cause and its effect as logged
+LINKS = {
+    "stable rank, ‖J‖₂": ("srank/attention", "jacobian/sigma1"),
+    "alignment, product": ("jacobian/alignment", "jacobian/product"),
+    "product, gradient norm": ("jacobian/product", "grad_norm"),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs that differ in their seed alone."""
+
+    name: str
+    runs: list[Run]
+
+    def by_seed(self, value: Callable[[Run], float]) -> dict[int, float]:
+        return {run.config["seed"]: value(run) for run in self.runs}
+
+    @property
+    def collapsed(self) -> list[Run]:
+        return [run for run in self.runs if run.collapse]
+
+
+def grouped(runs: Sequence[Run], name: Callable[[Run], str] = lambda run: run.arm) -> list[Arm]:
+    """The runs by arm, in the order of the first of each."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(name(run), []).append(run)
+    return [Arm(*item) for item in found.items()]
+
+
+def arms(runs: Sequence[Run], name: Callable[[Run], str] = lambda run: run.arm, off: Sequence[Run] = ()) -> list[Arm]:
+    """The runs by arm; their floors are the attention-off runs of the same seed and learning rate, in `runs` or else in `off`."""
+    return grouped(judged(runs, off, same="lr_scale"), name)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half of its 95 % interval (Student's t); NaN of fewer than two."""
+    n = len(values)
+    return float(np.mean(values)), float(stats.sem(values) * stats.t.ppf(0.975, n - 1)) if n > 1 else math.nan
+
+
+def said(values: Sequence[float], digits: int = 2) -> str:
+    """mean ± half of the interval, of the values that are not NaN; a dash where there is none."""
+    values = [value for value in values if not math.isnan(value)]
+    if not values:
+        return "–"
+    mean, half = interval(values)
+    return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+
+
+def p_text(p: float) -> str:
+    return "–" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def paired(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[list[float], float]:
+    """Differences a − b over the seeds that both have, and the p-value of a paired t-test that their mean is 0; NaN where all are equal."""
+    differences = (pd.Series(a, dtype=float) - pd.Series(b, dtype=float)).dropna().tolist()
+    if len(differences) < 2 or np.ptp(differences) == 0:
+        return differences, math.nan
+    return differences, float(stats.ttest_1samp(differences, 0.0).pvalue)
+
+
+def holm(ps: Mapping[str, float]) -> dict[str, float]:
+    """p-values adjusted for being n (Holm): the smallest times n, the next times n − 1, …, and none below the one before."""
+    ordered = pd.Series(ps, dtype=float).fillna(1.0).sort_values()
+    return (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1.0).to_dict()
+
+
+def fisher(k: int, n: int, of: int, m: int) -> float:
+    """p-value of k of n against `of` of m (Fisher's exact test)."""
+    return float(stats.fisher_exact([[k, n - k], [of, m - of]]).pvalue)
+
+
+def geometric_mean(values: np.ndarray) -> float:
+    """exp(mean log) of the positive values, NaN when there are none."""
+    positive = values[values > 0]
+    return float(stats.gmean(positive)) if len(positive) else math.nan
+
+
+def loss(run: Run) -> float:
+    return run.final_loss()
+
+
+def final_val(run: Run) -> float:
+    return run.series("val/loss").iloc[-1]
+
+
+def gap(run: Run) -> float:
+    """Validation loss at the end minus final training loss."""
+    return final_val(run) - loss(run)
+
+
+def srank(run: Run) -> float:
+    """Stable rank of attention's matrices at the end, geometric mean."""
+    return run.series("srank/attention").iloc[-1]
+
+
+def applications(run: Run) -> float:
+    """Matrices that were replaced, in a thousand steps."""
+    return 1000 * run.series("msign/matrices").sum() / len(run.steps)
+
+
+def fluctuation(run: Run, window: int = 100) -> float:
+    """Standard deviation of the logarithm of the gradient norm within windows, median over the windows after the first quarter."""
+    logs = np.log(run.steps["grad_norm"].clip(lower=1e-30).to_numpy())[len(run.steps) // 4 :]
+    parts = logs[: len(logs) // window * window].reshape(-1, window)
+    return float(np.median(parts.std(1, ddof=1)))
+
+
+def spikes(run: Run, window: int = 1000, sigmas: float = 7.0) -> float:
+    """Gradient norms in a thousand that are 7 σ above the mean of the thousand before them (OLMo 2's spike score, arXiv 2501.00656)."""
+    norms = run.steps["grad_norm"].to_numpy()
+    before = np.lib.stride_tricks.sliding_window_view(norms[:-1], window)
+    with np.errstate(invalid="ignore"):
+        limit = before.mean(1) + sigmas * before.std(1)
+    return float(1000 * np.mean(~(norms[window:] < limit)))
+
+
+def application_cost(run: Run, after: int = 10, before: int = 20) -> float:
+    """Mean training loss of the 10 steps after an application above that of the 20 steps before it, over all after the first third."""
+    losses, period = run.steps["train/loss"].to_numpy(), run.config["msign_period"]
+    if not period:
+        return math.nan
+    steps = np.arange(period, len(losses) - after + 1, period)
+    steps = steps[(steps > len(losses) // 3) & (steps >= before)]
+    return float(np.mean([losses[s : s + after].mean() - losses[s - before : s].mean() for s in steps]))
+
+
+def early_peak(run: Run) -> float:
+    """Largest gradient norm of the first third of a run, over the median of the whole."""
+    norms = run.steps["grad_norm"]
+    return norms[WINDOW : len(norms) // 3].max() / norms.median()
+
+
+def late(run: Run) -> bool:
+    """Whether a run failed as the paper's do: smooth in the first third (no gradient norm of ten times its median), collapsed after it."""
+    return bool(run.collapse and run.end > len(run.steps) // 3 and early_peak(run) < SPIKE)
+
+
+def before_the_end(run: Run, key: str) -> pd.Series:
+    """Values of `key` by step, from the first quarter of the time on, up to the collapse or the run's end: what `find_onsets` looks at."""
+    values = run.series(key)
+    return values[(values.index > run.end / 4) & (values.index <= run.end)]
+
+
+def link(run: Run, cause: str, effect: str, least: int = 8) -> float:
+    """Rank correlation (Spearman) of two logged values over the steps of `before_the_end` at which both were measured; NaN with fewer
+    than `least`. The gradient norm counts by the median of its last 100 steps."""
+    both = pd.concat([before_the_end(run, key) for key in (cause, effect)], axis=1, join="inner", keys=(cause, effect))
+    if effect == "grad_norm":
+        both[effect] = run.steps[effect].replace(math.inf, math.nan).rolling(WINDOW, min_periods=1).median()
+    return float(stats.spearmanr(both[cause], both[effect]).statistic) if len(both) >= least else math.nan
