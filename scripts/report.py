@@ -35,7 +35,7 @@ from analysis.evidence import (
 from analysis.figures import against, fig3, heatmaps, overview, save, scatter, strips
 from analysis.runs import load_run, onsets_table, table, theory_table, verdicts
 from config import Parser, UserError, run_cli
-from scripts.plan import paper_table
+from engine.plan import paper_table
 
 RESULTS = ROOT / "results"
 # what is recorded, in the order in which scripts/evidence.py runs it
