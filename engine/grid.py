@@ -223,7 +223,7 @@ def points(path: Path, values: dict) -> list[Point]:
 def point_fields(values: dict, on_axes: dict, group: str) -> tuple[dict, dict, dict]:
     """One combination, without the fields that change nothing there.
 
-    Returns its values on the axes; `config` and what goes on train.py's command line; all fields of its Config but name.
+    Returns its values on the axes; `config` and what train.py's command line sets; all fields of its Config but name.
     """
     given = values | on_axes
     arm = given.pop("arm", None)
