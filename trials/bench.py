@@ -1,6 +1,6 @@
 """How fast all of it is on this machine: every figure is a ratio of two things that took turns in one process.
 
-Rounds alternate between the contenders, and a ratio is taken round by round, so that a machine that slows down slows both.
+Rounds alternate between the contenders, and a ratio is taken round by round: a machine that slows down slows both.
 Times are medians, ratios median [min, max]. "Plain" is the same model written down without any of our levers, with
 PyTorch's defaults: three products for q, k and v, PyTorch's attention, all logits at once, AdamW as it comes.
 """
