@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from analysis import figures, tables
 from analysis.runs import Run, judged, load_runs
 from analysis.statistics import Arm, applications, arms, gap, grouped, srank
-from config import UserError
+from config import ROOT, UserError
+from engine.plan import paper_table
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 # what is recorded, in the order in which scripts/evidence.py runs it
 GRIDS = ("table2_small", "attention_off", "table3_small", "controls", "margin", "rivals", "late_collapse", "late_seeds",
@@ -99,6 +99,7 @@ BLOCKS: dict[str, Callable[[str], str | pd.DataFrame]] = {
     "thresholds": lambda name: tables.threshold_table(*(by_number(*grid) for grid in reversed(BY_NUMBER.values()))),
     "ranks": lambda name: tables.ranks_table({grid: packed(grid) for grid in GRIDS if grid != "attention_off"}),
     "ledger": lambda name: tables.ledger_table(regimes()),
+    "cost": lambda name: paper_table() + "\n",
     "file": file,
     "targets": lambda name: file(name).split("\n\n")[0] + "\n",  # of a file only the first table
 }

@@ -1,7 +1,7 @@
-"""What a run takes, counted before it starts: parameters, FLOPs, bytes and seconds, of training and of MSign."""
+"""What a run takes, counted before it starts: bytes of memory and FLOPs, of training and of MSign."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from math import ceil
 
 import torch
@@ -10,28 +10,7 @@ from config import Config
 from model import GPT
 from msign import polar_steps, rank_cutoff, select
 
-EIGH_SHARE = 0.02  # of the fp64 peak at which eigenvectors are found: assumed
-POLAR_SHARE = 0.5  # of the fp32 peak at which "polar" multiplies: assumed
 ROOM = 0.9  # of a GPU's memory that may be planned with; the rest is the allocator's
-
-
-@dataclass(frozen=True)
-class GPU:
-    """Peak FLOP/s without sparsity, bytes, and bytes/s one way inside a node and out of it, as the data sheets say."""
-
-    bf16: float
-    fp32: float
-    fp64: float
-    memory: float
-    inside: float
-    outside: float = 50e9  # 400 Gb/s a GPU
-
-
-GPUS = {
-    "H100": GPU(989e12, 67e12, 67e12, 80e9, 450e9),
-    "A100": GPU(312e12, 19.5e12, 19.5e12, 80e9, 300e9, 25e9),
-    "RTX4090": GPU(165e12, 83e12, 1.3e12, 24e9, 32e9),
-}
 
 
 def on_meta(cfg: Config) -> GPT:
@@ -53,7 +32,10 @@ def parameters(cfg: Config) -> float:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one of `ranks` GPUs at the largest moment of a step. Weights, gradients and AdamW's two moments are fp32."""
+    """Bytes on one of `ranks` GPUs at the largest moment of a step.
+
+    Weights, gradients and AdamW's two moments are fp32.
+    """
 
     weights: int
     gradients: int
@@ -105,15 +87,16 @@ def polar_flops(m: int, n: int) -> float:
 
 
 def msign_flops(shapes: Iterable[tuple[int, ...]], flops=eigh_flops) -> float:
-    """Of one application to all of them, over all ranks."""
-    return sum(torch.Size(s[:-2]).numel() * flops(max(s[-2:]), min(s[-2:])) for s in shapes)
+    """FLOPs of one application to matrices of these shapes, over all ranks; `flops(m, n)` counts one matrix."""
+    return sum(torch.Size(shape[:-2]).numel() * flops(max(shape[-2:]), min(shape[-2:])) for shape in shapes)
 
 
 def msign_bytes(shapes: Iterable[tuple[int, ...]], ranks: int, sharded: bool) -> list[int]:
-    """fp32 bytes that every rank sends in one application, as `msign.apply_` exchanges them (`msign.counts` has the same).
+    """Bytes that every rank sends in one application, in fp32, as `msign.apply_` exchanges them.
 
-    Replicated matrices: the results of a rank's own go to all others. Sharded ones: their rows go to their owners, and the
-    new rows back; experts stay where they are.
+    Replicated matrices: each rank sends the signs that it computed to all others. Sharded matrices: each rank sends its
+    rows to the matrix's owner, which sends the new rows back; experts stay where they are. `msign.counts` counts the
+    same during a run.
     """
     sent, first = [0] * ranks, 0
     stacks = {}
@@ -124,79 +107,12 @@ def msign_bytes(shapes: Iterable[tuple[int, ...]], ranks: int, sharded: bool) ->
         if ranks == 1 or (sharded and len(shape) > 2):
             continue
         owned = [len(range((rank - first) % ranks, count, ranks)) for rank in range(ranks)]
-        each = ceil(m / ranks)
+        rows_a_rank = ceil(m / ranks)
         for rank in range(ranks):
-            rows = max(0, min(each, m - rank * each))
+            rows = max(0, min(rows_a_rank, m - rank * rows_a_rank))
             if sharded:
                 sent[rank] += 4 * n * (rows * (count - owned[rank]) + (m - rows) * owned[rank])
             else:
                 sent[rank] += 4 * n * m * max(owned) * (ranks - 1)
         first += count
     return sent
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Seconds and shares of one layout. mfu: share of the peak at which a training step runs."""
-
-    cfg: Config
-    ranks: int
-    sharded: bool
-    gpu: GPU
-    mfu: float
-    targets: str
-    per_node: int = 8
-
-    @property
-    def step_seconds(self) -> float:
-        peak = self.gpu.bf16 if self.cfg.dtype == "bfloat16" else self.gpu.fp32
-        useful = on_meta(self.cfg).flops_per_token() * self.cfg.tokens_per_step
-        return useful / (self.ranks * peak * self.mfu)
-
-    @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        return matrices(self.cfg, self.targets)
-
-    def application_seconds(self, backend: str) -> tuple[float, float]:
-        """Computing the signs, split over the ranks, and exchanging them."""
-        flops, peak = {"polar": (polar_flops, self.gpu.fp32 * POLAR_SHARE),
-                       "eigh": (eigh_flops, self.gpu.fp64 * EIGH_SHARE)}[backend]  # fmt: skip
-        rate = self.gpu.inside if self.ranks <= self.per_node else self.gpu.outside
-        exchange = max(msign_bytes(self.shapes, self.ranks, self.sharded)) / rate
-        return msign_flops(self.shapes, flops) / (self.ranks * peak), exchange
-
-    def share(self, backend: str, period: int) -> float:
-        """Of the training time that goes to MSign."""
-        return sum(self.application_seconds(backend)) / self.step_seconds / period
-
-    def eq_16(self, period: int) -> float:
-        """The paper's: SVD's FLOPs against the steps between two applications, as if both ran at the same rate."""
-        useful = on_meta(self.cfg).flops_per_token() * self.cfg.tokens_per_step
-        return msign_flops(self.shapes, svd_flops) / (period * useful)
-
-
-def layouts(cfg: Config, gpus: int) -> Iterable[tuple[str, Config, int, bool]]:
-    """What could be done with `gpus` or more GPUs, the least change first: (in words, config, ranks, sharded)."""
-
-    def divides(micro: int, ranks: int) -> bool:
-        return cfg.batch_size % (micro * ranks) == 0
-
-    ranks = gpus
-    while ranks <= max(cfg.batch_size, gpus):
-        more = f"--gpus {ranks}" if ranks != gpus else ""
-        micro = cfg.micro_batch
-        while micro >= 1:
-            smaller = f"--micro_batch={micro}" if micro != cfg.micro_batch else ""
-            for recompute in (False, True) if not cfg.recompute else (True,):
-                again = "--recompute" if recompute != cfg.recompute else ""
-                for sharded in (False, True) if ranks > 1 else (False,):
-                    if divides(micro, ranks):
-                        shards = "--parallel=fsdp" if sharded else "--parallel=ddp" if ranks > 1 else ""
-                        words = " ".join(filter(None, (more, shards, again, smaller)))
-                        yield words, replace(cfg, micro_batch=micro, recompute=recompute), ranks, sharded
-            micro //= 2
-        ranks *= 2
-
-
-def fits(cfg: Config, ranks: int, sharded: bool, gpu: GPU) -> bool:
-    return Memory.of(cfg, ranks, sharded).total <= ROOM * gpu.memory

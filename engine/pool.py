@@ -32,7 +32,7 @@ class Job:
 
     def start(self, environment: dict[str, str]):
         """Raises UserError if this run is being trained already, for instance by what a `kill -9` left behind."""
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}  # what it said last stands last in the log
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}  # the log ends with its last words
         with open(self.log, "a") as lock, open(self.log, "a") as out:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # train.py inherits it and keeps it to its end
@@ -44,15 +44,15 @@ class Job:
             )
 
     def follow(self) -> dict[str, float | None]:
-        """`line`, brought up to date by what was appended since the last look."""
+        """Return `line`, brought up to date by what was appended since the last look."""
         try:
-            with open(self.folder / "metrics.jsonl", "rb") as f:
-                size = os.fstat(f.fileno()).st_size
+            with open(self.folder / "metrics.jsonl", "rb") as stream:
+                size = os.fstat(stream.fileno()).st_size
                 if self._at is None or size < self._at:  # the first look, or the file was cut back to a checkpoint
                     self._at, self.line = max(0, size - TAIL), {}
                     self._seen.clear()
-                f.seek(self._at)
-                whole = f.read().rpartition(b"\n")[0]
+                stream.seek(self._at)
+                whole = stream.read().rpartition(b"\n")[0]
         except OSError:
             return self.line
         if whole:
@@ -87,7 +87,8 @@ class Pool:
         for ended in pool: ...    # twice a second; pool.running are those started, these among them
 
     Whatever still runs when the block is left is told to save and waited for. Ctrl-C and SIGTERM end the `for` as
-    KeyboardInterrupt and SystemExit, between two looks, so that no process is left behind half started; a second one kills.
+    KeyboardInterrupt and SystemExit, between two looks, so that no process is left behind half started; a second
+    Ctrl-C or SIGTERM kills the jobs.
     """
 
     def __init__(self, jobs: Sequence[Job], slots: Sequence[dict[str, str]]):
@@ -96,7 +97,7 @@ class Pool:
         self._received = 0
 
     def __enter__(self):
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _note(self, number, frame):

@@ -12,11 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from analysis.figures import save
-from analysis.report import BLOCKS, RESULTS, drawn, filled, pages
+from analysis.report import RESULTS, drawn, filled, pages
 from config import Parser, run_cli
-from scripts.plan import paper_table
-
-BLOCKS["cost"] = lambda name: paper_table() + "\n"
 
 
 def main() -> int:

@@ -3,32 +3,39 @@
 import pytest
 
 from engine import checkpoint, parallel
-from scripts import faults
 from tests.conftest import ROOT, refused, run
+from trials import faults
+from trials.place import Place
+
+
+def table(path) -> list[list[str]]:
+    """The cells of the rows of a Markdown table, without its head."""
+    lines = [line for line in path.read_text().splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
 def test_a_few_of_each_fault_do_no_harm(tmp_path):
     done = run("scripts/faults.py", "--quick", f"--out={tmp_path / 'faults'}", timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = [line.split("|") for line in (tmp_path / "faults.md").read_text().splitlines() if line.startswith("| ")][2:]
+    rows = table(tmp_path / "faults.md")
     assert len(rows) == len(faults.FAULTS)
     for (title, _, quick), row in zip(faults.FAULTS.values(), rows, strict=True):
-        assert row[1].strip() == title and int(row[2]) >= quick and row[2] == row[3]
+        assert row[0] == title and int(row[1]) >= quick and row[1] == row[2]
     assert "No exceptions." in done.stdout
 
 
 def test_what_is_recorded_is_the_whole_and_without_exception():
-    rows = [line.split("|") for line in (ROOT / "results" / "faults.md").read_text().splitlines() if line.startswith("| ")][2:]  # fmt: skip
-    assert [row[1].strip() for row in rows] == [title for title, *_ in faults.FAULTS.values()]
-    assert all(row[2] == row[3] for row in rows)
-    assert sum(int(row[2]) for row in rows if "SIGKILL" in row[1]) >= 100
+    rows = table(ROOT / "results" / "faults.md")
+    assert [row[0] for row in rows] == [title for title, *_ in faults.FAULTS.values()]
+    assert all(row[1] == row[2] for row in rows)
+    assert sum(int(row[1]) for row in rows if "SIGKILL" in row[0]) >= 100
     soak = (ROOT / "results" / "soak.md").read_text()
     assert soak.count("| yes |") == 5 and "| no |" not in soak and "6000 steps" in soak
 
 
 @pytest.fixture
 def place(tmp_path):
-    return faults.Place(tmp_path)
+    return Place(tmp_path)
 
 
 def test_a_poisoned_checkpoint_is_seen(place, monkeypatch):

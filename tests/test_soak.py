@@ -1,42 +1,52 @@
 """scripts/soak.py: a short run is watched; and it would see what grows."""
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from config import UserError
-from scripts.faults import Place
-from scripts.soak import Sample, judge, watch
 from tests.conftest import refused
+from trials.place import Place
+from trials.soak import judge, watch
 
 
-def flat(step):
-    return Sample(step, step / 10, 700.0, 6, 6000 * step, 0.2)
+def flat(steps) -> pd.DataFrame:
+    """Samples of a run in which nothing grows."""
+    step = np.array(steps)
+    return pd.DataFrame(
+        {"step": step, "seconds": step / 10, "memory": 700.0, "files": 6, "log": 6000 * step, "disk": 0.2}
+    )
 
 
 def test_nothing_grows_in_a_short_run(tmp_path):
     samples = watch(Place(tmp_path), 100)
-    assert samples[-1].step <= 100 and samples[-1].log > 100_000
-    said, _ = judge([sample._replace(seconds=sample.step / 10) for sample in samples])  # this machine's pace is no test
-    assert [line.split("|")[-2].strip() for line in said.splitlines() if line.startswith("| ")][2:] == ["yes"] * 5
+    assert samples.step.iloc[-1] <= 100 and samples.log.iloc[-1] > 100_000
+    said, _ = judge(samples.assign(seconds=samples.step / 10))  # this machine's pace is no test
+    verdicts = [line.split("|")[-2].strip() for line in said.splitlines() if line.startswith("|")][2:]
+    assert verdicts == ["yes"] * 5
 
 
 @pytest.mark.parametrize(
     "what, value",
     [
-        ("memory", lambda s: 700 + 0.06 * s.step), ("files", lambda s: 6 + s.step // 500), ("disk", lambda s: 0.2 + 0.0001 * s.step),
-        ("log", lambda s: s.step**1.2), ("seconds", lambda s: s.step**1.3),
+        ("memory", lambda s: 700 + 0.06 * s.step),
+        ("files", lambda s: 6 + s.step // 500),
+        ("disk", lambda s: 0.2 + 0.0001 * s.step),
+        ("log", lambda s: s.step**1.2),
+        ("seconds", lambda s: s.step**1.3),
     ],
-)  # fmt: skip
+)
 def test_what_grows_is_seen(what, value):
-    samples = [flat(step) for step in range(1, 1000, 3)]
+    samples = flat(range(1, 1000, 3))
     assert judge(samples)[1]
-    said, ok = judge([s._replace(**{what: value(s)}) for s in samples])
-    assert not ok and said.count("| no |") == 1
+    said, ok = judge(samples.assign(**{what: value}))
+    assert not ok and said.count("| no ") == 1
 
 
 def test_too_short_to_see_is_refused(tmp_path):
     refused("scripts/soak.py", "--steps=10", says="'10': must be a whole number of 100 or more")
     with pytest.raises(UserError, match="must be more"):
-        judge([flat(step) for step in (1, 500, 1000)])
+        judge(flat([1, 500, 1000]))
 
 
 def test_a_run_that_fails_says_why(tmp_path):

@@ -1,3 +1,5 @@
+"""scripts/sweep.py and engine/grid.py: from a grid file to points, and from points to runs."""
+
 import csv
 import json
 import os
@@ -10,7 +12,7 @@ import pytest
 
 from analysis.runs import load_runs
 from config import UserError
-from scripts import sweep
+from engine.grid import name_of, points, read_grid
 from tests.conftest import ROOT, command, refused, run
 
 
@@ -38,24 +40,24 @@ def environment(**more):
 
 
 def test_points_that_are_the_same_run_are_one(grid):
-    points = sweep.points(grid, sweep.read_grid(grid, []))
-    assert [p.name for p in points] == NAMES
-    assert [p.cfg.msign_targets for p in points[2:]] == ["attention", "attention", "mlp", "mlp"]
-    assert {p.cfg.max_steps for p in points} == {10}
-    assert {p.cfg.wandb_group for p in points} == {"grid"}
+    found = points(grid, read_grid(grid, []))
+    assert [p.name for p in found] == NAMES
+    assert [p.cfg.msign_targets for p in found[2:]] == ["attention", "attention", "mlp", "mlp"]
+    assert {p.cfg.max_steps for p in found} == {10}
+    assert {p.cfg.wandb_group for p in found} == {"grid"}
 
 
 def test_every_committed_grid_is_one(tmp_path):
     for path in (ROOT / "configs" / "sweeps").glob("*.py"):
-        points = sweep.points(path, sweep.read_grid(path, [f"--runs_dir={tmp_path}"]))
-        assert len({p.name for p in points}) == len(points) > 4
-        assert len({p.folder for p in points}) == len(points)
+        found = points(path, read_grid(path, [f"--runs_dir={tmp_path}"]))
+        assert len({p.name for p in found}) == len(found) > 4
+        assert len({p.folder for p in found}) == len(found)
 
 
 def test_names_are_folders_and_tell_points_apart():
-    assert sweep.name_of({"config": "configs/gpt_5m.py", "lr_scale": 0.5, "seed": 3}) == "gpt_5m-lr_scale0.5-seed3"
-    assert sweep.name_of({"msign_targets": "W_V,W_O"}) == "W_V+W_O"
-    assert "/" not in sweep.name_of({"dataset": "../../etc"}) and not sweep.name_of({"dataset": "../x"}).startswith(".")
+    assert name_of({"config": "configs/gpt_5m.py", "lr_scale": 0.5, "seed": 3}) == "gpt_5m-lr_scale0.5-seed3"
+    assert name_of({"msign_targets": "W_V,W_O"}) == "W_V+W_O"
+    assert "/" not in name_of({"dataset": "../../etc"}) and not name_of({"dataset": "../x"}).startswith(".")
 
 
 def test_runs_what_is_missing_resumes_what_was_cut_skips_what_is_done(grid, tmp_path):
@@ -72,7 +74,7 @@ def test_runs_what_is_missing_resumes_what_was_cut_skips_what_is_done(grid, tmp_
 
     # a run that was cut after step 5, as train.py leaves it
     cut = tmp_path / "runs" / "grid" / NAMES[3]
-    point = next(p for p in sweep.points(grid, sweep.read_grid(grid, [])) if p.name == NAMES[3])
+    point = next(p for p in points(grid, read_grid(grid, [])) if p.name == NAMES[3])
     process = subprocess.Popen(
         [*point.command, "--ckpt_every=1"], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -136,7 +138,7 @@ def test_as_a_wandb_sweep(grid):
     words = [w for w in definition["command"] if w not in ("${env}", "${interpreter}", "${program}", "${args}")]
     done = run(definition["program"], *words, f"--point={NAMES[0]}", WANDB_MODE="disabled")
     assert done.returncode == 0, done.stderr
-    folder = Path(sweep.points(grid, sweep.read_grid(grid, []))[0].folder)
+    folder = Path(points(grid, read_grid(grid, []))[0].folder)
     assert json.loads((folder / "summary.json").read_text())["steps"] == 10
 
 
@@ -159,7 +161,7 @@ def test_a_wrong_grid_is_refused(tmp_path, text, says):
     path = tmp_path / "grid.py"
     path.write_text(text + "\n")
     with pytest.raises(UserError, match="(?s).*" + says.replace("[", r"\[")):
-        sweep.points(path, sweep.read_grid(path, []))
+        points(path, read_grid(path, []))
 
 
 def test_wrong_options_are_refused(grid, tmp_path):
@@ -179,28 +181,31 @@ def test_a_grid_that_was_changed_under_its_runs_is_refused(grid):
 def test_an_arm_is_a_set_of_fields(tmp_path, config_file):
     path = tmp_path / "grid.py"
     path.write_text(
-        f"config = {str(config_file)!r}\narm = {{'AdamW': {{}}, 'Sign on W_V': {{'msign_period': 5, 'msign_targets': 'W_V'}},"
+        f"config = {str(config_file)!r}\n"
+        "arm = {'AdamW': {}, 'Sign on W_V': {'msign_period': 5, 'msign_targets': 'W_V'},"
         " 'the same as AdamW': {'msign_targets': 'mlp'}}\nseed = [0, 1]\n"
     )
-    points = sweep.points(path, sweep.read_grid(path, []))
-    assert [p.name for p in points] == ["AdamW-seed0", "AdamW-seed1", "Sign+on+W_V-seed0", "Sign+on+W_V-seed1"]
-    assert [(p.cfg.msign_period, p.cfg.seed) for p in points] == [(0, 0), (0, 1), (5, 0), (5, 1)]
-    assert points[2].axes == {"arm": "Sign on W_V", "seed": 0}
-    for wrong, says in (("[1]", "must be a dict of dicts"), ("{'a': {'sead': 1}}", "sead"), ("{'a': {'seed': 'x'}}", "seed = 'x'"),
-                        ("{'a': {'name': 'x'}}", "must not be in an arm")):  # fmt: skip
+    found = points(path, read_grid(path, []))
+    assert [p.name for p in found] == ["AdamW-seed0", "AdamW-seed1", "Sign+on+W_V-seed0", "Sign+on+W_V-seed1"]
+    assert [(p.cfg.msign_period, p.cfg.seed) for p in found] == [(0, 0), (0, 1), (5, 0), (5, 1)]
+    assert found[2].axes == {"arm": "Sign on W_V", "seed": 0}
+    for wrong, says in (
+        ("[1]", "must be a dict of dicts"),
+        ("{'a': {'sead': 1}}", "sead"),
+        ("{'a': {'seed': 'x'}}", "seed = 'x'"),
+        ("{'a': {'name': 'x'}}", "must not be in an arm"),
+    ):
         path.write_text(f"config = {str(config_file)!r}\narm = {wrong}\n")
         with pytest.raises(UserError, match=says):
-            sweep.read_grid(path, [])
+            read_grid(path, [])
 
 
 def test_of_an_axis_some_values(grid):
-    assert [p.name for p in sweep.points(grid, sweep.read_grid(grid, ["--seed=1"]))] == [
-        n for n in NAMES if n.endswith("1")
-    ]
-    assert len(sweep.points(grid, sweep.read_grid(grid, ["--seed=0,1,2"]))) == 9
-    assert len(sweep.points(grid, sweep.read_grid(grid, ["--msign_targets=W_V,W_O"]))) == 4
+    assert [p.name for p in points(grid, read_grid(grid, ["--seed=1"]))] == [n for n in NAMES if n.endswith("1")]
+    assert len(points(grid, read_grid(grid, ["--seed=0,1,2"]))) == 9
+    assert len(points(grid, read_grid(grid, ["--msign_targets=W_V,W_O"]))) == 4
     with pytest.raises(UserError, match="seed = 'x'"):
-        sweep.read_grid(grid, ["--seed=0,x"])
+        read_grid(grid, ["--seed=0,x"])
 
 
 def test_what_is_done_is_packed(grid, tmp_path):
@@ -213,7 +218,7 @@ def test_what_is_done_is_packed(grid, tmp_path):
 
 
 def test_what_was_recorded_elsewhere_stays(grid, tmp_path):
-    """Two machines share a grid, or a later session adds an arm: nothing recorded is lost, what is repeated is replaced."""
+    """Two machines share a grid, or an arm is added later: nothing recorded is lost, what is repeated is replaced."""
     for number, only in enumerate((["--seed=0"], ["--seed=1"], ["--seed=0", "--max_steps=12"])):
         more = ["--msign_period=0", f"--runs_dir={tmp_path}/{number}", f"--record={tmp_path}"]
         done = run("scripts/sweep.py", grid, *only, *more)

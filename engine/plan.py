@@ -1,0 +1,211 @@
+"""What a run takes on given GPUs, before it starts: which layout fits, seconds a step, and what MSign adds.
+
+Nothing here is measured but the paper's own column. Three shares are assumed: a training step runs at `mfu` of the
+GPU's peak, the matrix sign's products at POLAR_SHARE of the fp32 peak, eigenvectors at EIGH_SHARE of the fp64 peak.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+
+import pandas as pd
+
+from config import ROOT, Config, UserError, load_config
+from engine import budget
+from engine.budget import Memory
+
+EIGH_SHARE = 0.02  # of the fp64 peak at which eigenvectors are found: assumed
+POLAR_SHARE = 0.5  # of the fp32 peak at which "polar" multiplies: assumed
+# the step near which the paper's AdamW fails (Table 4, Fig 3); its measured overhead of MSign at P = 100 (Table 1)
+PAPER = {
+    "nano_5m": (30_000, "−2.4 %"),
+    "sigma_40m": (50_000, "6.7 %"),
+    "llama_1b": (2_000, "6.2 %"),
+    "llama_moe_3b": (3_000, "4.6 %"),
+}
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Peak FLOP/s without sparsity, bytes, and bytes/s one way inside a node and out of it, as the data sheets say."""
+
+    bf16: float
+    fp32: float
+    fp64: float
+    memory: float
+    inside: float
+    outside: float = 50e9  # 400 Gb/s a GPU
+
+
+GPUS = {
+    "H100": GPU(989e12, 67e12, 67e12, 80e9, 450e9),
+    "A100": GPU(312e12, 19.5e12, 19.5e12, 80e9, 300e9, 25e9),
+    "RTX4090": GPU(165e12, 83e12, 1.3e12, 24e9, 32e9),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Seconds and shares of one layout. mfu: share of the peak at which a training step runs."""
+
+    cfg: Config
+    ranks: int
+    sharded: bool
+    gpu: GPU
+    mfu: float
+    targets: str
+    per_node: int = 8
+
+    @property
+    def useful_flops(self) -> float:
+        """FLOPs of a step without recomputation."""
+        return budget.on_meta(self.cfg).flops_per_token() * self.cfg.tokens_per_step
+
+    @property
+    def step_seconds(self) -> float:
+        peak = self.gpu.bf16 if self.cfg.dtype == "bfloat16" else self.gpu.fp32
+        return self.useful_flops / (self.ranks * peak * self.mfu)
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        return budget.matrices(self.cfg, self.targets)
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that the busiest rank sends in one application."""
+        return max(budget.msign_bytes(self.shapes, self.ranks, self.sharded))
+
+    def application_seconds(self, backend: str) -> tuple[float, float]:
+        """Seconds of computing the signs, split over the ranks, and of exchanging them."""
+        flops, peak = {
+            "polar": (budget.polar_flops, self.gpu.fp32 * POLAR_SHARE),
+            "eigh": (budget.eigh_flops, self.gpu.fp64 * EIGH_SHARE),
+        }[backend]
+        rate = self.gpu.inside if self.ranks <= self.per_node else self.gpu.outside
+        return budget.msign_flops(self.shapes, flops) / (self.ranks * peak), self.bytes_sent / rate
+
+    def application_steps(self, backend: str) -> float:
+        """How many training steps take as long as one application, with its exchange."""
+        return sum(self.application_seconds(backend)) / self.step_seconds
+
+    def share(self, backend: str, period: int) -> float:
+        """MSign's share of the training time."""
+        return self.application_steps(backend) / period
+
+    def eq_16(self, period: int) -> float:
+        """The paper's Eq 16: an SVD's FLOPs over those of the steps between two applications, at the same rate."""
+        return budget.msign_flops(self.shapes, budget.svd_flops) / (period * self.useful_flops)
+
+
+def fits(cfg: Config, ranks: int, sharded: bool, gpu: GPU) -> bool:
+    return Memory.of(cfg, ranks, sharded).total <= budget.ROOM * gpu.memory
+
+
+def layouts(cfg: Config, gpus: int) -> Iterable[tuple[str, Config, int, bool]]:
+    """What could be done with `gpus` or more GPUs, the least change first: (in words, config, ranks, sharded)."""
+    ranks = gpus
+    while ranks <= max(cfg.batch_size, gpus):
+        micro_batch = cfg.micro_batch
+        while micro_batch >= 1:
+            if cfg.batch_size % (micro_batch * ranks) == 0:
+                for recompute in (True,) if cfg.recompute else (False, True):
+                    for parallel in ("--parallel=ddp", "--parallel=fsdp") if ranks > 1 else ("",):
+                        words = (
+                            f"--gpus {ranks}" if ranks != gpus else "",
+                            parallel,
+                            "--recompute" if recompute != cfg.recompute else "",
+                            f"--micro_batch={micro_batch}" if micro_batch != cfg.micro_batch else "",
+                        )
+                        changed = replace(cfg, micro_batch=micro_batch, recompute=recompute)
+                        yield " ".join(filter(None, words)), changed, ranks, parallel == "--parallel=fsdp"
+            micro_batch //= 2
+        ranks *= 2
+
+
+def chosen(cfg: Config, gpus: int, gpu: GPU) -> bool:
+    """Whether the model is sharded. Raises UserError when it does not fit, with the nearest layout that does."""
+    if cfg.batch_size % (cfg.micro_batch * gpus):
+        good = [size for size in range(1, cfg.micro_batch + 1) if cfg.batch_size % (size * gpus) == 0]
+        hint = f"--micro_batch={good[-1]}" if good else f"at most {cfg.batch_size} GPUs"
+        raise UserError(
+            f"--gpus = {gpus}: times micro_batch={cfg.micro_batch} must divide batch_size={cfg.batch_size}; {hint}"
+        )
+    ways = {"auto": (False, True), "ddp": (False,), "fsdp": (True,)}[cfg.parallel] if gpus > 1 else (False,)
+    for sharded in ways:
+        if fits(cfg, gpus, sharded, gpu):
+            return sharded
+    need = Memory.of(cfg, gpus, ways[-1]).total / 1e9
+    fitting = (words for words, *layout in layouts(cfg, gpus) if fits(*layout, gpu))
+    raise UserError(
+        f"--gpus = {gpus}: {need:.3g} GB a rank, which has {gpu.memory / 1e9:.3g} GB; "
+        f"what fits: {next(fitting, 'nothing with this batch_size')}"
+    )
+
+
+def duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60), ("s", 1)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{1e3 * seconds:.3g} ms"
+
+
+def describe(plan: Plan, period: int) -> str:
+    """The plan as a page of text, with an application of MSign every `period` steps."""
+    cfg, model = plan.cfg, budget.on_meta(plan.cfg)
+    parameters = list(model.parameters())
+    total, active = sum(p.numel() for p in parameters), sum(model.active(p) for p in parameters)
+    memory = Memory.of(cfg, plan.ranks, plan.sharded)
+    how = "one GPU" if plan.ranks == 1 else f"{plan.ranks} GPUs, {'FSDP2' if plan.sharded else 'DDP'}"
+    accumulate = cfg.batch_size // cfg.micro_batch // plan.ranks
+    count = sum(shape[0] if len(shape) > 2 else 1 for shape in plan.shapes)
+    lines = [
+        f"{cfg.name} on {how}",
+        f"  parameters  {total:,}" + (f", of which a token meets {active:,}" if active != total else ""),
+        f"  memory      {memory.total / 1e9:.3g} GB a rank of {plan.gpu.memory / 1e9:.3g}: "
+        + ", ".join(f"{what} {size / 1e9:.3g}" for what, size in asdict(memory).items() if size),
+        f"  a step      {cfg.tokens_per_step:,} tokens = {plan.ranks} × {accumulate} × {cfg.micro_batch} × "
+        f"{cfg.block_size}, {budget.step_flops(cfg):.3g} FLOPs, {duration(plan.step_seconds)} at "
+        f"{100 * plan.mfu:.0f} % of the peak",
+        f"  the run     {cfg.max_steps:,} steps, {cfg.max_steps * cfg.tokens_per_step / 1e9:.3g}e9 tokens, "
+        f"{duration(cfg.max_steps * plan.step_seconds)}",
+    ]
+    name = cfg.name.removesuffix("_adamw").removesuffix("_msign")
+    if name in PAPER:
+        step = PAPER[name][0]
+        lines.append(
+            f"  the paper's AdamW fails near step {step:,}: {step * cfg.tokens_per_step / 1e9:.3g}e9 tokens, "
+            f"{duration(step * plan.step_seconds)}"
+        )
+    lines.append(f"  MSign       {count} matrices ({plan.targets}), every {period} steps")
+    lines.append(f"    in theory (Eq 16, FLOPs of an SVD)  {100 * plan.eq_16(period):.2g} % of training")
+    for backend, flops in (("polar", budget.polar_flops), ("eigh", budget.eigh_flops)):
+        compute, exchange = plan.application_seconds(backend)
+        lines.append(
+            f"    {backend:5}  {budget.msign_flops(plan.shapes, flops):.2g} FLOPs, {duration(compute)} + "
+            f"{duration(exchange)} of exchange, r = {plan.application_steps(backend):.2g} steps, "
+            f"{100 * plan.share(backend, period):.2g} % of training"
+        )
+    lines.append(f"    every rank sends {plan.bytes_sent / 1e6:.3g} MB an application")
+    return "\n".join(lines)
+
+
+def paper_table(gpus: int = 8, mfu: float = 0.4, gpu: str = "H100") -> str:
+    """MSign on all block matrices every 100 steps of the paper's four models, as a Markdown table."""
+    rows = []
+    for name, (_, overhead) in PAPER.items():
+        cfg = load_config([str(ROOT / "configs" / f"{name}_adamw.py")])
+        plan = Plan(cfg, gpus, not fits(cfg, gpus, False, GPUS[gpu]), GPUS[gpu], mfu, "blocks")
+        compute, exchange = plan.application_seconds("polar")
+        rows.append({
+            "model": name,
+            "FLOPs a step": f"{budget.step_flops(cfg):.2g}",
+            "step, ms": f"{1e3 * plan.step_seconds:.3g}",
+            "Eq 16": f"{100 * plan.eq_16(100):.3g} %",
+            "FLOPs an application, polar": f"{budget.msign_flops(plan.shapes, budget.polar_flops):.2g}",
+            "MB a rank sends": f"{plan.bytes_sent / 1e6:.3g}",
+            "polar, ms: compute + exchange": f"{1e3 * compute:.3g} + {1e3 * exchange:.2g}",
+            "r, steps": f"{plan.application_steps('polar'):.2g}",
+            "share of the time": f"{100 * plan.share('polar', 100):.2g} %",
+            "eigh instead: r": f"{plan.application_steps('eigh'):.2g}",
+            "paper, measured": overhead,
+        })  # fmt: skip
+    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
