@@ -25,8 +25,9 @@ from scripts.report import BY_NUMBER, GRIDS, by_number, finding, packed, regimes
 from stability.collapse import CLEARLY, find_onsets
 from tests.conftest import ROOT
 
-README = (ROOT / "README.md").read_text()
-REPORT = (ROOT / "results" / "REPORT.md").read_text()
+# a sentence may go on in the next line
+README = " ".join((ROOT / "README.md").read_text().split())
+REPORT = " ".join((ROOT / "results" / "REPORT.md").read_text().split())
 
 
 @pytest.fixture(scope="module")
