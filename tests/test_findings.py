@@ -192,7 +192,7 @@ def test_without_decay_adamw_collapses_late_while_logits_grow_and_the_stable_ran
 
     for step, words in ((1000, "441 to 628"), (2000, "889 to 1100"), (4000, "1716 to 2027"), (6000, "2252 to 3394")):
         assert spread(adamw, "attention/max_logit", step, 0) == words and words in REPORT
-    assert spread(msign, "attention/max_logit", 6000, 0) == "263 to 277" and "with MSign, 263 to 277" in REPORT
+    assert spread(msign, "attention/max_logit", 6000, 0) == "263 to 277" and "MSign runs is 263 to 277" in REPORT
     assert spread(adamw, "srank/attention", 1000, 1) == "3.1 to 3.4"
     assert all(spread(adamw, "srank/attention", step, 1) in ("3.3 to 3.8", "3.2 to 3.8", "3.2 to 3.7") for step in (2000, 3000, 4000, 5000, 6000))  # fmt: skip
     norms = {arm: np.array([v.run.series("grad_norm") for v in late_seeds[arm].verdicts], float) for arm in late_seeds}
