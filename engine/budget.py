@@ -1,7 +1,7 @@
 """What a run takes, counted before it starts: bytes of memory and FLOPs, of training and of MSign."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import ceil
 
 import torch
