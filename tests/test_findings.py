@@ -25,7 +25,7 @@ from scripts.report import BY_NUMBER, GRIDS, by_number, finding, packed, regimes
 from stability.collapse import CLEARLY, find_onsets
 from tests.conftest import ROOT
 
-README = (ROOT / "docs" / "grids.md").read_text()
+README = (ROOT / "README.md").read_text()
 REPORT = (ROOT / "results" / "REPORT.md").read_text()
 
 
