@@ -2,8 +2,6 @@
 
 import numpy as np
 import pytest
-from scipy.stats import gmean
-
 from analysis.evidence import (
     LINKS,
     application_cost,
@@ -24,9 +22,11 @@ from analysis.evidence import (
     srank,
     threshold_table,
 )
+from scipy.stats import gmean
+
 from analysis.runs import theory_table
 from scripts.report import BY_NUMBER, GRIDS, by_number, finding, packed, recorded, regimes
-from stability.collapse import CLEARLY, find_onsets
+from stability.collapse import CLEARLY
 from tests.conftest import ROOT
 
 # a sentence may go on in the next line
