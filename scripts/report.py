@@ -164,7 +164,8 @@ def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    pages = {path: filled(path.read_text()) for path in (ROOT / "README.md", RESULTS / "REPORT.md")}
+    paths = (ROOT / "README.md", RESULTS / "REPORT.md", *sorted(ROOT.glob("docs/*.md")))
+    pages = {path: filled(path.read_text()) for path in paths}
     if args.check:
         stale = [path.name for path, text in pages.items() if text != path.read_text()]
         print(
