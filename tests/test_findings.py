@@ -7,6 +7,7 @@ from analysis.evidence import (
     LINKS,
     application_cost,
     arms,
+    fisher,
     fluctuation,
     gap,
     late,
@@ -25,8 +26,9 @@ from scripts.report import BY_NUMBER, GRIDS, by_number, finding, packed, regimes
 from stability.collapse import CLEARLY, find_onsets
 from tests.conftest import ROOT
 
-README = (ROOT / "README.md").read_text()
-REPORT = (ROOT / "results" / "REPORT.md").read_text()
+# a line may end within a sentence
+GRIDS_PAGE = " ".join((ROOT / "docs" / "grids.md").read_text().split())
+REPORT = " ".join((ROOT / "results" / "REPORT.md").read_text().split())
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +66,15 @@ def test_attention_must_be_restored_and_of_it_w_q_and_w_k(layers):
         differences, p = paired(layers[name].by_seed(loss), of_all)
         assert said(differences, 3) == words and words in REPORT
         assert (p < 0.01) == significant
+
+
+def test_the_summary_says_what_the_first_finding_says(layers):
+    adamw, msign = layers["AdamW"], layers["MSign (attention)"]
+    differences, p = paired(msign.by_seed(loss), adamw.by_seed(loss))
+    assert said(differences) == "-0.46 ± 0.05" and p_text(7 * p) == "< 0.001"  # one of seven rows; Holm's at most
+    assert p_text(fisher(len(msign.collapsed), 5, len(adamw.collapsed), 5)) == "0.008"
+    summary = REPORT.split("## Terms and method")[0]
+    assert "MSign on attention in 0 of 5 (p 0.008); MSign ends 0.46 ± 0.05 nats below AdamW (p < 0.001)" in summary
 
 
 def test_the_attention_logits_move_first_and_stay_where_w_q_and_w_k_are_restored(layers):
@@ -160,7 +171,7 @@ def late_seeds():
 def test_one_arm_of_twenty_collapses_late_by_the_protocol():
     found = arms(packed("late_collapse"))
     assert [arm.name for arm in found if any(map(late, arm.verdicts))] == ["no decay, lr × 1.5"]
-    assert len(found) == 20 and "Of twenty arms one counts" in REPORT
+    assert len(found) == 20 and "One of twenty arms counts" in REPORT
 
 
 def test_without_decay_adamw_collapses_late_while_logits_grow_and_the_stable_rank_stays(late_seeds):
@@ -172,7 +183,7 @@ def test_without_decay_adamw_collapses_late_while_logits_grow_and_the_stable_ran
     assert said(differences, 3) == "-0.472 ± 0.095" and p < 0.001 and "0.472 ± 0.095 below AdamW (p < 0.001)" in REPORT
     lowest = {v.run.config["seed"]: np.convolve(v.run.series("train/loss"), np.full(100, 0.01), "valid").min() for v in adamw.verdicts}  # fmt: skip
     above, _ = paired(adamw.by_seed(loss), lowest)
-    assert said(above, 3) == "0.096 ± 0.039" and "0.096 ± 0.039 above its own lowest" in REPORT
+    assert min(above) > 0 and said(above, 3) == "0.096 ± 0.039" and "0.096 ± 0.039 above its own lowest" in REPORT
 
     def spread(arm, key, step, digits):
         values = [dict(zip(*v.run.sparse(key), strict=True))[step] for v in arm.verdicts]
@@ -180,7 +191,7 @@ def test_without_decay_adamw_collapses_late_while_logits_grow_and_the_stable_ran
 
     for step, words in ((1000, "441 to 628"), (2000, "889 to 1100"), (4000, "1716 to 2027"), (6000, "2252 to 3394")):
         assert spread(adamw, "attention/max_logit", step, 0) == words and words in REPORT
-    assert spread(msign, "attention/max_logit", 6000, 0) == "263 to 277" and "MSign 263 to 277" in REPORT
+    assert spread(msign, "attention/max_logit", 6000, 0) == "263 to 277" and "With MSign it is 263 to 277" in REPORT
     assert spread(adamw, "srank/attention", 1000, 1) == "3.1 to 3.4"
     assert all(spread(adamw, "srank/attention", step, 1) in ("3.3 to 3.8", "3.2 to 3.8", "3.2 to 3.7") for step in (2000, 3000, 4000, 5000, 6000))  # fmt: skip
     norms = {arm: np.array([v.run.series("grad_norm") for v in late_seeds[arm].verdicts], float) for arm in late_seeds}
@@ -219,7 +230,7 @@ def test_the_late_collapse_is_prevented_at_adamws_stable_ranks_and_spectral_norm
     ):  # fmt: skip
         assert at_the_end(name, key, digits) == words and words in REPORT
     for name, words in (("MSign (attention)", "1.90 ± 0.06 against"), ("AdamW", "against 2.37 ± 0.07"), ("QK-norm", "QK-norm (1.51 ± 0.05)")):  # fmt: skip
-        assert said(list(found[name].by_seed(loss).values())) in words and words in README
+        assert said(list(found[name].by_seed(loss).values())) in words and words in GRIDS_PAGE
 
 
 def test_the_ledger_says_what_the_report_says():
@@ -323,16 +334,17 @@ def test_a_higher_stable_rank_generalises_no_better():
     assert (min(v[0] for _, v in series), max(v[0] for _, v in series)) == pytest.approx((2.68, 2.73), abs=0.005)
 
 
-def test_the_readme_says_what_the_grids_say(layers, controls):
+def test_the_page_on_grids_says_what_they_say(layers, controls):
     rivals = {arm.name: arm for arm in finding("rivals")}
     periods = {arm.name: arm for arm in arms(packed("table3_small"), lambda run: f"every {run.config['msign_period']}")}
     for arm, says in (
         (controls["attention's lr ÷ 4"], "(`--attn_lr=0.25`) ends at {}"), (controls["QK-norm"], "(`--qk_norm`) at {}"),
         (layers["MSign (attention)"], "MSign every 100 steps at {}"), (periods["every 3"], "every 3 steps at {}"),
-        (rivals["Muon"], "Muon ({})"), (rivals["AdaGC"], "AdaGC ({})"), (rivals["spectral sphere"], "the spectral sphere ({})"),
+        (rivals["Muon"], "Muon ({})"), (rivals["AdaGC"], "AdaGC ({})"), (rivals["spectral sphere"], "spectral sphere ({})"),
     ):  # fmt: skip
-        assert says.format(said(list(arm.by_seed(loss).values()))) in README
-    assert f"from {sum(len(packed(name)) for name in GRIDS)} runs" in README
+        assert says.format(said(list(arm.by_seed(loss).values()))) in GRIDS_PAGE
+    n = sum(len(packed(name)) for name in GRIDS)
+    assert f"from {n} runs" in GRIDS_PAGE and f"{n} runs in eleven grids" in REPORT and len(GRIDS) == 11
 
 
 def test_gradient_norms_are_calmer(layers):
