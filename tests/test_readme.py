@@ -1,4 +1,4 @@
-"""Every command and every number of the README."""
+"""Every command, every link and every number of the README and of docs/."""
 
 import json
 import os
@@ -17,8 +17,10 @@ from tests.conftest import ROOT, command, run
 from tests.test_parallel import REDUCED, torchrun
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
-INLINE = re.findall(r"`(python [^`]+)`", README)
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
+WORDS = {path.stem: " ".join(text.split()) for path, text in PAGES.items()}  # a line may end within a sentence
+BLOCKS = [block for text in PAGES.values() for block in re.findall(r"```(\w+)\n(.*?)```", text, flags=re.DOTALL)]
+INLINE = [" ".join(found.split()) for text in PAGES.values() for found in re.findall(r"`(python [^`]+)`", text)]
 COMMANDS = [
     line.split("  #")[0].strip() for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()
 ] + INLINE
@@ -39,6 +41,7 @@ SHORT = {
     "scripts/coord_check.py": ["--widths", "48", "96", "--steps=1", "--seeds=1"],
     "scripts/plan.py": [],
     "scripts/evidence.py": ["--help"],
+    "scripts/report.py": ["--help"],
     "scripts/faults.py": ["--only", "read_only"],
     "scripts/soak.py": ["--help"],
     "scripts/sweep.py": ["--max_steps=2", "--dry_run"],
@@ -52,7 +55,9 @@ SHORT = {
 
 def test_the_first_screen_has_the_two_commands():
     assert [c for c in COMMANDS if c.startswith("make")] == ["make reproduce", "make test"]
-    assert README.index("make reproduce") < README.index("make test") < 500
+    first_screen = README.splitlines()[:20]
+    assert sum(line.startswith(("make reproduce", "make test")) for line in first_screen) == 2
+    assert len(README.splitlines()) <= 150
 
 
 def test_ci_runs_the_readmes_test_command():
@@ -85,8 +90,9 @@ def test_python_commands_run(line, tmp_path):
     module = words[1] if words[0] == "-m" else words[0]
     short = list(SHORT[module])
     if module == "train.py":
-        short += [f"--runs_dir={tmp_path}"] if "--help" not in words else []
-        if not {"--dry_run", "--help"} & set(words):
+        asks = any(word.startswith("--help") for word in words)
+        short += [] if asks else [f"--runs_dir={tmp_path}"]
+        if not asks and "--dry_run" not in words:
             short += ["--max_steps=3"]
         if "--resume" in words:
             assert run(*[w for w in words if w != "--resume"], *short).returncode == 0
@@ -203,7 +209,8 @@ def test_python_examples_run(tmp_path):
 def copy(tmp_path):
     """The project's code in a folder with a space in its name, to be changed; and what changes a file of it."""
     root = tmp_path / "my copy"
-    kept = [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), ROOT / "configs" / "stress_constant.py"]
+    rooms = ("data", "engine", "remedies", "stability")
+    kept = [*ROOT.glob("*.py"), *(path for room in rooms for path in ROOT.glob(f"{room}/*.py")), ROOT / "configs" / "stress_constant.py"]  # fmt: skip
     for path in kept:
         target = root / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -224,20 +231,20 @@ def trained(root, corpus, *options):
     return done.stdout, load_run(root / "runs" / "stress_constant")
 
 
-def test_an_optimizer_is_added_as_the_readme_says(copy, corpus):
+def test_an_optimizer_is_added_as_docs_say(copy, corpus):
     root, change = copy
     change(
-        "rivals.py",
+        "remedies/rivals.py",
         "def muon(",
         "def sgd(groups, cfg):\n    return torch.optim.SGD(groups, lr=cfg.peak_lr, momentum=cfg.beta1)\n\n\ndef muon(",
     )
-    change("rivals.py", '"zclip": zclip}', '"zclip": zclip, "sgd": sgd}')
+    change("remedies/rivals.py", '"zclip": zclip}', '"zclip": zclip, "sgd": sgd}')
     change("config.py", '"zclip"] = opt(', '"zclip", "sgd"] = opt(')
     said, found = trained(root, corpus, "--optimizer=sgd", "--msign_period=2")
     assert found.config["optimizer"] == "sgd" and len(found.steps) == 4 and "no collapse" in said
 
 
-def test_an_architecture_is_added_as_the_readme_says(copy, corpus):
+def test_an_architecture_is_added_as_docs_say(copy, corpus):
     root, change = copy
     change("config.py", 'Literal["gelu", "swiglu"]', 'Literal["gelu", "swiglu", "scaled"]')
     change(
@@ -302,11 +309,28 @@ def test_no_network_no_home_and_no_write_access_but_to_the_runs_folder(copy, tmp
 def test_tables_and_figures_come_from_the_recorded_runs():
     done = run("scripts/report.py", "--check")
     assert done.returncode == 0, done.stdout + done.stderr
-    for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
-        assert (ROOT / picture).stat().st_size > 10_000
+    for page, text in PAGES.items():
+        for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
+            assert (page.parent / picture).stat().st_size > 10_000
 
 
-def test_the_rule_of_the_readme_is_the_codes():
+def headings(text: str) -> set[str]:
+    """A page's headings as GitHub names their anchors."""
+    titles = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "results" / "REPORT.md"], ids=lambda path: path.stem)
+def test_every_link_leads_somewhere_and_every_figure_has_a_caption(page):
+    text = page.read_text()
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", text):
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in headings(target.read_text()), (path, anchor)
+    assert all(after.startswith("\n\n*") for after in re.split(r"^!\[.*\)$", text, flags=re.M)[1:])
+
+
+def test_the_rule_of_the_pages_is_the_codes():
     from stability import collapse
 
     for number in (
@@ -315,12 +339,18 @@ def test_the_rule_of_the_readme_is_the_codes():
         f"for {collapse.STAYS} steps",
         f"least {collapse.CLEARLY} nats",
     ):
-        assert number in README
+        assert number in WORDS["mechanism"]
     assert collapse.SPIKE == 10
-    assert "exceeds ten times" in README
+    assert "exceeds ten times" in WORDS["mechanism"]
 
 
-def test_recorded_runs_say_what_the_readme_says():
+def test_the_number_of_faults_is_the_recorded_one():
+    rows = re.findall(r"\| (\d+) \| (\d+) \|$", (ROOT / "results" / "faults.md").read_text(), re.M)
+    times, expected = (sum(map(int, column)) for column in zip(*rows, strict=True))
+    assert times == expected and f"outcomes of {times} injected faults" in WORDS["trust"]
+
+
+def test_recorded_runs_say_what_the_pages_say():
     """The claims in words: three seeds an arm, AdamW and MLP-only collapse on every ramp, MSign on attention is rescued."""
     for experiment in ("ramp", "constant"):
         runs = [load_run(path.parent) for path in sorted((ROOT / "results" / experiment).glob("*/record.json"))]
@@ -338,7 +368,7 @@ def test_recorded_runs_say_what_the_readme_says():
                 assert one.final_loss() > one.floor and one.collapse
 
 
-def test_the_recorded_mechanism_is_what_the_readme_says():
+def test_the_recorded_mechanism_is_what_docs_say():
     """The chain in numbers, every seed: what moved first, alignment, Jacobian norms, what an application of MSign does."""
     runs = [load_run(path.parent) for path in sorted((ROOT / "results" / "ramp").glob("*/record.json"))]
     leads, grown = [], 0
