@@ -49,15 +49,15 @@ def train(cfg: Config) -> int:
 
 
 def build_optimizer(cfg: Config, model: GPT, group=None) -> Optimizer:
-    """The base optimizer, behind MSign or one of its controls if the run applies them. `group`: the processes that share its work."""
-    optimizer = rivals.build(cfg, mup.param_groups(model, cfg), model.named_parameters())
+    """The base optimizer, behind MSign or a control if the run applies one; the processes of `group` share its work."""
+    base = rivals.build(cfg, mup.param_groups(model, cfg), model.named_parameters())
     if not cfg.msign_period:
-        return optimizer
+        return base
     update = controls.update_of(cfg.msign_map, cfg.msign_backend, cfg.msign_below)
     named = model.named_parameters()
     try:
         return MSign(
-            optimizer, named, cfg.msign_period, cfg.msign_targets, update=update, group=group, reset=cfg.msign_reset
+            base, named, cfg.msign_period, cfg.msign_targets, update=update, group=group, reset=cfg.msign_reset
         )
     except ValueError as error:
         raise UserError(f"msign_targets = {cfg.msign_targets!r}: {error}") from error
@@ -91,14 +91,13 @@ class Run:
 
     def begin(self) -> bool:
         """Compile, open the record and go on from its last checkpoint. False when the run was finished before."""
-        cfg, world = self.cfg, self.world
+        cfg, world, device = self.cfg, self.world, self.device
         matrices = [p for p in self.model.parameters() if p.ndim == 2]
-        self.arithmetic = machine.set_arithmetic(self.device, matrices)
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+        self.arithmetic = machine.set_arithmetic(device, matrices)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
         self.replica = parallel.Replica(self.model, world, self.sharded)
-        self.loss_of, compilation, announced = machine.compiled(
-            cfg, self.model, self.device, self.autocast, self.replica
-        )
+        compiled = machine.compiled(cfg, self.model, device, self.autocast, self.replica)
+        self.loss_of, compilation, announced = compiled
         self.arithmetic |= compilation
         self.notes += announced
         for note in self.notes if world.main else []:
@@ -109,11 +108,10 @@ class Run:
             return False
         self.writer = checkpoint.Sharded() if self.sharded else checkpoint.Whole(world.main)
         self.restore()
-        probe, targets = (t.to(self.device) for t in (self.val_data or self.train_data).fixed_windows(cfg.probe_batch))
-        self.instruments = Instruments(
-            cfg, self.model, (probe, targets), lambda: parallel.whole(self.model, world), parallel.norms, self.autocast,
-            self.not_measured,
-        )  # fmt: skip
+        windows = (self.val_data or self.train_data).fixed_windows(cfg.probe_batch)
+        probe, whole = tuple(t.to(device) for t in windows), partial(parallel.whole, self.model, world)
+        shared = (whole, parallel.norms, self.autocast, self.not_measured)
+        self.instruments = Instruments(cfg, self.model, probe, *shared)
         if cfg.msign_probe:
             self.optimizer.observe = self.instruments.observe_msign
         return True
@@ -170,7 +168,7 @@ class Run:
 
 
 def loop(run: Run, signals: Signals) -> bool:
-    """Take steps until the last one, a value that is not finite, or a signal to any process. True if it was a signal."""
+    """Take steps until the last, a value that is not finite, or a signal to any process. True if it was a signal."""
     cfg, world, watch = run.cfg, run.world, run.watch
     parameters = list(run.model.parameters())
     clip_at = cfg.grad_clip if cfg.grad_clip and cfg.optimizer != "zclip" else float("inf")  # ZClip clips by itself
@@ -207,7 +205,7 @@ def loop(run: Run, signals: Signals) -> bool:
 
 
 def forward_backward(run: Run, batch: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The mean loss of this process's micro-batches, nats per token; leaves the gradient of all processes' mean in .grad."""
+    """This process's mean loss, nats per token; the gradient of the mean over all processes is in .grad then."""
     loss = torch.zeros((), device=run.device)
     for i, (x, y) in enumerate(batch):
         with run.replica.accumulating(last=i + 1 == run.accumulate):
@@ -264,22 +262,21 @@ def stop(run: Run, received: signal.Signals) -> int:
 
 
 def end(run: Run) -> int:
-    """Write the summary of a run that took its last step, or that met a value that is not finite. Returns the exit code."""
+    """Write the summary of a run that took its last step or met a value that is not finite. Returns the exit code."""
     run.writer.wait()
     if not run.world.main:
         return 0
     cfg, watch, collapse = run.cfg, run.watch, run.watch.collapse
     lines = read_metrics(run.folder)
+    fell = collapse and dataclasses.asdict(collapse) | {
+        "lr_multiple": cfg.lr_at(collapse.step) / cfg.lr,
+        "last_healthy_checkpoint": run.healthy,
+        "onsets": str(find_onsets(lines, collapse.step)),
+    }
     summary = {
         "status": "finished" if watch.finite else "stopped: not finite",
         "steps": run.step,
-        "collapse": collapse
-        and {
-            **dataclasses.asdict(collapse),
-            "lr_multiple": cfg.lr_at(collapse.step) / cfg.lr,
-            "last_healthy_checkpoint": run.healthy,
-            "onsets": str(find_onsets(lines, collapse.step)),
-        },
+        "collapse": fell,
         "train/loss": final_loss([line["train/loss"] for line in lines]),
         "val/loss": next((line["val/loss"] for line in reversed(lines) if "val/loss" in line), None),
         "max_grad_norm": max(line["grad_norm"] or float("inf") for line in lines),
@@ -287,8 +284,7 @@ def end(run: Run) -> int:
         "peak_memory_gib": machine.peak_memory(run.device) / 2**30,
     }
     run.log.close(summary)
-    outcome = collapse or "no collapse"
-    print(f"{cfg.name}: {summary['status']} after step {run.step}; {outcome}; record in {run.folder}")
+    print(f"{cfg.name}: {summary['status']} after step {run.step}; {collapse or 'no collapse'}; record in {run.folder}")
     return 0
 
 

@@ -109,7 +109,7 @@ def require(cfg: Config, device: torch.device, ranks: int = 1, local_ranks: int 
 
 
 def needs(cfg: Config, device: torch.device, ranks: int) -> Iterable[tuple[str, float]]:
-    """What the run takes at least: (the field that does most to it, bytes), piece by piece, the cheapest to count first.
+    """What the run takes at least, piece by piece: (the field that does most to it, bytes), cheap counts first.
 
     A dry run takes only the weights.
     """

@@ -54,7 +54,7 @@ class World:
         return rows.chunk(self.size)[self.rank]
 
     def on_main(self, do: Callable, otherwise):
-        """do() on rank 0, `otherwise` elsewhere; a UserError there is raised on all ranks, which nobody then waits for."""
+        """What do() returns on rank 0, `otherwise` elsewhere. A UserError of rank 0 is raised on all ranks."""
         result, error = otherwise, None
         if self.main:
             try:
@@ -83,7 +83,10 @@ class World:
 
 
 def start(cfg: Config) -> World:
-    """Join the processes that torchrun started, or be the only one. Raises UserError before anything can wait for another rank."""
+    """Join the processes that torchrun started, or be the only one.
+
+    Raises UserError before anything can wait for another rank.
+    """
     try:
         rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     except ValueError as error:
@@ -125,10 +128,10 @@ def finish():
 def leave(code: int):
     """End this process with an exit code; one of several processes ends without taking the interpreter down.
 
-    gloo's worker threads outlive `destroy_process_group`, since DTensor's caches keep the device mesh and it the group. A
-    worker that lets go of a tensor needs the interpreter's lock. If Python is being finalised by then, it ends the thread
-    instead, and C++ aborts the process: "terminate called without an active exception". Nor can a rank that fails wait for
-    NCCL, in which the others may be blocked: torchrun stops them once this process has gone.
+    gloo's worker threads outlive `destroy_process_group`: DTensor's caches keep the device mesh, and the mesh keeps the
+    group. A worker that lets go of a tensor needs the interpreter's lock. If Python is already being finalised, the
+    thread is ended instead, and C++ aborts the process: "terminate called without an active exception". A rank that
+    fails cannot wait for the others either, since they may be blocked in NCCL; torchrun stops them once it has gone.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         sys.exit(code)
@@ -188,7 +191,7 @@ def not_finite(model: nn.Module, optimizer: Optimizer, world: World) -> str | No
 
 
 def part_of(value: Tensor, p: Tensor) -> Tensor:
-    """A whole parameter's values, the same on all ranks, as p holds them: themselves, or this rank's shard as a DTensor."""
+    """A whole parameter's values as p holds them: all of them, or this rank's shard as a DTensor."""
     if isinstance(p, DTensor):
         return distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
     return value

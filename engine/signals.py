@@ -4,7 +4,7 @@ import signal
 
 
 class Signals:
-    """A context that remembers the first SIGINT or SIGTERM, so that the step can end and be saved; a second one kills."""
+    """A context that remembers the first SIGINT or SIGTERM, so that the run can save its step; a second one kills."""
 
     received: signal.Signals | None = None
 

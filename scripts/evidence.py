@@ -1,8 +1,9 @@
 """Rerun what the findings of results/REPORT.md rest on: every grid, what is missing of it, then the tables and figures.
 
-python scripts/evidence.py            # about six hours on two cores, Tables 2 and 3 in small within the first two and a quarter; what was cut
-                                      # goes on with the same command
-python scripts/evidence.py --quick    # a quarter of an hour: ramps of half the length, two seeds; prints the tables, records nothing
+    python scripts/evidence.py            # about six hours on two cores; what was cut goes on with the same command
+    python scripts/evidence.py --quick    # a quarter of an hour: half the length, two seeds; prints, records nothing
+
+The first two and a quarter of the six hours are for Tables 2 and 3.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     python scripts/reproduce.py                                   # what `make reproduce` runs
     python scripts/reproduce.py --experiment=constant --seeds 0 1 2
-    python scripts/reproduce.py --record=results                  # all instruments on; keep the small logs for the README
+    python scripts/reproduce.py --record=results                  # all instruments on; keep the small logs
 
 Arms that are already recorded are not trained again; one that was cut goes on from its checkpoint.
 """
@@ -54,7 +54,7 @@ class Arm(Job):
 
 
 def run_all(arms: list[Arm], workers: int, max_steps: int):
-    """Run the arms, `workers` at a time, under one progress bar. Raises UserError with the output of one that failed."""
+    """Run the arms, `workers` at a time, under one progress bar. Raises UserError with the output of a failed one."""
     done = 0
     bar = tqdm(total=len(arms) * max_steps, unit="step", dynamic_ncols=True, file=sys.stderr,
                mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
@@ -84,9 +84,8 @@ def main() -> int:
     stdlib.prepare("stdlib-bytes")
     jobs = [Arm(args, arm, seed) for seed in args.seeds for arm in args.arms]
     max_steps = args.max_steps or read_config_file(ROOT / "configs" / f"stress_{args.experiment}.py")["max_steps"]
-    print(
-        f"{args.experiment}: {len(jobs)} runs of {max_steps} steps, {args.workers} at a time, recorded in {args.runs_dir}/"
-    )
+    size = f"{len(jobs)} runs of {max_steps} steps, {args.workers} at a time"
+    print(f"{args.experiment}: {size}, recorded in {args.runs_dir}/")
     began = time.perf_counter()
     run_all(jobs, args.workers, max_steps)
     runs = [load_run(job.folder) for job in jobs]

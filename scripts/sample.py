@@ -21,7 +21,7 @@ from model import GPT
 
 @torch.no_grad()
 def sample(model: GPT, tokens: list[int], count: int, temperature: float, top_k: int, generator: torch.Generator):
-    """Yields `count` tokens that continue `tokens`, one by one; temperature 0 takes the likeliest, top_k = 0 looks at all."""
+    """`count` tokens that continue `tokens`, one by one. temperature 0 takes the likeliest; top_k 0 looks at all."""
     device = next(model.parameters()).device
     for _ in range(count):
         context = torch.tensor([tokens[-model.cfg.block_size :]], device=device)
@@ -37,7 +37,10 @@ def sample(model: GPT, tokens: list[int], count: int, temperature: float, top_k:
 
 
 def open_model(path: Path, device: torch.device) -> tuple[GPT, dict]:
-    """The model of a run folder's last checkpoint, or of one checkpoint, and the run's record. Raises UserError if there is none."""
+    """The model of a run folder's last checkpoint, or of one checkpoint, and the run's record.
+
+    Raises UserError if there is none.
+    """
     folder = path if (path / "record.json").is_file() else path.parent
     if not (folder / "record.json").is_file():
         raise UserError(f"{path}: not a run folder, nor a checkpoint in one (no record.json)")

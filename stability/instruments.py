@@ -13,9 +13,10 @@ from stability import metrics, theory
 class Instruments:
     """The measurements of one run, on a fixed probe batch; they change no weight, no gradient, no random state.
 
-    model: the model in training, perhaps sharded. whole: returns the same model with whole weights on the process that
-    measures, None on the others; all processes call it together. norms: turns (name, tensor) pairs into {name: ‖·‖_F}, over
-    all processes. probe: inputs and targets, each (probe_batch, block_size). warn: is told what could not be measured.
+    model: the model in training, perhaps sharded. probe: inputs and targets, each (probe_batch, block_size).
+    whole: returns the same model with whole weights on the process that measures, None on the others; all processes
+    call it together. norms: turns (name, tensor) pairs into {name: ‖·‖_F}, over all processes. warn: is told what could
+    not be measured.
     """
 
     def __init__(
@@ -60,13 +61,13 @@ class Instruments:
         """update_norm/… of the step just taken, and what was measured around MSign's application in it."""
         found, self.around_msign = self.around_msign, {}
         if self.weights_before:
-            # one difference at a time, and no copy survives the step: a second and third model would not fit beside a large one
+            # one difference at a time, and no copy survives the step: beside a large model two more would not fit
             moved = ((name, p.detach() - self.weights_before.pop(name)) for name, p in self.parameters.items())
             found |= metrics.norms("update_norm", self.norms(moved), due(self.cfg.layers_every, step))
         return found
 
     def observe_msign(self, when: str):
-        """Measure right "before" or "after" an application; `updates` returns it, named before_msign/… and after_msign/…"""
+        """Measure right "before" or "after" an application; `updates` returns it as before_msign/… and after_msign/…"""
         found = self._measure([
             lambda model: metrics.weights(model, False),
             lambda model: metrics.activations(model, self.tokens, False, self.warn),

@@ -26,14 +26,15 @@ torch.set_num_threads(1)
 
 SMALL = dict(
     n_layer=2, d_model=16, n_head=2, d_ff=64, vocab_size=256, block_size=8, batch_size=4, micro_batch=4,
-    max_steps=20, warmup_steps=5, probe_every=5, layers_every=10, eval_every=10, eval_batches=2, ckpt_every=5, wandb="off", threads=1,
+    max_steps=20, warmup_steps=5, probe_every=5, layers_every=10, eval_every=10, eval_batches=2, ckpt_every=5,
+    wandb="off", threads=1,
 )  # fmt: skip
 
 
 def pytest_configure(config):
-    """Everything temporary goes to one folder of this run of the tests, which goes with it: torchrun, for one, leaves its own behind.
+    """All temporary files of this run of the tests go to one folder, which is deleted at its end.
 
-    What torch.compile has compiled is kept from run to run.
+    torchrun, for one, deletes nothing. What torch.compile has compiled is kept from run to run.
     """
     if not hasattr(config, "workerinput"):  # the process that starts the workers, which inherit its environment
         folder = tempfile.mkdtemp(prefix="msign-")
@@ -112,7 +113,7 @@ def _as_script(words: list[str], cwd: str, env: dict[str, str], output: tuple[st
 
 
 def start(*args, cwd=ROOT, output=(os.devnull, os.devnull), **env) -> multiprocessing.Process:
-    """A script of the repository, as `python script …` starts it, but forked from a process that has imported PyTorch."""
+    """A script of the repository in a process of its own, forked from one that has imported PyTorch."""
     words = [str(ROOT / args[0]), *map(str, args[1:])]
     process = FORKS.Process(
         target=_as_script, args=(words, str(cwd), {**os.environ, "OMP_NUM_THREADS": "1", **env}, output)
@@ -161,7 +162,7 @@ def ranks(size: int, *args, timeout=300, **env) -> list[subprocess.CompletedProc
 
 
 def here(script, *args, **env) -> subprocess.CompletedProcess:
-    """A script of the repository (or, after "-m", a module) in this process, with its command line, output and exit code."""
+    """A script of the repository (or, after "-m", a module) in this process: its output and its exit code."""
     words = ["-m", *args] if script == "-m" else [script, *args]
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):

@@ -1,4 +1,4 @@
-"""What the tests run on several processes: torchrun tests/several.py FUNCTION JSON. Rank 0 prints the result as JSON."""
+"""What the tests run on several processes, as `torchrun tests/several.py FUNCTION JSON`. Rank 0 prints the result."""
 
 import json
 import os

@@ -70,8 +70,7 @@ def test_attention_must_be_restored_and_of_it_w_q_and_w_k(layers):
         assert said(differences, 3) == words and words in REPORT
         assert p_text(p) == text_p and f"(p = {text_p})" in REPORT
     fell_at = {
-        name: {run.config["seed"]: run.collapse.step for run in layers[name].runs}
-        for name in ("AdamW", "MSign (mlp)")
+        name: {run.config["seed"]: run.collapse.step for run in layers[name].runs} for name in ("AdamW", "MSign (mlp)")
     }
     assert all(step < fell_at["AdamW"][seed] for seed, step in fell_at["MSign (mlp)"].items())
     below_adamw, _ = paired(of_all, layers["AdamW"].by_seed(loss))
@@ -80,11 +79,7 @@ def test_attention_must_be_restored_and_of_it_w_q_and_w_k(layers):
 
 def test_the_attention_logits_move_first_and_stay_where_w_q_and_w_k_are_restored(layers):
     def logits(*names):
-        of = [
-            run.series("attention/max_logit")[1500]
-            for n in names
-            for run in layers[n].runs
-        ]
+        of = [run.series("attention/max_logit")[1500] for n in names for run in layers[n].runs]
         return round(min(of)), round(max(of))
 
     onsets = [run.onsets for run in layers["AdamW"].runs]
@@ -268,10 +263,7 @@ def test_the_ledger_says_what_the_report_says():
     lower = [round(gmean(ratios(regime, "jacobian/product")), 1) for regime in by_regime]
     assert lower == [3.1, 2.9, 5.8] and "by a factor of three to six" in REPORT
     assert all(1 / 3 < 1 - 1 / ratio < 1 / 2 for ratio in ratios("ramp", "jacobian/sigma1"))
-    onsets = {
-        regime: [run.onsets for run in found["AdamW"].runs]
-        for regime, found in by_regime.items()
-    }
+    onsets = {regime: [run.onsets for run in found["AdamW"].runs] for regime, found in by_regime.items()}
     firsts = [o.first for of in onsets.values() for o in of]
     assert firsts.count(["attention logits"]) == 10 and firsts.count(["first-block gain"]) == 1 and len(firsts) == 11
     assert not any(o.grad_norm for regime in ("ramp", "constant 2 ×") for o in onsets[regime])
@@ -390,8 +382,7 @@ def test_gradient_norms_are_calmer(layers):
         return np.mean([losses[s + first : s + last].mean() - losses[s - 20 : s].mean() for s in steps])
 
     of_window = [
-        np.mean([after(v, first, first + 10) for run in layers["MSign (attention)"].runs])
-        for first in (0, 10, 20, 30)
+        np.mean([after(v, first, first + 10) for run in layers["MSign (attention)"].runs]) for first in (0, 10, 20, 30)
     ]
     assert of_window[0] > of_window[1] > of_window[2] > 0.01 > abs(of_window[3])
 

@@ -234,7 +234,8 @@ def values_of(f) -> list[list[str]]:
 # each was a traceback once, or worse: 999 999 threads are a segmentation fault
 FOUND = [
     "eval_batches=999999999", "logit_power=1e300", "attn_kernel=efficient", "attn_kernel=cudnn", "msign_backend=polar",
-    "n_layer=1", "n_layer=999999999", "threads=999999", "lr=1e300", "seed=99999999999999999999", "dataset=~no-such-user/x",
+    "n_layer=1", "n_layer=999999999", "threads=999999", "lr=1e300", "seed=99999999999999999999",
+    "dataset=~no-such-user/x",
 ]  # fmt: skip
 
 

@@ -59,7 +59,8 @@ def assert_same_numbers(a, b, rel=2e-5):
             assert (x[key] is None) == (y[key] is None), key
             if x[key] is not None:
                 fifth_digit = 1.01e-4 if PER_LAYER.fullmatch(key) else 0  # to which these are logged
-                assert x[key] == pytest.approx(y[key], rel=max(100 * rel if loose else rel, fifth_digit), abs=1e-7), (x["iter"], key)  # fmt: skip
+                limit = max(100 * rel if loose else rel, fifth_digit)
+                assert x[key] == pytest.approx(y[key], rel=limit, abs=1e-7), (x["iter"], key)
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +71,9 @@ def runs(tmp_path_factory):
     rng = np.random.default_rng(0)
     for split, size in (("train", 5000), ("val", 1000)):
         (np.cumsum(rng.integers(0, 4, size)) % 256).astype(np.uint16).tofile(folder / "corpus" / f"{split}.bin")
-    values = {**SMALL, "dataset": str(folder / "corpus"), "runs_dir": str(folder / "runs"), "micro_batch": 1, "eval_batches": 3,
-              "max_steps": 12, "jacobian_every": 6, "eval_every": 6, "probe_every": 3, "layers_every": 6, "ckpt_every": 4,
-              "msign_period": 5}  # fmt: skip
+    places = {"dataset": str(folder / "corpus"), "runs_dir": str(folder / "runs")}
+    every = {"jacobian_every": 6, "eval_every": 6, "probe_every": 3, "layers_every": 6, "ckpt_every": 4}
+    values = SMALL | places | every | {"micro_batch": 1, "eval_batches": 3, "max_steps": 12, "msign_period": 5}
     (folder / "small.py").write_text("\n".join(f"{k} = {v!r}" for k, v in values.items()) + "\n")
     small_py = str(folder / "small.py")
 
@@ -289,14 +290,15 @@ def test_what_is_chosen_when_nothing_is_said():
     )
 
 
-REDUCED = ["--d_model=32", "--n_layer=2", "--n_head=4", "--d_ff=48", "--block_size=16", "--vocab_size=512", "--batch_size=4",
-           "--micro_batch=2", "--max_steps=20", "--warmup_steps=5", "--eval_every=10", "--eval_batches=2", "--probe_every=10",
+REDUCED = ["--d_model=32", "--n_layer=2", "--n_head=4", "--d_ff=48", "--block_size=16", "--vocab_size=512",
+           "--batch_size=4", "--micro_batch=2", "--max_steps=20", "--warmup_steps=5", "--eval_every=10",
+           "--eval_batches=2", "--probe_every=10",
            "--layers_every=10", "--jacobian_every=10", "--compile=off", "--wandb=off"]  # fmt: skip
 CONFIGS = ["nano_5m", "sigma_40m", "llama_1b", "llama_moe_3b"]
 
 
 def test_every_configuration_trains_at_reduced_width_on_one_and_on_two_processes(runs):
-    """AdamW and MSign of each of the paper's models, and the ladder's largest with recomputation; in their own precision."""
+    """AdamW and MSign of the paper's models, and the ladder's largest with recomputation, in their own precision."""
 
     def jobs(suffix, *more):
         out = []
