@@ -2,8 +2,9 @@
 
     python scripts/coord_check.py                 # a table of slopes and runs/coord_check.png, a minute
 
-Slope of log mean |activation| against log width, 0 = independent. Rows: the paper's rules, the
-practitioner's (nanoGPT-mup's table: embeddings ×1, logits × base/width, attention 1/d_head), none.
+The table holds the slope of log mean |activation| against log width; 0 means that the size does not depend on width.
+Its rows are the paper's rules, the practitioner's (nanoGPT-mup's table: embeddings ×1, logits × base/width, attention
+1/d_head), and none.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import pandas as pd
 
 import mup
 from config import Config, Number, Parser, output_stem, run_cli
@@ -28,6 +30,36 @@ RULES = {
 }
 
 
+def slopes(widths: list[int], sizes: dict) -> pd.DataFrame:
+    """A row for every set of rules and kind of activation, a column for every step."""
+    rows = []
+    for label, kinds in sizes.items():
+        for kind, per_step in kinds.items():
+            steps = {f"step {i}": f"{mup.width_slope(widths, values):+.2f}" for i, values in enumerate(per_step, 1)}
+            rows.append({"rules": label, "activation": kind, **steps})
+    return pd.DataFrame(rows)
+
+
+def draw(widths: list[int], sizes: dict) -> plt.Figure:
+    """Mean |activation| against width, a row of panels for every set of rules, a column for every step."""
+    steps = len(next(iter(next(iter(sizes.values())).values())))
+    fig, axes = plt.subplots(
+        len(sizes), steps, figsize=(3 * steps, 7), sharex=True, sharey="row", squeeze=False, constrained_layout=True
+    )
+    for row, (label, kinds) in zip(axes, sizes.items(), strict=True):
+        for kind, per_step in kinds.items():
+            for step, (ax, values) in enumerate(zip(row, per_step, strict=True), 1):
+                ax.loglog(widths, values, "o-", ms=3, label=kind)
+                ax.set_title(f"{label}, step {step}", fontsize=8)
+        row[0].set_ylabel("mean |activation|")
+    for ax in axes[-1]:
+        ax.set_xlabel("width")
+        ax.set_xticks(widths, widths)
+        ax.minorticks_off()
+    axes[0, 0].legend(fontsize=7, frameon=False)
+    return fig
+
+
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", nargs="+", type=Number(int, 1), default=[48, 96, 192, 384])
@@ -36,31 +68,12 @@ def main() -> int:
     parser.add_argument("--out", type=output_stem, default="runs/coord_check.png")
     args = parser.parse_args()
     cfg = Config(vocab_size=256, block_size=32, batch_size=8, micro_batch=8, n_layer=4)
-    fig, axes = plt.subplots(
-        len(RULES),
-        args.steps,
-        figsize=(3 * args.steps, 7),
-        sharex=True,
-        sharey="row",
-        squeeze=False,
-        constrained_layout=True,
-    )
-    print("| rules | activation | " + " | ".join(f"step {s + 1}" for s in range(args.steps)) + " |")
-    print("|---|---|" + "---|" * args.steps)
-    for row, (label, changes) in zip(axes, RULES.items(), strict=True):
-        sizes = mup.coordinate_check(replace(cfg, **changes), args.widths, args.steps, args.seeds)
-        for kind, per_step in sizes.items():
-            slopes = [mup.width_slope(args.widths, values) for values in per_step]
-            print(f"| {label} | {kind} | " + " | ".join(f"{s:+.2f}" for s in slopes) + " |")
-            for step, (ax, values) in enumerate(zip(row, per_step, strict=True)):
-                ax.loglog(args.widths, values, "o-", ms=3, label=kind)
-                ax.set_title(f"{label}, step {step + 1}", fontsize=8)
-        row[0].set_ylabel("mean |activation|")
-    for ax in axes[-1]:
-        ax.set_xlabel("width")
-        ax.set_xticks(args.widths, args.widths)
-        ax.minorticks_off()
-    axes[0, 0].legend(fontsize=7, frameon=False)
+    sizes = {
+        label: mup.coordinate_check(replace(cfg, **changes), args.widths, args.steps, args.seeds)
+        for label, changes in RULES.items()
+    }
+    print(slopes(args.widths, sizes).to_markdown(index=False, disable_numparse=True))
+    fig = draw(args.widths, sizes)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(args.out, dpi=110)
     print(f"\n{args.out}")

@@ -21,7 +21,10 @@ from model import GPT
 
 @torch.no_grad()
 def sample(model: GPT, tokens: list[int], count: int, temperature: float, top_k: int, generator: torch.Generator):
-    """`count` tokens that continue `tokens`, one by one. temperature 0 takes the likeliest; top_k 0 looks at all."""
+    """Yields `count` tokens that continue `tokens`, one by one.
+
+    temperature 0 takes the likeliest token; top_k = 0 draws among all tokens.
+    """
     device = next(model.parameters()).device
     for _ in range(count):
         context = torch.tensor([tokens[-model.cfg.block_size :]], device=device)
@@ -50,7 +53,7 @@ def open_model(path: Path, device: torch.device) -> tuple[GPT, dict]:
         raise UserError(f"{folder}: no checkpoint to sample from")
     path = saved[-1] if path == folder else path
     if path not in saved:
-        raise UserError(f"{path}: no such checkpoint; there is {', '.join(p.name for p in saved)}")
+        raise UserError(f"{path}: no such checkpoint; there is {', '.join(file.name for file in saved)}")
     cfg = Config(**{key: value for key, value in record["config"].items() if key in FIELDS})
     model = GPT(cfg)
     checkpoint.load_weights(path, cfg.architecture, model)
@@ -74,10 +77,9 @@ def main() -> int:
         raise UserError(f"tokenizer = '': {args.run} was trained on a corpus that names none; must be given")
     tokenizer = get_tokenizer(name)
     prompt = tokenizer.encode([args.prompt])[0][:-1].tolist() or [tokenizer.eot]
-    generator, out = torch.Generator().manual_seed(args.seed), []
-    for token in sample(model, list(prompt), args.tokens, args.temperature, args.top_k, generator):
-        out.append(token)
-    print(args.prompt + tokenizer.decode(out))
+    generator = torch.Generator().manual_seed(args.seed)
+    tokens = list(sample(model, list(prompt), args.tokens, args.temperature, args.top_k, generator))
+    print(args.prompt + tokenizer.decode(tokens))
     return 0
 
 

@@ -3,8 +3,8 @@
 #
 #   sbatch --nodes=4 scripts/slurm.sh configs/gpt_3b.py [--field=value ...]
 #
-# Two minutes before the time is up all ranks save and stop; sbatch the same line again (or let SLURM requeue it) and the run
-# goes on, on as many nodes as there are then.
+# Two minutes before the time is up all ranks save and stop. Call sbatch with the same line again, or let SLURM requeue
+# the job: the run goes on, on as many nodes as there are then.
 #SBATCH --job-name=msign
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

@@ -15,13 +15,13 @@ def test_ones_own_text_is_trained_on_and_comes_out_again(tmp_path, config_file):
     done = run("data/text.py", tmp_path / "fox.txt", f"--name={tmp_path / 'fox'}")
     assert done.returncode == 0, done.stderr
     assert "17,101 train tokens, 900 val tokens" in done.stdout
-    sizes = ["--max_steps=300", "--batch_size=16", "--micro_batch=16"]
-    options = [f"--dataset={tmp_path / 'fox'}", "--name=fox", "--lr=0.003", *sizes]
-    assert run("train.py", config_file, *options, "--block_size=32", "--base_width=0").returncode == 0
+    options = [f"--dataset={tmp_path / 'fox'}", "--name=fox", "--max_steps=300", "--lr=0.003", "--block_size=32"]
+    options += ["--batch_size=16", "--micro_batch=16", "--base_width=0"]
+    assert run("train.py", config_file, *options).returncode == 0
     done = run("scripts/sample.py", tmp_path / "runs/fox", "--prompt=the quick", "--tokens=30", "--temperature=0")
     assert done.stdout == (PHRASE * 2)[: 9 + 30] + "\n"
-    hot = ["scripts/sample.py", tmp_path / "runs/fox/ckpt_0000300.pt", "--tokens=20", "--temperature=2"]
-    again = [run(*hot, f"--seed={seed}").stdout for seed in (1, 1, 2)]
+    draw = ["scripts/sample.py", tmp_path / "runs/fox/ckpt_0000300.pt", "--tokens=20", "--temperature=2"]
+    again = [run(*draw, f"--seed={seed}").stdout for seed in (1, 1, 2)]
     assert again[0] == again[1] != again[2]
 
 
@@ -39,10 +39,13 @@ def test_sampling_follows_the_models_probabilities():
     assert among == set(p.topk(3).indices.tolist())
 
 
-@pytest.mark.parametrize("options, says", [
-    ([], "not a run folder, nor a checkpoint in one"),
-    (["--tokens=-1"], "argument --tokens: '-1': must be a whole number of 0 or more"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ([], "not a run folder, nor a checkpoint in one"),
+        (["--tokens=-1"], "argument --tokens: '-1': must be a whole number of 0 or more"),
+    ],
+)
 def test_what_cannot_be_sampled_from(tmp_path, options, says):
     refused("scripts/sample.py", tmp_path / "none", *options, says=says)
 

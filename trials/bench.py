@@ -340,8 +340,8 @@ def peak_memory() -> float:
         return json.loads((Path(folder) / "x" / "summary.json").read_text())["peak_memory_gib"]
 
 
-def config(name: str, **changes) -> Config:
-    return replace(load_config([str(ROOT / "configs" / f"{name}.py")]), **changes)
+def config(file: str, /, **changes) -> Config:
+    return replace(load_config([str(ROOT / "configs" / f"{file}.py")]), **changes)
 
 
 class Bench:
