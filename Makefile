@@ -20,7 +20,7 @@ reproduce: $(VENV)/.complete
 test: $(VENV)/.complete
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist=worksteal
 
 # README's and REPORT's tables and figures, from the logs under results/
 figures: $(VENV)/.complete

@@ -15,7 +15,7 @@ from tests.conftest import run, small
 def recorded(tmp_path_factory):
     """The folder of a run that logged awkward values, offline."""
     runs = tmp_path_factory.mktemp("runs")
-    log = RunLog(small(name="awkward", runs_dir=str(runs), wandb="offline", lr=1.0, dataset="\u2028μ\x85.5"), {})
+    log = RunLog(small(name="awkward", runs_dir=str(runs), wandb="offline", lr=1.0, dataset="μ.5"), {})
     log.start(0, 0)
     log.log(1, {"train/loss": 2.0, "grad_norm": 1 / 3, "tiny": 1.23456789e-300, "huge": 9.87654321e300})
     layers = {
