@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import model as gpt
-from tests.conftest import refused, run, small
+from tests.conftest import here, refused, small
 from trials import bench
 
 
@@ -110,14 +110,22 @@ def test_the_arithmetic_of_the_contenders_is_put_back():
     assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
 
 
+def test_every_instrument_is_held_against_a_step():
+    """On two small models: the real ones take a minute."""
+    of = bench.Bench(quick=True, nanogpt=None, threads=1)
+    of.nano, of.stress = small(name="nano_5m_adamw"), small(name="stress_ramp")
+    said = of.report.markdown(of.run(["instruments"]))
+    assert [row["what"] for row in of.report.targets] == [
+        f"all instruments, {cfg.name}" for cfg in (of.stress, of.nano)
+    ]
+    assert said.count("Jacobians (2 blocks, 2 × 8)") == 2 and "quick" in said
+
+
 def test_bench_writes_its_tables(tmp_path):
-    done = run("scripts/bench.py", "--quick", "--only", "instruments", f"--out={tmp_path}/bench")
+    done = here("scripts/bench.py", "--quick", "--only", "experts", f"--out={tmp_path}/bench")
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "bench.json").read_text())
-    assert [row["what"] for row in record["targets"]] == [
-        "all instruments, stress_ramp",
-        "all instruments, nano_5m_adamw",
-    ]
+    assert [row["what"] for row in record["targets"]] == ["experts against a dense MLP, speed"]
     assert (tmp_path / "bench.md").read_text().strip() in done.stdout
 
 

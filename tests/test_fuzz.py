@@ -1,6 +1,6 @@
 """Whatever is asked for: a configuration that works as it was given, or one clear line.
 
-FUZZ=1000 python -m pytest -n0 tests/test_fuzz.py -k runs_or_is_refused    # that many command lines instead of 150
+FUZZ=1000 python -m pytest -n0 tests/test_fuzz.py -k runs_or_is_refused    # that many command lines instead of 60
 """
 
 import contextlib
@@ -293,7 +293,7 @@ def test_a_command_line_runs_or_is_refused(tmp_path, corpus, monkeypatch):
     monkeypatch.setattr(runlog, "code_version", dict)  # git takes longer than the run
     (here / "run.py").write_text("\n".join(f"{k} = {v!r}" for k, v in {**RUN, "dataset": str(corpus)}.items()))
     untouched, seen, wrong = set(tmp_path.rglob("*")), Counter(), []
-    for arguments in itertools.islice(command_lines(), int(os.environ.get("FUZZ", 150))):
+    for arguments in itertools.islice(command_lines(), int(os.environ.get("FUZZ", 60))):
         printed = io.StringIO()
         with warnings.catch_warnings(), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             warnings.simplefilter("ignore")

