@@ -2,7 +2,10 @@
 
 import numpy as np
 import pytest
-from analysis.evidence import (
+from scipy.stats import gmean
+
+from analysis.report import BY_NUMBER, GRIDS, by_number, finding, packed, recorded, regimes
+from analysis.statistics import (
     LINKS,
     application_cost,
     arms,
@@ -10,27 +13,19 @@ from analysis.evidence import (
     fluctuation,
     gap,
     late,
-    ledger_table,
     loss,
-    margin_table,
     p_text,
     paired,
-    period_table,
-    ranks_table,
     said,
     spikes,
     srank,
-    threshold_table,
 )
-from scipy.stats import gmean
-
-from analysis.runs import theory_table
-from scripts.report import BY_NUMBER, GRIDS, by_number, finding, packed, recorded, regimes
+from analysis.tables import fitted_r, ledger_table, margin_table, ranks_table, theory_table, threshold_table
 from stability.collapse import CLEARLY
 from tests.conftest import ROOT
 
 # a sentence may go on in the next line
-README = " ".join((ROOT / "README.md").read_text().split())
+GRIDS_PAGE = " ".join((ROOT / "docs" / "grids.md").read_text().split())
 REPORT = " ".join((ROOT / "results" / "REPORT.md").read_text().split())
 
 
@@ -56,16 +51,23 @@ def test_the_first_two_questions_take_less_than_three_hours_on_two_cores():
 def test_attention_must_be_restored_and_of_it_w_q_and_w_k(layers):
     fell = {name: len(arm.collapsed) for name, arm in layers.items()}
     assert fell == {
-        "AdamW": 5, "MSign (attention)": 0, "MSign (mlp)": 5, "MSign (blocks)": 0, "MSign (W_O)": 5, "MSign (W_V,W_O)": 3,
-        "MSign (W_Q,W_K)": 0, "attention off": 0,
-    }  # fmt: skip
+        "AdamW": 5,
+        "MSign (attention)": 0,
+        "MSign (mlp)": 5,
+        "MSign (blocks)": 0,
+        "MSign (W_O)": 5,
+        "MSign (W_V,W_O)": 3,
+        "MSign (W_Q,W_K)": 0,
+        "attention off": 0,
+    }
     off = layers["attention off"].by_seed(loss)
     clearly = [name for name, arm in layers.items() if sum(paired(arm.by_seed(loss), off)[0]) / 5 < -CLEARLY]
     assert clearly == ["MSign (attention)", "MSign (W_Q,W_K)"]
     of_all = layers["MSign (attention)"].by_seed(loss)
     for name, words, text_p in (
-        ("MSign (W_Q,W_K)", "0.014 ± 0.041", "0.39"), ("MSign (blocks)", "0.112 ± 0.046", "0.003"),
-    ):  # fmt: skip
+        ("MSign (W_Q,W_K)", "0.014 ± 0.041", "0.39"),
+        ("MSign (blocks)", "0.112 ± 0.046", "0.003"),
+    ):
         differences, p = paired(layers[name].by_seed(loss), of_all)
         assert said(differences, 3) == words and words in REPORT
         assert p_text(p) == text_p and f"(p = {text_p})" in REPORT
@@ -97,10 +99,14 @@ def controls():
 def test_the_spectral_norm_is_what_must_be_bounded_and_not_the_stable_rank(controls):
     scaled, clipped = "W scaled to MSign's spectral norm", "singular values clipped there"
     for name, words, text_p in (
-        (scaled, "0.098 ± 0.071", "0.027"), (clipped, "0.057 ± 0.096", "0.12"), ("QK-norm", "-0.131 ± 0.081", "0.020"),
-        ("attention's lr ÷ 4", "-0.239 ± 0.085", "0.007"), ("attention's lr ÷ 16", "-0.321 ± 0.085", "0.004"),
-        ("MSign, moments reset", "0.029 ± 0.095", "0.32"), ("square-rooted singular values", "0.061 ± 0.058", "0.045"),
-    ):  # fmt: skip
+        (scaled, "0.098 ± 0.071", "0.027"),
+        (clipped, "0.057 ± 0.096", "0.12"),
+        ("QK-norm", "-0.131 ± 0.081", "0.020"),
+        ("attention's lr ÷ 4", "-0.239 ± 0.085", "0.007"),
+        ("attention's lr ÷ 16", "-0.321 ± 0.085", "0.004"),
+        ("MSign, moments reset", "0.029 ± 0.095", "0.32"),
+        ("square-rooted singular values", "0.061 ± 0.058", "0.045"),
+    ):
         assert not controls[name].collapsed and len(controls[name].runs) == 3
         differences, p = paired(controls[name].by_seed(loss), controls["MSign (attention)"].by_seed(loss))
         assert said(differences, 3) == words and words.lstrip("-") in REPORT
@@ -135,22 +141,27 @@ def test_protection_is_lost_between_a_hundred_and_a_thousand_steps(controls):
     }
     ten = found["10"].by_seed(loss)
     for other, words in (
-        (found["100"], "-0.121 ± 0.035"), (controls["QK-norm"], "0.009 ± 0.068"), (controls["attention's lr ÷ 4"], "0.118 ± 0.068"),
-    ):  # fmt: skip
+        (found["100"], "-0.121 ± 0.035"),
+        (controls["QK-norm"], "0.009 ± 0.068"),
+        (controls["attention's lr ÷ 4"], "0.118 ± 0.068"),
+    ):
         assert said(paired(ten, other.by_seed(loss))[0], 3) == words and words.lstrip("-") in REPORT
     assert p_text(paired(ten, found["100"].by_seed(loss))[1]) == "0.004"
-    assert "r = 0.50 steps an application" in period_table(packed("table3_small"), packed("attention_off"))
+    assert f"{fitted_r(packed('table3_small')):.2f}" == "0.50"
 
 
 def test_how_many_matrices_are_replaced_counts_and_not_which():
     fixed, below = ({arm.name: arm for arm in by_number(*grid)} for grid in BY_NUMBER.values())
     for name, other, words, text_p in (
-        ("below 8", "P = 60", "-0.024 ± 0.006", "0.003"), ("below 16", "P = 30", "-0.021 ± 0.103", "0.48"), ("below 4", "P = 180", "0.087 ± 0.037", "0.010"),
-    ):  # fmt: skip
+        ("below 8", "P = 60", "-0.024 ± 0.006", "0.003"),
+        ("below 16", "P = 30", "-0.021 ± 0.103", "0.48"),
+        ("below 4", "P = 180", "0.087 ± 0.037", "0.010"),
+    ):
         differences, p = paired(below[name].by_seed(loss), fixed[other].by_seed(loss))
         assert said(differences, 3) == words and words.lstrip("-") in REPORT
         assert p_text(p) == text_p and f"p = {text_p})" in REPORT
-        assert f"| {other}: " in next(row for row in threshold_table(below.values(), fixed.values()).splitlines() if f"| {name} |" in row)  # fmt: skip
+        table = threshold_table(below.values(), fixed.values()).set_index("arm")
+        assert table["fixed P of nearly as many"][name].startswith(f"{other}: ")
     assert {name: len(arm.collapsed) for name, arm in below.items()} == {
         "below 2": 3,
         "below 4": 0,
@@ -177,7 +188,10 @@ def test_without_decay_adamw_collapses_late_while_logits_grow_and_the_stable_ran
     assert [late(run) for run in adamw.runs].count(True) == 1
     differences, p = paired(msign.by_seed(loss), adamw.by_seed(loss))
     assert said(differences, 3) == "-0.472 ± 0.095" and p < 0.001 and "0.472 ± 0.095 below AdamW (p < 0.001)" in REPORT
-    lowest = {run.config["seed"]: np.convolve(run.steps["train/loss"], np.full(100, 0.01), "valid").min() for run in adamw.runs}  # fmt: skip
+    lowest = {
+        run.config["seed"]: np.convolve(run.steps["train/loss"], np.full(100, 0.01), "valid").min()
+        for run in adamw.runs
+    }
     above, _ = paired(adamw.by_seed(loss), lowest)
     assert said(above, 3) == "0.096 ± 0.039" and "0.096 ± 0.039 above its own lowest" in REPORT
 
@@ -189,7 +203,10 @@ def test_without_decay_adamw_collapses_late_while_logits_grow_and_the_stable_ran
         assert spread(adamw, "attention/max_logit", step, 0) == words and words in REPORT
     assert spread(msign, "attention/max_logit", 6000, 0) == "263 to 277" and "MSign runs is 263 to 277" in REPORT
     assert spread(adamw, "srank/attention", 1000, 1) == "3.1 to 3.4"
-    assert all(spread(adamw, "srank/attention", step, 1) in ("3.3 to 3.8", "3.2 to 3.8", "3.2 to 3.7") for step in (2000, 3000, 4000, 5000, 6000))  # fmt: skip
+    assert all(
+        spread(adamw, "srank/attention", step, 1) in ("3.3 to 3.8", "3.2 to 3.8", "3.2 to 3.7")
+        for step in (2000, 3000, 4000, 5000, 6000)
+    )
     norms = {arm: np.array([run.steps["grad_norm"] for run in late_seeds[arm].runs], float) for arm in late_seeds}
     grown = {arm: np.median(of[:, 5500:], 1) / np.median(of[:, 500:1000], 1) for arm, of in norms.items()}
     assert 5 < grown["AdamW"].min() < grown["AdamW"].max() < 8.5
@@ -214,12 +231,15 @@ def test_without_decay_adamw_collapses_late_while_logits_grow_and_the_stable_ran
 
 def test_the_late_collapse_is_prevented_at_adamws_stable_ranks_and_spectral_norms_too(late_seeds):
     found = {arm.name: arm for arm in finding("late")}
-    assert {name: (len(arm.collapsed), len(arm.runs)) for name, arm in found.items()} == {"AdamW": (5, 5), "MSign (attention)": (0, 5)} | dict.fromkeys(
-        ("attention off", "W scaled to MSign's spectral norm", "attention's lr ÷ 16", "QK-norm"), (0, 3))  # fmt: skip
+    assert {name: (len(arm.collapsed), len(arm.runs)) for name, arm in found.items()} == {
+        "AdamW": (5, 5),
+        "MSign (attention)": (0, 5),
+    } | dict.fromkeys(("attention off", "W scaled to MSign's spectral norm", "attention's lr ÷ 16", "QK-norm"), (0, 3))
     for name, words, text_p in (
-        ("QK-norm", "-0.419 ± 0.036", "< 0.001"), ("attention's lr ÷ 16", "-0.390 ± 0.022", "< 0.001"),
+        ("QK-norm", "-0.419 ± 0.036", "< 0.001"),
+        ("attention's lr ÷ 16", "-0.390 ± 0.022", "< 0.001"),
         ("W scaled to MSign's spectral norm", "0.085 ± 0.027", "0.005"),
-    ):  # fmt: skip
+    ):
         differences, p = paired(found[name].by_seed(loss), found["MSign (attention)"].by_seed(loss))
         assert said(differences, 3) == words and words.lstrip("-") in REPORT and p_text(p) == text_p
     off = found["attention off"].by_seed(loss)
@@ -232,33 +252,50 @@ def test_the_late_collapse_is_prevented_at_adamws_stable_ranks_and_spectral_norm
         return low if low == high else f"{low} to {high}"
 
     for name, key, digits, words in (
-        ("QK-norm", "srank/attention", 1, "4.8 to 5.1"), ("QK-norm", "sigma1/attention", 1, "20.8 to 21.6"), ("QK-norm", "attention/max_logit", 0, "8 to 9"),
-        ("AdamW", "srank/attention", 1, "3.2 to 3.7"), ("AdamW", "sigma1/attention", 1, "24.6 to 26.2"), ("MSign (attention)", "srank/attention", 0, "32"),
-        ("MSign (attention)", "sigma1/attention", 0, "8"), ("W scaled to MSign's spectral norm", "srank/attention", 1, "1.9 to 2.1"),
-    ):  # fmt: skip
+        ("QK-norm", "srank/attention", 1, "4.8 to 5.1"),
+        ("QK-norm", "sigma1/attention", 1, "20.8 to 21.6"),
+        ("QK-norm", "attention/max_logit", 0, "8 to 9"),
+        ("AdamW", "srank/attention", 1, "3.2 to 3.7"),
+        ("AdamW", "sigma1/attention", 1, "24.6 to 26.2"),
+        ("MSign (attention)", "srank/attention", 0, "32"),
+        ("MSign (attention)", "sigma1/attention", 0, "8"),
+        ("W scaled to MSign's spectral norm", "srank/attention", 1, "1.9 to 2.1"),
+    ):
         assert at_the_end(name, key, digits) == words and words in REPORT
-    for name, words in (("MSign (attention)", "1.90 ± 0.06 against"), ("AdamW", "against 2.37 ± 0.07"), ("QK-norm", "QK-norm (1.51 ± 0.05)")):  # fmt: skip
-        assert said(list(found[name].by_seed(loss).values())) in words and words in README
+    for name, words in (
+        ("MSign (attention)", "1.90 ± 0.06 against"),
+        ("AdamW", "against 2.37 ± 0.07"),
+        ("QK-norm", "QK-norm (1.51 ± 0.05)"),
+    ):
+        assert said(list(found[name].by_seed(loss).values())) in words and words in GRIDS_PAGE
 
 
 def test_the_ledger_says_what_the_report_says():
     """The words beside the table of the paper's chain: every number in them is in the table, and what moved first."""
-    rows = [[c.strip() for c in row.strip("|").split("|")] for row in ledger_table(regimes()).splitlines()[2:]]
-    cell = {(row[0], row[1]): dict(zip(("stable rank", "J", "alignment", "product", *LINKS), row[4:], strict=True)) for row in rows}  # fmt: skip
+    rows = ledger_table(regimes()).to_numpy().tolist()
+    cell = {
+        (row[0], row[1]): dict(zip(("stable rank", "J", "alignment", "product", *LINKS), row[4:], strict=True))
+        for row in rows
+    }
     adamw = [cell[regime, "AdamW"] for regime in ("ramp", "constant 2 ×", "no decay")]
     assert [of["stable rank"][:3] for of in adamw] == ["3.0", "2.5", "3.4"]
     for words in (
-        *(of["alignment"] for of in adamw), adamw[0]["J"], cell["ramp", "MSign (attention)"]["J"], adamw[2]["J"], cell["no decay", "MSign (attention)"]["J"],
-        cell["ramp", "attention off"]["J"], *(of[link] for of in adamw[:2] for link in ("stable rank, ‖J‖₂", "product, gradient norm")),
+        *(of["alignment"] for of in adamw),
+        adamw[0]["J"],
+        cell["ramp", "MSign (attention)"]["J"],
+        adamw[2]["J"],
+        cell["no decay", "MSign (attention)"]["J"],
+        cell["ramp", "attention off"]["J"],
+        *(of[link] for of in adamw[:2] for link in ("stable rank, ‖J‖₂", "product, gradient norm")),
         adamw[0]["alignment, product"],
-    ):  # fmt: skip
+    ):
         assert words in REPORT.split("| link |")[1]
     by_regime = {regime: {arm.name: arm for arm in arms(runs)} for regime, runs in regimes().items()}
 
     def ratios(regime, key):
         """AdamW's median over MSign's, seed by seed."""
         both = (by_regime[regime][name].runs for name in ("AdamW", "MSign (attention)"))
-        return [np.divide(*(np.median(before_the_end(v, key)[1]) for v in pair)) for pair in zip(*both, strict=True)]
+        return [np.divide(*(before_the_end(run, key).median() for run in pair)) for pair in zip(*both, strict=True)]
 
     lower = [round(gmean(ratios(regime, "jacobian/product")), 1) for regime in by_regime]
     assert lower == [3.1, 2.9, 5.8] and "by a factor of three to six" in REPORT
@@ -267,7 +304,7 @@ def test_the_ledger_says_what_the_report_says():
     firsts = [o.first for of in onsets.values() for o in of]
     assert firsts.count(["attention logits"]) == 10 and firsts.count(["first-block gain"]) == 1 and len(firsts) == 11
     assert not any(o.grad_norm for regime in ("ramp", "constant 2 ×") for o in onsets[regime])
-    assert "91.6 [48.0, 123.2]" in theory_table(recorded("ramp")[0])
+    assert "91.6 [48.0, 123.2]" in theory_table(recorded("ramp")[0]).to_string()
 
 
 def test_three_rivals_prevent_the_collapse_too(controls):
@@ -284,11 +321,12 @@ def test_three_rivals_prevent_the_collapse_too(controls):
         "spectral sphere": 0,
     }
     for name, other, words, text_p in (
-        ("Muon", rivals["MSign (attention)"], "-0.240 ± 0.092", "0.008"), ("AdaGC", rivals["MSign (attention)"], "-0.092 ± 0.071", "0.031"),
+        ("Muon", rivals["MSign (attention)"], "-0.240 ± 0.092", "0.008"),
+        ("AdaGC", rivals["MSign (attention)"], "-0.092 ± 0.071", "0.031"),
         ("Muon", controls["attention's lr ÷ 4"], "-0.001 ± 0.018", "0.87"),
         ("spectral sphere", rivals["MSign (attention)"], "-0.323 ± 0.094", "0.005"),
         ("spectral sphere", controls["attention's lr ÷ 16"], "-0.001 ± 0.009", "0.57"),
-    ):  # fmt: skip
+    ):
         differences, p = paired(rivals[name].by_seed(loss), other.by_seed(loss))
         assert said(differences, 3) == words and words.lstrip("-") in REPORT and p_text(p) == text_p
     rate = {
@@ -314,24 +352,25 @@ def test_larger_rates_are_survivable_with_msign_and_not_better():
         (at("MSign (attention)", 4), at("AdamW", 4), "-0.327 ± 0.062", "0.002"),
         (at("MSign (attention)", 0.25), at("AdamW", 0.25), "0.063 ± 0.021", "0.006"),
         (best("MSign (attention)"), best("AdamW"), "0.014 ± 0.019", "0.085"),
-        (best(attention), best("AdamW"), "-0.204 ± 0.031", "0.001"), (best("QK-norm"), best("AdamW"), "-0.029 ± 0.038", "0.084"),
-    ):  # fmt: skip
+        (best(attention), best("AdamW"), "-0.204 ± 0.031", "0.001"),
+        (best("QK-norm"), best("AdamW"), "-0.029 ± 0.038", "0.084"),
+    ):
         differences, p = paired(a, b)
         assert said(differences, 3) == words and words.lstrip("-") in REPORT
         assert p_text(p) == text_p and f"p = {text_p}" in REPORT
     assert said(list(at("MSign (attention)", 16).values())) == "2.94 ± 0.09"
     means = [np.mean(list(at(attention, rate).values())) for rate in (2, 1, 4)]
     assert max(means) - means[0] < 0.05 and means[0] == min(means)
-    twice = [v for arm in arms(recorded("constant")) if arm.name == "AdamW" for run in arm.runs]
+    twice = [run for arm in arms(recorded("constant")) if arm.name == "AdamW" for run in arm.runs]
     assert not any(run.collapse for run in found["AdamW"].runs if run.config["lr_scale"] == 2)
-    assert all("attention-off's" in run.collapse.why for v in twice) and len(twice) == 3
-    rows = {
-        row.split(" | ")[0].lstrip("| "): row.rstrip(" |").split(" | ")
-        for row in margin_table(found.values()).splitlines()
-    }
+    assert all("attention-off's" in run.collapse.why for run in twice) and len(twice) == 3
+    rows = {row[0]: row for row in margin_table(found.values()).to_numpy().tolist()}
     assert {name: row[4:] for name, row in rows.items() if name in found} == {
-        "AdamW": ["0.5", "2"], "MSign (attention)": ["0.5", "16"], "QK-norm": ["2", "16"], attention: ["2", "16"],
-    }  # fmt: skip
+        "AdamW": ["0.5", "2"],
+        "MSign (attention)": ["0.5", "16"],
+        "QK-norm": ["2", "16"],
+        attention: ["2", "16"],
+    }
     for name, words in (("AdamW", "0.404"), ("MSign (attention)", "0.254"), ("QK-norm", "0.082")):
         assert rows[name][2].startswith(words) and words in REPORT
 
@@ -339,9 +378,10 @@ def test_larger_rates_are_survivable_with_msign_and_not_better():
 def test_a_higher_stable_rank_generalises_no_better():
     runs = packed("texts")
     for text, name, words, text_p in (
-        ("stdlib-bytes", "MSign (attention)", "0.003 ± 0.035", "0.72"), ("stdlib-small", "MSign (attention)", "0.083 ± 0.152", "0.14"),
+        ("stdlib-bytes", "MSign (attention)", "0.003 ± 0.035", "0.72"),
+        ("stdlib-small", "MSign (attention)", "0.083 ± 0.152", "0.14"),
         ("stdlib-small", "QK-norm", "0.376 ± 0.308", "0.034"),
-    ):  # fmt: skip
+    ):
         found = {arm.name: arm for arm in arms([run for run in runs if run.config["dataset"] == text])}
         differences, p = paired(found[name].by_seed(gap), found["AdamW"].by_seed(gap))
         assert said(differences, 3) == words and words in REPORT
@@ -350,39 +390,48 @@ def test_a_higher_stable_rank_generalises_no_better():
             rank for arm in found.values() for rank in arm.by_seed(srank).values() if arm.name != "MSign (attention)"
         ]
         assert all(rank > 2.8 * max(others) for rank in found["MSign (attention)"].by_seed(srank).values())
-    series = [run.sparse("val/loss") for run in runs if run.config["dataset"] == "stdlib-small"]
-    assert all(steps[0] == 500 and min(values) == values[0] for steps, values in series)
-    assert (min(v[0] for _, v in series), max(v[0] for _, v in series)) == pytest.approx((2.68, 2.73), abs=0.005)
+    series = [run.series("val/loss") for run in runs if run.config["dataset"] == "stdlib-small"]
+    assert all(values.index[0] == values.idxmin() == 500 for values in series)
+    assert (min(v[500] for v in series), max(v[500] for v in series)) == pytest.approx((2.68, 2.73), abs=0.005)
 
 
-def test_the_readme_says_what_the_grids_say(layers, controls):
+def test_the_page_on_grids_says_what_they_say(layers, controls):
     rivals = {arm.name: arm for arm in finding("rivals")}
     periods = {arm.name: arm for arm in arms(packed("table3_small"), lambda run: f"every {run.config['msign_period']}")}
     for arm, says in (
-        (controls["attention's lr ÷ 4"], "(`--attn_lr=0.25`) ends at {}"), (controls["QK-norm"], "(`--qk_norm`) at {}"),
-        (layers["MSign (attention)"], "MSign every 100 steps at {}"), (periods["every 3"], "every 3 steps at {}"),
-        (rivals["Muon"], "Muon ({})"), (rivals["AdaGC"], "AdaGC ({})"), (rivals["spectral sphere"], "the spectral sphere ({})"),
-    ):  # fmt: skip
-        assert says.format(said(list(arm.by_seed(loss).values()))) in README
-    assert f"from {sum(len(packed(name)) for name in GRIDS)} runs" in README
+        (controls["attention's lr ÷ 4"], "(`--attn_lr=0.25`) ends at {}"),
+        (controls["QK-norm"], "(`--qk_norm`) at {}"),
+        (layers["MSign (attention)"], "MSign every 100 steps at {}"),
+        (periods["every 3"], "every 3 steps at {}"),
+        (rivals["Muon"], "Muon ({})"),
+        (rivals["AdaGC"], "AdaGC ({})"),
+        (rivals["spectral sphere"], "spectral sphere ({})"),
+    ):
+        assert says.format(said(list(arm.by_seed(loss).values()))) in GRIDS_PAGE
+    n = sum(len(packed(name)) for name in GRIDS)
+    assert f"from {n} runs" in GRIDS_PAGE and len(GRIDS) == 11
 
 
 def test_gradient_norms_are_calmer(layers):
     for name, measure, words in (
-        ("AdamW", fluctuation, "0.44"), ("MSign (attention)", fluctuation, "0.17"), ("AdamW", spikes, "6.0"),
-        ("MSign (attention)", spikes, "0.8"), ("MSign (attention)", application_cost, "0.045"),
-    ):  # fmt: skip
+        ("AdamW", fluctuation, "0.44"),
+        ("MSign (attention)", fluctuation, "0.17"),
+        ("AdamW", spikes, "6.0"),
+        ("MSign (attention)", spikes, "0.8"),
+        ("MSign (attention)", application_cost, "0.045"),
+    ):
         values = list(layers[name].by_seed(measure).values())
         assert said(values, len(words) - 2).split(" ")[0] == words
 
     def after(run, first, last):
-        """Mean training loss of these steps after an application above that of the 20 before it, as application_cost."""
+        """Mean loss of these steps after an application above that of the 20 before it, as application_cost."""
         losses = np.array(run.steps["train/loss"])
         steps = range(1100, len(losses) - last, run.config["msign_period"])
         return np.mean([losses[s + first : s + last].mean() - losses[s - 20 : s].mean() for s in steps])
 
     of_window = [
-        np.mean([after(v, first, first + 10) for run in layers["MSign (attention)"].runs]) for first in (0, 10, 20, 30)
+        np.mean([after(run, first, first + 10) for run in layers["MSign (attention)"].runs])
+        for first in (0, 10, 20, 30)
     ]
     assert of_window[0] > of_window[1] > of_window[2] > 0.01 > abs(of_window[3])
 
@@ -395,8 +444,7 @@ def test_the_report_says_how_many_runs_there_are_and_in_how_many_grids_ranks_go_
         and f"The other {others} runs" in REPORT
         and f"rules {grids + others} times" in REPORT
     )
-    table = ranks_table({grid: packed(grid) for grid in GRIDS if grid != "attention_off"}).splitlines()[2:]
-    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table]
+    rows = ranks_table({grid: packed(grid) for grid in GRIDS if grid != "attention_off"}).to_numpy().tolist()
 
     def significant(rho, p):
         return [float(row[rho]) for row in rows if float(row[p].lstrip("< ")) < 0.05]
