@@ -1,6 +1,9 @@
-"""What results/REPORT.md says in words, held against the recorded grids."""
+"""What README.md, docs/grids.md and results/REPORT.md say in words, held against the recorded grids."""
+
+import re
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import gmean
 
@@ -10,6 +13,7 @@ from analysis.statistics import (
     application_cost,
     arms,
     before_the_end,
+    fisher,
     fluctuation,
     gap,
     late,
@@ -25,8 +29,22 @@ from stability.collapse import CLEARLY
 from tests.conftest import ROOT
 
 # a sentence may go on in the next line
-GRIDS_PAGE = " ".join((ROOT / "docs" / "grids.md").read_text().split())
-REPORT = " ".join((ROOT / "results" / "REPORT.md").read_text().split())
+README, GRIDS_PAGE, REPORT = (
+    " ".join((ROOT / page).read_text().split()) for page in ("README.md", "docs/grids.md", "results/REPORT.md")
+)
+
+
+def reported(a, b, words: str, p: str | None = None, digits: int = 3):
+    """Assert that the differences a − b, paired by seed, are `words`; the report has them, and this p-value."""
+    differences, found = paired(a, b)
+    assert said(differences, digits) == words and words.lstrip("-") in REPORT
+    if p is not None:
+        assert p_text(found) == p and re.search(rf"p {p if p[0] == '<' else '= ' + p}(?!\d)", REPORT)
+
+
+def range_of(values, digits: int) -> str:
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return low if low == high else f"{low} to {high}"
 
 
 @pytest.fixture(scope="module")
@@ -51,44 +69,41 @@ def test_the_first_two_questions_take_less_than_three_hours_on_two_cores():
 def test_attention_must_be_restored_and_of_it_w_q_and_w_k(layers):
     fell = {name: len(arm.collapsed) for name, arm in layers.items()}
     assert fell == {
-        "AdamW": 5,
-        "MSign (attention)": 0,
-        "MSign (mlp)": 5,
-        "MSign (blocks)": 0,
-        "MSign (W_O)": 5,
-        "MSign (W_V,W_O)": 3,
-        "MSign (W_Q,W_K)": 0,
-        "attention off": 0,
-    }
+        "AdamW": 5, "MSign (attention)": 0, "MSign (mlp)": 5, "MSign (blocks)": 0, "MSign (W_O)": 5,
+        "MSign (W_V,W_O)": 3, "MSign (W_Q,W_K)": 0, "attention off": 0,
+    }  # fmt: skip
     off = layers["attention off"].by_seed(loss)
     clearly = [name for name, arm in layers.items() if sum(paired(arm.by_seed(loss), off)[0]) / 5 < -CLEARLY]
     assert clearly == ["MSign (attention)", "MSign (W_Q,W_K)"]
     of_all = layers["MSign (attention)"].by_seed(loss)
-    for name, words, text_p in (
-        ("MSign (W_Q,W_K)", "0.014 ± 0.041", "0.39"),
-        ("MSign (blocks)", "0.112 ± 0.046", "0.003"),
-    ):
-        differences, p = paired(layers[name].by_seed(loss), of_all)
-        assert said(differences, 3) == words and words in REPORT
-        assert p_text(p) == text_p and f"(p = {text_p})" in REPORT
-    fell_at = {
-        name: {run.config["seed"]: run.collapse.step for run in layers[name].runs} for name in ("AdamW", "MSign (mlp)")
-    }
+    reported(layers["MSign (W_Q,W_K)"].by_seed(loss), of_all, "0.014 ± 0.041", "0.39")
+    reported(layers["MSign (blocks)"].by_seed(loss), of_all, "0.112 ± 0.046", "0.003")
+    fell_at = {name: layers[name].by_seed(lambda run: run.end) for name in ("AdamW", "MSign (mlp)")}
     assert all(step < fell_at["AdamW"][seed] for seed, step in fell_at["MSign (mlp)"].items())
-    below_adamw, _ = paired(of_all, layers["AdamW"].by_seed(loss))
-    assert said(below_adamw) == "-0.46 ± 0.05" and "0.46 ± 0.05 nats below AdamW's (n = 5)" in REPORT
+
+
+def test_the_summary_says_what_the_first_finding_says(layers):
+    adamw, msign = layers["AdamW"], layers["MSign (attention)"]
+    differences, p = paired(msign.by_seed(loss), adamw.by_seed(loss))
+    assert said(differences) == "-0.46 ± 0.05" and p_text(7 * p) == "< 0.001"  # one of seven rows; Holm's at most
+    assert (len(adamw.collapsed), len(msign.collapsed)) == (5, 0) and p_text(fisher(0, 5, 5, 5)) == "0.008"
+    summary = REPORT.split("## Terms, set-up and statistics")[0]
+    assert "AdamW collapses in 5 of 5 runs and MSign on attention's matrices in 0 of 5 (p = 0.008)" in summary
+    assert "MSign's final training loss is 0.46 ± 0.05 nats below AdamW's (n = 5)" in summary
 
 
 def test_the_attention_logits_move_first_and_stay_where_w_q_and_w_k_are_restored(layers):
     def logits(*names):
-        of = [run.series("attention/max_logit")[1500] for n in names for run in layers[n].runs]
-        return round(min(of)), round(max(of))
+        return range_of([run.series("attention/max_logit")[1500] for name in names for run in layers[name].runs], 0)
 
     onsets = [run.onsets for run in layers["AdamW"].runs]
     assert [o.first for o in onsets] == [["attention logits"]] * 5
-    assert logits("AdamW") == (904, 1351)
-    assert logits("MSign (W_V,W_O)") == (589, 1116)
-    assert logits("MSign (attention)", "MSign (W_Q,W_K)") == (296, 568)
+    assert logits("AdamW") == "904 to 1351"
+    assert logits("MSign (W_V,W_O)") == "589 to 1116"
+    assert logits("MSign (attention)", "MSign (W_Q,W_K)") == "296 to 568"
+    assert all(
+        words in REPORT for words in ("904 to 1351 with AdamW", "589 to 1116 with MSign", "296 to 568 with MSign")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -99,30 +114,24 @@ def controls():
 def test_the_spectral_norm_is_what_must_be_bounded_and_not_the_stable_rank(controls):
     scaled, clipped = "W scaled to MSign's spectral norm", "singular values clipped there"
     for name, words, text_p in (
-        (scaled, "0.098 ± 0.071", "0.027"),
-        (clipped, "0.057 ± 0.096", "0.12"),
-        ("QK-norm", "-0.131 ± 0.081", "0.020"),
-        ("attention's lr ÷ 4", "-0.239 ± 0.085", "0.007"),
-        ("attention's lr ÷ 16", "-0.321 ± 0.085", "0.004"),
-        ("MSign, moments reset", "0.029 ± 0.095", "0.32"),
-        ("square-rooted singular values", "0.061 ± 0.058", "0.045"),
-    ):
+        (scaled, "0.098 ± 0.071", "0.027"), (clipped, "0.057 ± 0.096", "0.12"), ("QK-norm", "-0.131 ± 0.081", "0.020"),
+        ("attention's lr ÷ 4", "-0.239 ± 0.085", "0.007"), ("attention's lr ÷ 16", "-0.321 ± 0.085", "0.004"),
+        ("MSign, moments reset", "0.029 ± 0.095", "0.32"), ("square-rooted singular values", "0.061 ± 0.058", "0.045"),
+    ):  # fmt: skip
         assert not controls[name].collapsed and len(controls[name].runs) == 3
-        differences, p = paired(controls[name].by_seed(loss), controls["MSign (attention)"].by_seed(loss))
-        assert said(differences, 3) == words and words.lstrip("-") in REPORT
-        assert p_text(p) == text_p and f"p = {text_p})" in REPORT
+        reported(controls[name].by_seed(loss), controls["MSign (attention)"].by_seed(loss), words, text_p)
     assert all(
         len(controls[name].collapsed) == 3
         for name in ("β₂ 0.95", "weight decay × 10", "decay independent of the rate", "bf16")
     )
-    assert said([run.lr_multiple() for run in controls["β₂ 0.95"].runs], 1) == "5.0 ± 0.1"
+    assert said([run.lr_multiple() for run in controls["β₂ 0.95"].runs], 1) == "5.0 ± 0.1" and "5.0 ± 0.1" in REPORT
     assert controls["attention in plain math"].by_seed(loss).items() <= controls["AdamW"].by_seed(loss).items()
 
     def ranks(name, step=2550):
-        of = [run.series("srank/attention")[step] for run in controls[name].runs]
-        return round(min(of), 1), round(max(of), 1)
+        return range_of([run.series("srank/attention")[step] for run in controls[name].runs], 1)
 
-    assert (ranks(scaled), ranks("AdamW"), ranks("QK-norm")) == ((1.7, 1.9), (2.3, 2.6), (4.3, 4.3))
+    assert (ranks(scaled), ranks("AdamW"), ranks("QK-norm")) == ("1.7 to 1.9", "2.3 to 2.6", "4.3")
+    assert "1.7 to 1.9, lower than AdamW's 2.3 to 2.6" in REPORT and "at a stable rank of 4.3 at step 2550" in REPORT
     off = controls["attention off"].by_seed(loss)
     assert not controls["random sign"].collapsed
     assert all(d > 0 for d in paired(controls["random sign"].by_seed(loss), off)[0])
@@ -135,39 +144,26 @@ def test_protection_is_lost_between_a_hundred_and_a_thousand_steps(controls):
     }
     fell = {name: (len(arm.collapsed), len(arm.runs)) for name, arm in found.items()}
     assert fell == dict.fromkeys(("1", "3", "10", "30", "60", "100", "180"), (0, 3)) | {
-        "300": (2, 3),
-        "1000": (3, 3),
-        "10000": (3, 3),
-    }
+        "300": (2, 3), "1000": (3, 3), "10000": (3, 3),
+    }  # fmt: skip
     ten = found["10"].by_seed(loss)
-    for other, words in (
-        (found["100"], "-0.121 ± 0.035"),
-        (controls["QK-norm"], "0.009 ± 0.068"),
-        (controls["attention's lr ÷ 4"], "0.118 ± 0.068"),
-    ):
-        assert said(paired(ten, other.by_seed(loss))[0], 3) == words and words.lstrip("-") in REPORT
-    assert p_text(paired(ten, found["100"].by_seed(loss))[1]) == "0.004"
-    assert f"{fitted_r(packed('table3_small')):.2f}" == "0.50"
+    reported(ten, found["100"].by_seed(loss), "-0.121 ± 0.035", "0.004")
+    reported(ten, controls["QK-norm"].by_seed(loss), "0.009 ± 0.068")
+    reported(ten, controls["attention's lr ÷ 4"].by_seed(loss), "0.118 ± 0.068")
+    assert f"{fitted_r(packed('table3_small')):.2f}" == "0.50" and "r = 0.50 steps an application" in REPORT
 
 
 def test_how_many_matrices_are_replaced_counts_and_not_which():
     fixed, below = ({arm.name: arm for arm in by_number(*grid)} for grid in BY_NUMBER.values())
+    table = threshold_table(below.values(), fixed.values()).set_index("arm")
     for name, other, words, text_p in (
-        ("below 8", "P = 60", "-0.024 ± 0.006", "0.003"),
-        ("below 16", "P = 30", "-0.021 ± 0.103", "0.48"),
+        ("below 8", "P = 60", "-0.024 ± 0.006", "0.003"), ("below 16", "P = 30", "-0.021 ± 0.103", "0.48"),
         ("below 4", "P = 180", "0.087 ± 0.037", "0.010"),
-    ):
-        differences, p = paired(below[name].by_seed(loss), fixed[other].by_seed(loss))
-        assert said(differences, 3) == words and words.lstrip("-") in REPORT
-        assert p_text(p) == text_p and f"p = {text_p})" in REPORT
-        table = threshold_table(below.values(), fixed.values()).set_index("arm")
+    ):  # fmt: skip
+        reported(below[name].by_seed(loss), fixed[other].by_seed(loss), words, text_p)
         assert table["fixed P of nearly as many"][name].startswith(f"{other}: ")
-    assert {name: len(arm.collapsed) for name, arm in below.items()} == {
-        "below 2": 3,
-        "below 4": 0,
-        "below 8": 0,
-        "below 16": 0,
-    }
+    fell = {name: len(arm.collapsed) for name, arm in below.items()}
+    assert fell == {"below 2": 3, "below 4": 0, "below 8": 0, "below 16": 0}
 
 
 @pytest.fixture(scope="module")
@@ -181,49 +177,48 @@ def test_one_arm_of_twenty_collapses_late_by_the_protocol():
     assert len(found) == 20 and "Of twenty arms one counts" in REPORT
 
 
-def test_without_decay_adamw_collapses_late_while_logits_grow_and_the_stable_rank_stays(late_seeds):
+def mean_losses(run):
+    """The means of 100 training losses; the first ends at step 100."""
+    return run.steps["train/loss"].rolling(100).mean().dropna()
+
+
+def test_without_decay_adamws_loss_stalls_and_rises_late(late_seeds):
     adamw, msign = late_seeds["AdamW"], late_seeds["MSign (attention)"]
     assert (len(adamw.collapsed), len(msign.collapsed)) == (3, 0)
-    assert all(run.collapse.step > 4000 for run in adamw.collapsed)
-    assert [late(run) for run in adamw.runs].count(True) == 1
-    differences, p = paired(msign.by_seed(loss), adamw.by_seed(loss))
-    assert said(differences, 3) == "-0.472 ± 0.095" and p < 0.001 and "0.472 ± 0.095 below AdamW (p < 0.001)" in REPORT
-    lowest = {
-        run.config["seed"]: np.convolve(run.steps["train/loss"], np.full(100, 0.01), "valid").min()
-        for run in adamw.runs
-    }
-    above, _ = paired(adamw.by_seed(loss), lowest)
-    assert said(above, 3) == "0.096 ± 0.039" and "0.096 ± 0.039 above its own lowest" in REPORT
+    assert sorted(run.config["seed"] for run in adamw.collapsed) == [3, 4, 5]
+    assert all(run.end > 4000 for run in adamw.collapsed)
+    assert [run.config["seed"] for run in adamw.runs if late(run)] == [5]
+    reported(msign.by_seed(loss), adamw.by_seed(loss), "-0.472 ± 0.095", "< 0.001")
+    assert "0.472 ± 0.095 below AdamW (p < 0.001)" in REPORT
+    lowest = adamw.by_seed(lambda run: mean_losses(run).min())
+    assert min(paired(adamw.by_seed(loss), lowest)[0]) > 0 and "0.096 ± 0.039 above its own lowest" in REPORT
+    reported(adamw.by_seed(loss), lowest, "0.096 ± 0.039")
+    means = [mean_losses(run) for run in adamw.runs]
+    assert all(of.loc[2000] - of.loc[2000:].min() < 0.1 for of in means)
+
+
+def test_without_decay_logits_and_gradients_grow_and_the_stable_rank_stays(late_seeds):
+    adamw, msign = late_seeds["AdamW"], late_seeds["MSign (attention)"]
 
     def spread(arm, key, step, digits):
-        values = [run.series(key)[step] for run in arm.runs]
-        return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+        return range_of([run.series(key)[step] for run in arm.runs], digits)
 
     for step, words in ((1000, "441 to 628"), (2000, "889 to 1100"), (4000, "1716 to 2027"), (6000, "2252 to 3394")):
-        assert spread(adamw, "attention/max_logit", step, 0) == words and words in REPORT
-    assert spread(msign, "attention/max_logit", 6000, 0) == "263 to 277" and "MSign runs is 263 to 277" in REPORT
-    assert spread(adamw, "srank/attention", 1000, 1) == "3.1 to 3.4"
-    assert all(
-        spread(adamw, "srank/attention", step, 1) in ("3.3 to 3.8", "3.2 to 3.8", "3.2 to 3.7")
-        for step in (2000, 3000, 4000, 5000, 6000)
-    )
-    norms = {arm: np.array([run.steps["grad_norm"] for run in late_seeds[arm].runs], float) for arm in late_seeds}
-    grown = {arm: np.median(of[:, 5500:], 1) / np.median(of[:, 500:1000], 1) for arm, of in norms.items()}
-    assert 5 < grown["AdamW"].min() < grown["AdamW"].max() < 8.5
-    assert (round(grown["MSign (attention)"].min(), 1), round(grown["MSign (attention)"].max(), 1)) == (1.6, 2.0)
+        assert spread(adamw, "attention/max_logit", step, 0) == words and f"{words} at step {step}" in REPORT
+    assert spread(msign, "attention/max_logit", 6000, 0) == "263 to 277"
+    assert "largest logit of the MSign runs is 263 to 277 at step 6000" in REPORT
+    assert spread(adamw, "srank/attention", 1000, 1) == "3.1 to 3.4" and "3.1 to 3.4 at step 1000" in REPORT
+    later = [run.series("srank/attention")[step] for run in adamw.runs for step in range(2000, 6001, 1000)]
+    assert range_of(later, 1) == "3.2 to 3.8" and "3.2 to 3.8 at every thousandth step from 2000 to 6000" in REPORT
+    norms = {name: np.array([run.steps["grad_norm"] for run in arm.runs]) for name, arm in late_seeds.items()}
+    grown = {name: np.median(of[:, 5500:], 1) / np.median(of[:, 500:1000], 1) for name, of in norms.items()}
+    assert range_of(grown["AdamW"], 0) == "5 to 8" and "5 to 8 times that of steps 500 to 1000" in REPORT
+    assert range_of(grown["MSign (attention)"], 1) == "1.6 to 2.0" and "with MSign 1.6 to 2.0 times" in REPORT
     largest = norms["AdamW"].max(1)
     assert f"between {largest.min():.0f} and {largest.max():.0f}" in REPORT
     third = norms["AdamW"].shape[1] // 3
     rough = (norms["AdamW"][:, 100:third] > 10 * np.median(norms["AdamW"], 1, keepdims=True)).sum(1)
-    assert dict(zip([run.config["seed"] for run in adamw.runs], rough, strict=True)) == {
-        1: 0,
-        2: 0,
-        3: 1,
-        4: 1,
-        5: 0,
-    }
-    means = [np.convolve(run.steps["train/loss"], np.full(100, 0.01), "valid") for run in adamw.runs]
-    assert all(of[1901 - 1] - of[1901:].min() < 0.1 for of in means)  # the mean up to step 2000, and those after
+    assert dict(zip(adamw.by_seed(loss), rough, strict=True)) == {1: 0, 2: 0, 3: 1, 4: 1, 5: 0}
     onsets = [run.onsets for run in adamw.runs]
     assert all(o.first == ["attention logits"] for o in onsets)
     assert sum(o.lead("attention logits") < 0 for o in onsets) == 4 and all(o.grad_norm for o in onsets)
@@ -231,71 +226,64 @@ def test_without_decay_adamw_collapses_late_while_logits_grow_and_the_stable_ran
 
 def test_the_late_collapse_is_prevented_at_adamws_stable_ranks_and_spectral_norms_too(late_seeds):
     found = {arm.name: arm for arm in finding("late")}
-    assert {name: (len(arm.collapsed), len(arm.runs)) for name, arm in found.items()} == {
-        "AdamW": (5, 5),
-        "MSign (attention)": (0, 5),
-    } | dict.fromkeys(("attention off", "W scaled to MSign's spectral norm", "attention's lr ÷ 16", "QK-norm"), (0, 3))
+    controls = ("W scaled to MSign's spectral norm", "attention's lr ÷ 16", "QK-norm")
+    fell = {name: (len(arm.collapsed), len(arm.runs)) for name, arm in found.items()}
+    three = dict.fromkeys(("attention off", *controls), (0, 3))
+    assert fell == {"AdamW": (5, 5), "MSign (attention)": (0, 5)} | three
     for name, words, text_p in (
-        ("QK-norm", "-0.419 ± 0.036", "< 0.001"),
-        ("attention's lr ÷ 16", "-0.390 ± 0.022", "< 0.001"),
+        ("QK-norm", "-0.419 ± 0.036", "< 0.001"), ("attention's lr ÷ 16", "-0.390 ± 0.022", "< 0.001"),
         ("W scaled to MSign's spectral norm", "0.085 ± 0.027", "0.005"),
-    ):
-        differences, p = paired(found[name].by_seed(loss), found["MSign (attention)"].by_seed(loss))
-        assert said(differences, 3) == words and words.lstrip("-") in REPORT and p_text(p) == text_p
+    ):  # fmt: skip
+        reported(found[name].by_seed(loss), found["MSign (attention)"].by_seed(loss), words, text_p)
     off = found["attention off"].by_seed(loss)
     rescued = [name for name, arm in found.items() if name not in ("AdamW", "attention off")]
     assert all(d <= -0.18 for name in rescued for d in paired(found[name].by_seed(loss), off)[0])
-
-    def at_the_end(name, key, digits):
-        values = [run.series(key).iloc[-1] for run in found[name].runs]
-        low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
-        return low if low == high else f"{low} to {high}"
-
     for name, key, digits, words in (
-        ("QK-norm", "srank/attention", 1, "4.8 to 5.1"),
-        ("QK-norm", "sigma1/attention", 1, "20.8 to 21.6"),
-        ("QK-norm", "attention/max_logit", 0, "8 to 9"),
-        ("AdamW", "srank/attention", 1, "3.2 to 3.7"),
-        ("AdamW", "sigma1/attention", 1, "24.6 to 26.2"),
-        ("MSign (attention)", "srank/attention", 0, "32"),
+        ("QK-norm", "srank/attention", 1, "4.8 to 5.1"), ("QK-norm", "sigma1/attention", 1, "20.8 to 21.6"),
+        ("QK-norm", "attention/max_logit", 0, "8 to 9"), ("AdamW", "srank/attention", 1, "3.2 to 3.7"),
+        ("AdamW", "sigma1/attention", 1, "24.6 to 26.2"), ("MSign (attention)", "srank/attention", 0, "32"),
         ("MSign (attention)", "sigma1/attention", 0, "8"),
         ("W scaled to MSign's spectral norm", "srank/attention", 1, "1.9 to 2.1"),
-    ):
-        assert at_the_end(name, key, digits) == words and words in REPORT
+    ):  # fmt: skip
+        assert range_of([run.series(key).iloc[-1] for run in found[name].runs], digits) == words and words in REPORT
     for name, words in (
-        ("MSign (attention)", "1.90 ± 0.06 against"),
-        ("AdamW", "against 2.37 ± 0.07"),
-        ("QK-norm", "QK-norm (1.51 ± 0.05)"),
-    ):
-        assert said(list(found[name].by_seed(loss).values())) in words and words in GRIDS_PAGE
+        ("MSign (attention)", "{} against"), ("AdamW", "against {}"), ("QK-norm", "QK-norm ({})"),
+    ):  # fmt: skip
+        assert words.format(said(list(found[name].by_seed(loss).values()))) in GRIDS_PAGE
 
 
 def test_the_ledger_says_what_the_report_says():
-    """The words beside the table of the paper's chain: every number in them is in the table, and what moved first."""
-    rows = ledger_table(regimes()).to_numpy().tolist()
-    cell = {
-        (row[0], row[1]): dict(zip(("stable rank", "J", "alignment", "product", *LINKS), row[4:], strict=True))
-        for row in rows
-    }
-    adamw = [cell[regime, "AdamW"] for regime in ("ramp", "constant 2 ×", "no decay")]
-    assert [of["stable rank"][:3] for of in adamw] == ["3.0", "2.5", "3.4"]
+    """The words beside the table of the paper's chain: every number in them is in the table."""
+    table = ledger_table(regimes()).set_index(["regime", "arm"])
+    adamw = [table.loc[regime, "AdamW"] for regime in ("ramp", "constant 2 ×", "no decay")]
+    msign = [table.loc[regime, "MSign (attention)"] for regime in ("ramp", "constant 2 ×", "no decay")]
+    off = table.loc["ramp", "attention off"]
+    assert [of["stable rank"][:3] for of in adamw] == ["3.0", "2.5", "3.4"] and "medians are 3.0, 2.5 and 3.4" in REPORT
+    correlations = [f"ρ({name})" for name in LINKS]
     for words in (
-        *(of["alignment"] for of in adamw),
-        adamw[0]["J"],
-        cell["ramp", "MSign (attention)"]["J"],
-        adamw[2]["J"],
-        cell["no decay", "MSign (attention)"]["J"],
-        cell["ramp", "attention off"]["J"],
-        *(of[link] for of in adamw[:2] for link in ("stable rank, ‖J‖₂", "product, gradient norm")),
-        adamw[0]["alignment, product"],
-    ):
+        *(of["alignment"] for of in adamw), *(table["‖J(ℓ)‖₂"][regime, name] for regime in ("ramp", "no decay")
+                                              for name in ("AdamW", "MSign (attention)")),
+        off["‖J(ℓ)‖₂"], off["stable rank"][:3], table["stable rank"]["constant 2 ×", "attention off"][:3],
+        *(of[name] for of in adamw[:2] for name in (correlations[0], correlations[2])), adamw[0][correlations[1]],
+    ):  # fmt: skip
         assert words in REPORT.split("| link |")[1]
+    products = [[float(of["log₁₀ product"][:3]) for of in arm] for arm in (adamw, msign)]
+    decades = np.subtract(*products)
+    assert all(3 <= 10**decade <= 5.1 for decade in decades)
+    assert theory_table(recorded("ramp")[0])["looseness, powers of ten"][0] == "91.6 [48.0, 123.2]"
+    assert "10⁻⁴⁸ to 10⁻¹²³ of the product (60 measurements" in REPORT
+
+
+def test_what_moved_first_and_how_much_msign_lowers_the_product_are_as_reported():
     by_regime = {regime: {arm.name: arm for arm in arms(runs)} for regime, runs in regimes().items()}
 
     def ratios(regime, key):
         """AdamW's median over MSign's, seed by seed."""
-        both = (by_regime[regime][name].runs for name in ("AdamW", "MSign (attention)"))
-        return [np.divide(*(before_the_end(run, key).median() for run in pair)) for pair in zip(*both, strict=True)]
+        of = [
+            by_regime[regime][name].by_seed(lambda run: before_the_end(run, key).median())
+            for name in ("AdamW", "MSign (attention)")
+        ]
+        return pd.Series(of[0]) / pd.Series(of[1])
 
     lower = [round(gmean(ratios(regime, "jacobian/product")), 1) for regime in by_regime]
     assert lower == [3.1, 2.9, 5.8] and "by a factor of three to six" in REPORT
@@ -304,35 +292,29 @@ def test_the_ledger_says_what_the_report_says():
     firsts = [o.first for of in onsets.values() for o in of]
     assert firsts.count(["attention logits"]) == 10 and firsts.count(["first-block gain"]) == 1 and len(firsts) == 11
     assert not any(o.grad_norm for regime in ("ramp", "constant 2 ×") for o in onsets[regime])
-    assert "91.6 [48.0, 123.2]" in theory_table(recorded("ramp")[0]).to_string()
 
 
 def test_three_rivals_prevent_the_collapse_too(controls):
     rivals = {arm.name: arm for arm in finding("rivals")}
     fell = {name: len(arm.collapsed) for name, arm in rivals.items() if len(arm.runs) == 3}
     assert fell == {
-        "AdamW": 3,
-        "MSign (attention)": 0,
-        "ZClip": 3,
-        "Muon": 0,
-        "Stable-SPAM": 3,
-        "AdaGC": 0,
-        "SPAM": 3,
+        "AdamW": 3, "MSign (attention)": 0, "ZClip": 3, "Muon": 0, "Stable-SPAM": 3, "AdaGC": 0, "SPAM": 3,
         "spectral sphere": 0,
-    }
+    }  # fmt: skip
+    losses = {name: arm.by_seed(loss) for name, arm in rivals.items()}
+    for name, words, text_p in (
+        ("Muon", "-0.240 ± 0.092", "0.008"), ("AdaGC", "-0.092 ± 0.071", "0.031"),
+        ("spectral sphere", "-0.323 ± 0.094", "0.005"),
+    ):  # fmt: skip
+        reported(losses[name], losses["MSign (attention)"], words, text_p)
     for name, other, words, text_p in (
-        ("Muon", rivals["MSign (attention)"], "-0.240 ± 0.092", "0.008"),
-        ("AdaGC", rivals["MSign (attention)"], "-0.092 ± 0.071", "0.031"),
-        ("Muon", controls["attention's lr ÷ 4"], "-0.001 ± 0.018", "0.87"),
-        ("spectral sphere", rivals["MSign (attention)"], "-0.323 ± 0.094", "0.005"),
-        ("spectral sphere", controls["attention's lr ÷ 16"], "-0.001 ± 0.009", "0.57"),
+        ("Muon", "attention's lr ÷ 4", "-0.001 ± 0.018", "0.87"),
+        ("spectral sphere", "attention's lr ÷ 16", "-0.001 ± 0.009", "0.57"),
     ):
-        differences, p = paired(rivals[name].by_seed(loss), other.by_seed(loss))
-        assert said(differences, 3) == words and words.lstrip("-") in REPORT and p_text(p) == text_p
-    rate = {
-        name: np.mean([run.summary["tokens_per_second"] for run in rivals[name].runs])
-        for name in ("AdamW", "Muon", "spectral sphere")
-    }
+        reported(losses[name], controls[other].by_seed(loss), words)
+        assert p_text(paired(losses[name], controls[other].by_seed(loss))[1]) == text_p
+    timed = ("AdamW", "Muon", "spectral sphere")
+    rate = {name: np.mean([run.summary["tokens_per_second"] for run in rivals[name].runs]) for name in timed}
     assert 1.8 < rate["AdamW"] / rate["Muon"] < 2.2 and 7 < rate["AdamW"] / rate["spectral sphere"] < 8
 
 
@@ -355,24 +337,20 @@ def test_larger_rates_are_survivable_with_msign_and_not_better():
         (best(attention), best("AdamW"), "-0.204 ± 0.031", "0.001"),
         (best("QK-norm"), best("AdamW"), "-0.029 ± 0.038", "0.084"),
     ):
-        differences, p = paired(a, b)
-        assert said(differences, 3) == words and words.lstrip("-") in REPORT
-        assert p_text(p) == text_p and f"p = {text_p}" in REPORT
-    assert said(list(at("MSign (attention)", 16).values())) == "2.94 ± 0.09"
+        reported(a, b, words, text_p)
+    assert "has a best loss 0.20 nats lower" in GRIDS_PAGE
+    assert said(list(at("MSign (attention)", 16).values())) == "2.94 ± 0.09" and "2.94 ± 0.09" in REPORT
     means = [np.mean(list(at(attention, rate).values())) for rate in (2, 1, 4)]
     assert max(means) - means[0] < 0.05 and means[0] == min(means)
-    twice = [run for arm in arms(recorded("constant")) if arm.name == "AdamW" for run in arm.runs]
     assert not any(run.collapse for run in found["AdamW"].runs if run.config["lr_scale"] == 2)
+    twice = [run for arm in arms(recorded("constant")) if arm.name == "AdamW" for run in arm.runs]
     assert all("attention-off's" in run.collapse.why for run in twice) and len(twice) == 3
-    rows = {row[0]: row for row in margin_table(found.values()).to_numpy().tolist()}
-    assert {name: row[4:] for name, row in rows.items() if name in found} == {
-        "AdamW": ["0.5", "2"],
-        "MSign (attention)": ["0.5", "16"],
-        "QK-norm": ["2", "16"],
-        attention: ["2", "16"],
-    }
+    table = margin_table(found.values()).set_index("arm")
+    assert {name: (row["at × lr"], row["no collapse up to × lr"]) for name, row in table.iterrows()} == {
+        "AdamW": ("0.5", "2"), "MSign (attention)": ("0.5", "16"), "QK-norm": ("2", "16"), attention: ("2", "16"),
+    }  # fmt: skip
     for name, words in (("AdamW", "0.404"), ("MSign (attention)", "0.254"), ("QK-norm", "0.082")):
-        assert rows[name][2].startswith(words) and words in REPORT
+        assert table["sensitivity, nats"][name].startswith(words) and words in REPORT
 
 
 def test_a_higher_stable_rank_generalises_no_better():
@@ -383,71 +361,68 @@ def test_a_higher_stable_rank_generalises_no_better():
         ("stdlib-small", "QK-norm", "0.376 ± 0.308", "0.034"),
     ):
         found = {arm.name: arm for arm in arms([run for run in runs if run.config["dataset"] == text])}
-        differences, p = paired(found[name].by_seed(gap), found["AdamW"].by_seed(gap))
-        assert said(differences, 3) == words and words in REPORT
-        assert p_text(p) == text_p and f"p = {text_p})" in REPORT
-        others = [
-            rank for arm in found.values() for rank in arm.by_seed(srank).values() if arm.name != "MSign (attention)"
-        ]
-        assert all(rank > 2.8 * max(others) for rank in found["MSign (attention)"].by_seed(srank).values())
+        reported(found[name].by_seed(gap), found["AdamW"].by_seed(gap), words, text_p)
+        msign = found.pop("MSign (attention)").by_seed(srank).values()
+        others = [rank for arm in found.values() for rank in arm.by_seed(srank).values()]
+        assert min(msign) > 2.8 * max(others)
     series = [run.series("val/loss") for run in runs if run.config["dataset"] == "stdlib-small"]
-    assert all(values.index[0] == values.idxmin() == 500 for values in series)
-    assert (min(v[500] for v in series), max(v[500] for v in series)) == pytest.approx((2.68, 2.73), abs=0.005)
+    assert all(of.index[0] == 500 and of.idxmin() == 500 for of in series)
+    assert range_of([of[500] for of in series], 2) == "2.68 to 2.73" and "2.68 to 2.73" in REPORT
 
 
 def test_the_page_on_grids_says_what_they_say(layers, controls):
     rivals = {arm.name: arm for arm in finding("rivals")}
-    periods = {arm.name: arm for arm in arms(packed("table3_small"), lambda run: f"every {run.config['msign_period']}")}
+    periods = {arm.name: arm for arm in by_number("table3_small", "msign_period")}
     for arm, says in (
         (controls["attention's lr ÷ 4"], "(`--attn_lr=0.25`) ends at {}"),
         (controls["QK-norm"], "(`--qk_norm`) at {}"),
-        (layers["MSign (attention)"], "MSign every 100 steps at {}"),
-        (periods["every 3"], "every 3 steps at {}"),
-        (rivals["Muon"], "Muon ({})"),
-        (rivals["AdaGC"], "AdaGC ({})"),
+        (layers["MSign (attention)"], "MSign every 100 steps at {}"), (periods["P = 3"], "every 3 steps at {}"),
+        (rivals["Muon"], "Muon ({})"), (rivals["AdaGC"], "AdaGC ({})"),
         (rivals["spectral sphere"], "spectral sphere ({})"),
-    ):
+    ):  # fmt: skip
         assert says.format(said(list(arm.by_seed(loss).values()))) in GRIDS_PAGE
-    n = sum(len(packed(name)) for name in GRIDS)
-    assert f"from {n} runs" in GRIDS_PAGE and len(GRIDS) == 11
+    for name in GRIDS:
+        assert re.search(rf"\| `{name}` \| [^|]* \| {len(packed(name))} \|", GRIDS_PAGE), name
 
 
 def test_gradient_norms_are_calmer(layers):
-    for name, measure, words in (
-        ("AdamW", fluctuation, "0.44"),
-        ("MSign (attention)", fluctuation, "0.17"),
-        ("AdamW", spikes, "6.0"),
-        ("MSign (attention)", spikes, "0.8"),
-        ("MSign (attention)", application_cost, "0.045"),
-    ):
+    for name, measure, words, says in (
+        ("AdamW", fluctuation, "0.44", "0.44 with AdamW"),
+        ("MSign (attention)", fluctuation, "0.17", "0.17 with MSign on attention"),
+        ("AdamW", spikes, "6.0", "AdamW 6.0"), ("MSign (attention)", spikes, "0.8", "has 0.8 spikes"),
+        ("MSign (attention)", application_cost, "0.045", "0.045 ± 0.021"),
+    ):  # fmt: skip
         values = list(layers[name].by_seed(measure).values())
-        assert said(values, len(words) - 2).split(" ")[0] == words
+        assert said(values, len(words) - 2).split(" ")[0] == words and says in REPORT
 
     def after(run, first, last):
-        """Mean loss of these steps after an application above that of the 20 before it, as application_cost."""
-        losses = np.array(run.steps["train/loss"])
+        """Mean training loss of these steps after an application above the 20 before it, as application_cost."""
+        losses = run.steps["train/loss"].to_numpy()
         steps = range(1100, len(losses) - last, run.config["msign_period"])
         return np.mean([losses[s + first : s + last].mean() - losses[s - 20 : s].mean() for s in steps])
 
-    of_window = [
-        np.mean([after(run, first, first + 10) for run in layers["MSign (attention)"].runs])
-        for first in (0, 10, 20, 30)
-    ]
-    assert of_window[0] > of_window[1] > of_window[2] > 0.01 > abs(of_window[3])
+    runs = layers["MSign (attention)"].runs
+    raised = [np.mean([after(run, first, first + 10) for run in runs]) for first in (0, 10, 20, 30)]
+    assert raised[0] > raised[1] > raised[2] > 0.01 > abs(raised[3])
 
 
-def test_the_report_says_how_many_runs_there_are_and_in_how_many_grids_ranks_go_with_losses():
+def test_the_pages_say_how_many_runs_and_questions_there_are():
     grids = sum(len(packed(name)) for name in GRIDS)
     others = sum(len(recorded(name)) for name in ("ramp", "constant"))
-    assert (
-        f"({grids} runs)" in REPORT
-        and f"The other {others} runs" in REPORT
-        and f"rules {grids + others} times" in REPORT
-    )
-    rows = ranks_table({grid: packed(grid) for grid in GRIDS if grid != "attention_off"}).to_numpy().tolist()
+    assert f"eleven grids behind this report ({grids} runs)" in REPORT and len(GRIDS) == 11
+    assert f"The other {others} runs" in REPORT and f"rules {grids + others} times" in REPORT
+    assert f"from {grids} runs" in GRIDS_PAGE and f"{grids} runs, ten questions" in README
+    questions = re.findall(r"^### (\d+)\.", (ROOT / "results" / "REPORT.md").read_text(), re.M)
+    assert questions == [str(number) for number in range(1, 11)]
+
+
+def test_a_high_stable_rank_goes_with_low_losses_in_as_many_grids_as_reported():
+    table = ranks_table({grid: packed(grid) for grid in GRIDS if grid != "attention_off"})
+    *_, rho_gap, p_gap, rho_loss, p_loss = (table.iloc[:, column] for column in range(table.shape[1]))
 
     def significant(rho, p):
-        return [float(row[rho]) for row in rows if float(row[p].lstrip("< ")) < 0.05]
+        return rho.astype(float)[p.str.lstrip("< ").astype(float) < 0.05]
 
-    assert len(rows) == 11 and sum(float(row[5]) < 0 for row in rows) == 10 and len(significant(5, 6)) == 9
-    assert len(significant(3, 4)) == 4 and min(significant(3, 4)) > 0
+    assert len(table) == 11 and (rho_loss.astype(float) < 0).sum() == 10 and len(significant(rho_loss, p_loss)) == 9
+    assert len(significant(rho_gap, p_gap)) == 4 and significant(rho_gap, p_gap).min() > 0
+    assert "in ten of eleven rows (nine with p < 0.05)" in REPORT and "In four rows ρ with the difference has" in REPORT
