@@ -32,8 +32,8 @@ class UserError(Exception):
 def run_cli(main: Callable[[], int], prog: str, leave: Callable[[int], None] = sys.exit):
     """Run `main()` and leave with the exit code that it returns.
 
-    Bad input or a disk that refuses is one line on stderr and exit code 2; Ctrl-C is 130; any other exception is a
-    traceback and exit code 1.
+    Bad input or a disk error prints one line on stderr and gives exit code 2. Ctrl-C gives 130. Any other exception
+    prints a traceback and gives 1. `leave(code)` ends the process.
     """
     try:
         code = main()
@@ -50,7 +50,7 @@ def run_cli(main: Callable[[], int], prog: str, leave: Callable[[int], None] = s
 
 @dataclass(frozen=True)
 class Number:
-    """A finite number from `low` to `high`: the range of a field of Config, or the type of an option for argparse."""
+    """The numbers of type `kind` from `low` to `high`: the range of a Config field, or an argparse option's `type`."""
 
     kind: type
     low: float
@@ -58,7 +58,7 @@ class Number:
 
     @property
     def top(self) -> float:
-        """The largest value: `high`, or what the computation can hold (64-bit whole numbers, float32)."""
+        """The largest value allowed: `high`, but no more than a 64-bit integer or a float32 can hold."""
         return min(self.high, 2**63 - 1 if self.kind is int else FLOAT32[1])
 
     def __contains__(self, value) -> bool:
@@ -66,7 +66,7 @@ class Number:
         return type(value) in (int, self.kind) and self.low <= value <= self.top
 
     def right(self, value) -> str:
-        """What would be right instead of value, in words."""
+        """The allowed values in words, for a message that refuses `value`: "a whole number of 1 to 8"."""
         kind = "a whole number" if self.kind is int else "a number"
         if self.high < math.inf or (type(value) in (int, float) and self.top < value):
             return f"{kind} of {self.low:g} to {self.top:g}"
@@ -79,7 +79,7 @@ class Number:
         return value
 
 
-FLOAT32 = (2.0**-126, 3.4028234663852886e38)  # the smallest normal one and the largest
+FLOAT32 = (2.0**-126, 3.4028234663852886e38)  # the smallest normal float32 and the largest
 SIZE, COUNT, POWER = Number(int, 1), Number(int, 0), Number(float, -100, 100)
 POSITIVE, NOT_NEGATIVE, SHARE, MEMORY = (
     Number(float, FLOAT32[0]), Number(float, 0), Number(float, 0, 1), Number(float, 0, 0.999999999)
@@ -87,6 +87,7 @@ POSITIVE, NOT_NEGATIVE, SHARE, MEMORY = (
 
 
 def opt(default, group: str, help: str, range: Number | None = None):
+    """A field of Config, with the group and the text that `--help` prints, and its range."""
     return field(default=default, metadata={"group": group, "help": help, "range": range})
 
 
@@ -99,7 +100,7 @@ def shown(value) -> str:
 
 
 def in_float32(value: float) -> bool:
-    """Whether value is above 0 and neither too small nor too large for a factor in float32."""
+    """Whether value is positive and float32 holds it without underflow or overflow."""
     return FLOAT32[0] <= value <= FLOAT32[1]
 
 
@@ -252,7 +253,7 @@ class Config:
             yield in_float32(power(base, getattr(self, name))), name, right
 
     def _run_rules(self):
-        """The same for training and measuring."""
+        """Rules between fields that concern training and measuring, in the form of `_model_rules`."""
         yield self.batch_size % self.micro_batch == 0, "micro_batch", f"a divisor of batch_size={self.batch_size}"
         whole = not (self.layers_every and self.probe_every) or self.layers_every % self.probe_every == 0
         yield whole, "layers_every", f"a multiple of probe_every={self.probe_every}"
@@ -314,7 +315,7 @@ def choices_of(f: dataclasses.Field) -> tuple[str, ...]:
 
 
 def due(every: int, step: int) -> bool:
-    """Whether what is done every so many steps (0: never) is done at this one; steps count from 1."""
+    """Whether an action that is taken every `every` steps (0: never) is due at `step`; steps count from 1."""
     return bool(every) and step % every == 0
 
 
@@ -345,7 +346,7 @@ def unknown_key(name: str, where: str) -> UserError:
 
 
 def number_in(text: str, kind: type) -> int | float | str:
-    """The text as a number of that kind; the text itself where it is none."""
+    """The text as a number of that kind, or the text itself if it is no such number."""
     try:
         return kind(text)
     except ValueError:
@@ -353,14 +354,14 @@ def number_in(text: str, kind: type) -> int | float | str:
 
 
 def parse_value(f: dataclasses.Field, text: str):
-    """The command line's text as the field's type; a text that does not parse is left for check_type."""
+    """The command line's text as the field's type. A text that does not parse is returned; check_type refuses it."""
     if f.type is bool:
         return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
     return number_in(text, f.type) if f.type in (int, float) else text
 
 
 def assignments(path: Path) -> dict:
-    """What a file of plain assignments assigns, without names that begin with an underscore.
+    """{name: value} of a file of plain assignments, without names that begin with an underscore.
 
     Raises UserError if the file does not run.
     """
@@ -373,7 +374,7 @@ def assignments(path: Path) -> dict:
 
 
 def read_config_file(path: str | Path) -> dict:
-    """The assignments of a config file as a dict. Raises UserError on anything but known fields."""
+    """The assignments of a config file as a dict. Raises UserError on an unknown field or a wrong value."""
     path = Path(path)
     if not path.is_file():
         near = nearest(path.stem, [p.stem for p in sorted((ROOT / "configs").glob("*.py"))])
@@ -394,7 +395,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def output_folder(text: str) -> Path:
-    """An option's type for argparse: a folder that can be written to. It is made before any work could be lost."""
+    """`type=` of an argparse option: a writable folder, created while parsing, so that a bad path fails at once."""
     path = Path(text)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -406,12 +407,12 @@ def output_folder(text: str) -> Path:
 
 
 def output_stem(text: str) -> Path:
-    """The same for the beginning of a file's path."""
+    """`type=` of an argparse option: the beginning of a file's path, whose folder is created and must be writable."""
     return output_folder(str(Path(text).parent)) / Path(text).name
 
 
 def parser_of(groups: dict[str, list[dataclasses.Field]]) -> Parser:
-    """train.py's command line, of the fields in these groups alone."""
+    """The parser of train.py's command line, with the fields of `groups` as its options."""
     parser = Parser(
         prog="train.py", usage="train.py CONFIG.py [--field=value ...]", description="Train a GPT with AdamW or MSign.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=120),

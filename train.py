@@ -41,7 +41,7 @@ def train(cfg: Config) -> int:
     with machine.chosen_kernel(cfg), Signals() as signals:
         stopped = loop(run, signals)
         if stopped:
-            return stop(run, signals.received or signal.SIGTERM)  # which another rank received
+            return stop(run, signals.received or signal.SIGTERM)  # no signal here: another process got one
     return end(run)
 
 
@@ -49,7 +49,7 @@ def train(cfg: Config) -> int:
 
 
 def build_optimizer(cfg: Config, model: GPT, group=None) -> Optimizer:
-    """The base optimizer, behind MSign or a control if the run applies one; the processes of `group` share its work."""
+    """The base optimizer, wrapped by MSign if msign_period > 0; the processes of `group` share MSign's work."""
     base = rivals.build(cfg, mup.param_groups(model, cfg), model.named_parameters())
     if not cfg.msign_period:
         return base
@@ -64,9 +64,9 @@ def build_optimizer(cfg: Config, model: GPT, group=None) -> Optimizer:
 
 
 class Run:
-    """What a run is: its model, optimizer, data and record, and where it stands.
+    """A run: its model, optimizer, data and record, and the step that it has reached.
 
-    Building one refuses everything that can be refused, prints the plan, and writes nothing; `begin` opens the record.
+    The constructor checks cfg against data and machine (UserError) and prints the plan; `begin` opens the record.
     step: the last step taken. healthy: the step of the last checkpoint before any sign of a collapse.
     """
 
@@ -90,7 +90,7 @@ class Run:
             announce(cfg, self.model, self.optimizer, self.train_data, self.world, self.sharded)
 
     def begin(self) -> bool:
-        """Compile, open the record and go on from its last checkpoint. False when the run was finished before."""
+        """Compile, open the record and resume from the last checkpoint. False if the run had already finished."""
         cfg, world, device = self.cfg, self.world, self.device
         matrices = [p for p in self.model.parameters() if p.ndim == 2]
         self.arithmetic = machine.set_arithmetic(device, matrices)
@@ -126,7 +126,7 @@ class Run:
         return {"data": about_data, "machine": about_machine, "parameters": parameters}
 
     def restore(self):
-        """Go on from the last checkpoint, if there is one, with the metrics that were logged until then."""
+        """Load the last checkpoint, if there is one, and show the metrics logged until then to `watch`."""
         found = self.world.tell(checkpoint.checkpoints(self.folder) if self.log.resumed else [])
         metrics_bytes = 0
         if found:
@@ -168,14 +168,14 @@ class Run:
 
 
 def loop(run: Run, signals: Signals) -> bool:
-    """Take steps until the last, a value that is not finite, or a signal to any process. True if it was a signal."""
+    """Train until the last step, a non-finite value or a signal to any process. True if a signal stopped it early."""
     cfg, world, watch = run.cfg, run.world, run.watch
     parameters = list(run.model.parameters())
     clip_at = cfg.grad_clip if cfg.grad_clip and cfg.optimizer != "zclip" else float("inf")  # ZClip clips by itself
     batch = run.draw(run.step + 1)
     while run.step < cfg.max_steps:
         run.step += 1
-        # measured on the weights that this step's loss and gradient belong to, before they change
+        # before the update: the weights are still those of this step's loss and gradient
         metrics = run.instruments.before_step(run.step)
         if run.val_data and (due(cfg.eval_every, run.step) or run.step == cfg.max_steps):
             metrics["val/loss"] = evaluate(run)
@@ -183,7 +183,7 @@ def loop(run: Run, signals: Signals) -> bool:
         for group in run.optimizer.param_groups:
             group["lr"] = lr * group["lr_mult"]
         loss = forward_backward(run, batch)
-        batch = run.draw(run.step + 1)  # while a GPU is still at work
+        batch = run.draw(run.step + 1)  # drawn while a GPU still computes
         metrics |= run.instruments.gradients(run.step)
         grad_norm = parallel.clip_(parameters, clip_at)
         # the one moment of a step in which the host waits for the device, and for the other ranks
@@ -205,7 +205,7 @@ def loop(run: Run, signals: Signals) -> bool:
 
 
 def forward_backward(run: Run, batch: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """This process's mean loss, nats per token; the gradient of the mean over all processes is in .grad then."""
+    """This process's mean loss, nats per token. Leaves in .grad the gradient of the mean over all processes."""
     loss = torch.zeros((), device=run.device)
     for i, (x, y) in enumerate(batch):
         with run.replica.accumulating(last=i + 1 == run.accumulate):
@@ -217,7 +217,7 @@ def forward_backward(run: Run, batch: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def update(run: Run) -> dict[str, float]:
-    """Take the optimizer's step, MSign's application included. Returns what was measured of it."""
+    """Take the optimizer's step, in which MSign acts when it is due. Returns {metric: value} of the step."""
     metrics, before = {}, counts.copy()
     try:
         run.optimizer.step()
@@ -233,14 +233,14 @@ def update(run: Run) -> dict[str, float]:
 
 @torch.no_grad()
 def evaluate(run: Run) -> float:
-    """Mean loss over eval_batches micro-batches of fixed windows, which the processes share; nats per token."""
+    """Validation loss, nats per token: the mean over eval_batches fixed micro-batches, shared out to the processes."""
     cfg, world = run.cfg, run.world
     x, y = run.val_data.fixed_windows(cfg.eval_batches * cfg.micro_batch)
     batches = list(zip(x.split(cfg.micro_batch), y.split(cfg.micro_batch), strict=True))
     total = torch.zeros((), device=run.device)
     for i in range(0, cfg.eval_batches, world.size):
         mine = i + world.rank
-        x, y = batches[min(mine, cfg.eval_batches - 1)]  # a sharded model needs all ranks to pass through it
+        x, y = batches[min(mine, cfg.eval_batches - 1)]  # idle ranks repeat the last: a sharded model needs every rank
         with run.autocast:
             loss = run.loss_of(x.to(run.device), y.to(run.device))
         total += loss if mine < cfg.eval_batches else 0
@@ -295,5 +295,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # torchrun shows the error of the rank that failed first
+    # `record` lets torchrun show the error of the process that failed first
     run_cli(record(main) if "TORCHELASTIC_RUN_ID" in os.environ else main, "train.py", parallel.leave)

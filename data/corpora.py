@@ -1,4 +1,4 @@
-"""Which corpus a run trains on: its own, or the next of its fallbacks."""
+"""Which corpus a run trains on: cfg.dataset, or a fallback where that is not prepared."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from data.reader import TokenFiles, is_prepared
 
 
 def open_splits(cfg: Config) -> tuple[TokenFiles, TokenFiles | None, list[str]]:
-    """Training tokens, validation tokens (None without evaluations), and what has to be announced about them.
+    """Training tokens, validation tokens (None if eval_every = 0), and lines to announce about them.
 
     A corpus that is not prepared is replaced by the first prepared one of cfg.fallback. Raises UserError as
     `TokenFiles` does.

@@ -1,4 +1,4 @@
-"""What is printed before a run: its model, its groups of parameters, its data, a step, its memory, its schedule."""
+"""The plan that is printed before a run: model, parameter groups, data, cost of a step, memory, schedule."""
 
 import mup
 from config import Config

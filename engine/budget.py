@@ -1,4 +1,8 @@
-"""What a run takes, counted before it starts: bytes of memory and FLOPs, of training and of MSign."""
+"""Memory in bytes and FLOPs of a training run and of MSign, counted before the run starts.
+
+An *application* of MSign is one replacement of all the matrices that it works on, its targets.
+A *rank* is one process of a run, with one GPU.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
@@ -10,17 +14,17 @@ from config import Config
 from model import GPT
 from msign import polar_steps, rank_cutoff, select
 
-ROOM = 0.9  # of a GPU's memory that may be planned with; the rest is the allocator's
+ROOM = 0.9  # the share of a GPU's memory that a plan may use; the allocator needs the rest
 
 
 def on_meta(cfg: Config) -> GPT:
-    """The model without its numbers: shapes and counts take no memory."""
+    """The model on PyTorch's meta device: its parameters have shapes but no values, and take no memory."""
     with torch.device("meta"):
         return GPT(cfg)
 
 
 def parameters(cfg: Config) -> float:
-    """How many parameters the model has, counted on two of its blocks; infinity where 64 bits cannot number them."""
+    """The model's number of parameters, counted on two blocks; infinity if a matrix is too large for PyTorch."""
     try:
         model = on_meta(replace(cfg, n_layer=2))
     except RuntimeError:  # PyTorch counts the bytes of a matrix in 64 bits
@@ -34,15 +38,16 @@ def parameters(cfg: Config) -> float:
 class Memory:
     """Bytes on one of `ranks` GPUs at the largest moment of a step.
 
-    Weights, gradients and AdamW's two moments are fp32.
+    Weights, gradients and AdamW's two moments are fp32. Without sharding every GPU holds all of them (DDP); with it
+    each holds 1/ranks (FSDP2).
     """
 
     weights: int
     gradients: int
     moments: int
     activations: int
-    casts: int  # bf16 copies of a replica's weights, which autocast keeps for the backward pass
-    gathered: int  # FSDP2: embedding and read-out with their gradients; two blocks and one's gradients
+    casts: int  # without sharding: bf16 copies of the weights, which autocast keeps for the backward pass
+    gathered: int  # FSDP2: whole embedding and read-out with gradients, two whole blocks, one block's gradients
 
     @property
     def total(self) -> int:
@@ -50,6 +55,7 @@ class Memory:
 
     @classmethod
     def of(cls, cfg: Config, ranks: int, sharded: bool) -> "Memory":
+        """The count for cfg on `ranks` GPUs, with FSDP2 if `sharded`."""
         model = on_meta(cfg)
         n = sum(p.numel() for p in model.parameters())
         block = sum(p.numel() for p in model.blocks[0].parameters())
@@ -61,33 +67,33 @@ class Memory:
 
 
 def step_flops(cfg: Config) -> float:
-    """Forward and backward, all tokens of a step; with recomputation the blocks' forward pass again."""
+    """FLOPs of a step: forward and backward pass over all its tokens; cfg.recompute adds a third of that."""
     return on_meta(cfg).flops_per_token() * cfg.tokens_per_step * (4 / 3 if cfg.recompute else 1)
 
 
 def matrices(cfg: Config, targets: str | None = None) -> list[tuple[int, ...]]:
-    """Shapes of what MSign works on; experts' matrices are one stack (E, m, n)."""
+    """Shapes of the matrices that MSign replaces, (m, n); those of E experts are one stack (E, m, n)."""
     return [tuple(p.shape) for p in select(on_meta(cfg).named_parameters(), targets or cfg.msign_targets).values()]
 
 
 def svd_flops(m: int, n: int) -> float:
-    """A singular value decomposition as the paper's Eq 16 counts it; m ≥ n."""
+    """FLOPs of a singular value decomposition of an m × n matrix, m ≥ n, as the paper's Eq 16 counts them."""
     return 2 * m * n**2 + 11 * n**3
 
 
 def eigh_flops(m: int, n: int) -> float:
-    """msign's "eigh": Gram matrix, eigenvectors (9 n³), V S⁻¹ Vᵀ, W times that; m ≥ n."""
+    """FLOPs of msign's "eigh" for m × n, m ≥ n: Gram matrix, eigenvectors (9 n³), V S⁻¹ Vᵀ, and W V S⁻¹ Vᵀ."""
     return 2 * m * n**2 + 9 * n**3 + 2 * n**3 + 2 * m * n**2
 
 
 def polar_flops(m: int, n: int) -> float:
-    """msign's "polar": three squarings to bound the norm, quintics and two filters, the residual; m ≥ n."""
+    """FLOPs of msign's "polar" for m × n, m ≥ n: Gram matrix, three squarings, quintics, two filters, residual."""
     steps = len(polar_steps(rank_cutoff(m, n)))
     return 2 * m * n**2 + 3 * 2 * n**3 + (steps + 2) * (4 * m * n**2 + 2 * n**3) + 4 * m * n**2
 
 
 def msign_flops(shapes: Iterable[tuple[int, ...]], flops=eigh_flops) -> float:
-    """FLOPs of one application to matrices of these shapes, over all ranks; `flops(m, n)` counts one matrix."""
+    """FLOPs of one application of MSign to matrices of these shapes, over all ranks; `flops(m, n)` counts one."""
     return sum(torch.Size(shape[:-2]).numel() * flops(max(shape[-2:]), min(shape[-2:])) for shape in shapes)
 
 
@@ -95,8 +101,8 @@ def msign_bytes(shapes: Iterable[tuple[int, ...]], ranks: int, sharded: bool) ->
     """Bytes that every rank sends in one application, in fp32, as `msign.apply_` exchanges them.
 
     Replicated matrices: each rank sends the signs that it computed to all others. Sharded matrices: each rank sends its
-    rows to the matrix's owner, which sends the new rows back; experts stay where they are. `msign.counts` counts the
-    same during a run.
+    rows to the rank that computes this matrix's sign, which sends the new rows back; stacks of experts are not sent.
+    During a run, `msign.counts` counts the bytes that are really sent.
     """
     sent, first = [0] * ranks, 0
     stacks = {}

@@ -78,7 +78,7 @@ def remove(path: Path):
 
 
 def load(path: Path, architecture: dict, model: torch.nn.Module, optimizer: Optimizer) -> dict:
-    """What the checkpoint holds besides weights and moments (step, metrics_bytes …), which go into model and optimizer.
+    """Load weights and moments into model and optimizer; returns the other entries (step, metrics_bytes …).
 
     Raises UserError if the checkpoint is damaged or of another architecture; model and optimizer are then unchanged.
     """
@@ -107,7 +107,7 @@ def load_weights(path: Path, architecture: dict, model: torch.nn.Module):
 
 
 def _open(path: Path, architecture: dict) -> dict:
-    """The content of a file, or ABOUT of a folder, once it is known to be whole and of this architecture."""
+    """The content of a checkpoint file, or of a checkpoint folder's ABOUT. Raises UserError as `load` does."""
     try:
         about = _open_folder(path) if path.is_dir() else _open_file(path)
         saved = about["architecture"]
@@ -176,7 +176,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Reader(dcp.FileSystemReader):
-    """PyTorch's reader of such a folder, with `_Unpickler` in place of pickle.load."""
+    """PyTorch's reader of a sharded checkpoint's folder, with `_Unpickler` in place of pickle.load."""
 
     def read_metadata(self):
         metadata = _Unpickler(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()
@@ -207,7 +207,7 @@ def _load_folder(path: Path, model: torch.nn.Module, optimizer: Optimizer, about
 
 
 class Whole:
-    """Writes the checkpoints of a model that every process holds as a whole: the main one writes, the others go on."""
+    """Writes checkpoints of a model that every process holds whole. The main process writes; the others do nothing."""
 
     def __init__(self, main: bool):
         self.main = main
@@ -219,18 +219,18 @@ class Whole:
             then()
 
     def wait(self):
-        """Return at once: what `save` was given is written."""
+        """Return at once, because `save` returns only when the checkpoint is written."""
 
 
 class Sharded:
     """Writes sharded checkpoints while training goes on, one at a time.
 
-    All ranks call `save`. The folder gets its final name when all have written. `wait` returns after that. A failure
+    All ranks call `save`. The folder gets its final name when all have written; only then does `wait` return. A failure
     is raised as UserError by `wait` or by the next `save`.
     """
 
     def __init__(self):
-        self.group = dist.new_group(backend="gloo")  # a group of its own, because training uses the other one meanwhile
+        self.group = dist.new_group(backend="gloo")  # not the default group, which training uses meanwhile
         self.thread = ThreadPoolExecutor(1)
         self.pending: Future | None = None
 

@@ -1,10 +1,10 @@
-"""A grid of runs: read from a file, held against the runs that are recorded, run, and listed in results.csv.
+"""A grid of runs: read from a file, compared with the runs already recorded, run, and listed in results.csv.
 
 A grid file is plain assignments to the names of config.py, and to `config`, the config file that the runs start from.
-A list of values is an axis. `arm` is an axis, too: a dict that maps an arm's name to the fields that make it. Anything
-else holds for all points. A point is one combination of values, and one run of train.py in runs_dir/<grid>/<point>,
-named after its values on the axes. Points that differ only in what does not matter (the targets of an MSign that is
-never applied) are one.
+A name that is assigned a list is an axis. `arm` is an axis, too: a dict that maps an arm's name to a dict of fields.
+Every other assignment holds for all runs. A point is one combination of the axes' values. It is one run of train.py
+in runs_dir/<grid>/<point>, where <point> is made of its values. Points that differ only in a field without effect, such
+as msign_targets where MSign is never applied, are one point.
 """
 
 import collections
@@ -32,9 +32,9 @@ from engine.plan import duration
 from engine.pool import Job, Pool
 from engine.runlog import FREE_ON_RESUME, first_line, wandb_mode
 
-PER_POINT = ("name", "resume", "dry_run")  # fields that are set for every point; no grid file may
+PER_POINT = ("name", "resume", "dry_run")  # fields that this module sets for every point; a grid file must not
 PER_GRID = ("runs_dir", "wandb_project", "wandb_group")  # fields that have one value in a grid
-# a field with this value -> the fields that then change nothing
+# (field, value) -> the fields that have no effect where the field has this value
 IDLE = {
     ("msign_period", 0): ("msign_targets", "msign_backend", "msign_map", "msign_below", "msign_reset", "msign_probe"),
     ("msign_map", "zero"): ("msign_backend",),
@@ -47,13 +47,13 @@ IDLE = {
     ("eval_every", 0): ("eval_batches",),
     ("probe_every", 0): ("layers_every",),
 }
-SHOWN = {"loss": "train/loss", "grad norm": "grad_norm", "stable rank": "srank/attention"}  # while a point runs
+SHOWN = {"loss": "train/loss", "grad norm": "grad_norm", "stable rank": "srank/attention"}  # column -> metric
 COLUMNS = ["point", "step", *SHOWN, "tokens/s", ""]
 PERIOD = 30  # seconds between lines where there is no terminal
 
 
 class Point(Job):
-    """One point of the grid: its values on the axes, and its run, as `cfg` describes it."""
+    """One point of the grid and its run. axes: its values on the axes; given: `config` and the fields to override."""
 
     def __init__(self, axes: dict, given: dict, cfg: Config):
         self.axes, self.cfg, self.error = axes, cfg, None
@@ -69,12 +69,13 @@ class Point(Job):
 
     @property
     def state(self) -> str:
+        """ "failed", "done", "cut" (begun and not finished) or "missing" (not begun)."""
         if self.error:
             return "failed"
         return "done" if self.summary else "cut" if self.folder.exists() else "missing"
 
     def check(self):
-        """Raise UserError if what is recorded here is another run: the grid was changed since."""
+        """Raise UserError if the point's folder holds a run with another configuration: the grid was changed."""
         recorded = (self.read("record.json") or {"config": {}})["config"]
         for name, value in dataclasses.asdict(self.cfg).items():
             if name not in FREE_ON_RESUME and recorded.get(name, value) != value:
@@ -84,12 +85,12 @@ class Point(Job):
                 )
 
     def close(self):
-        """Take note of how the run ended."""
+        """Set `summary` and `error` to how the run ended."""
         self.summary = self.read("summary.json")
         self.error = self.failure or (None if self.summary else f"{self.name}: ended without a summary, see {self.log}")
 
     def row(self) -> dict[str, str]:
-        """What the table of the grid shows of this point, by column."""
+        """{column: text} of this point in the table that is shown while the grid runs."""
         if self.error:
             return {"point": self.name, "": "failed"}
         total = self.cfg.max_steps
@@ -185,7 +186,7 @@ def check(name: str, value, path: Path):
 
 
 def check_arms(arms, path: Path):
-    """The same of `arm = arms`."""
+    """Raise UserError unless `arm = arms` may stand in the grid file `path`."""
     if not isinstance(arms, dict) or not arms or not all(isinstance(fields, dict) for fields in arms.values()):
         raise UserError(f"arm = {arms!r}: must be a dict of dicts, such as {{'MSign': {{'msign_period': 100}}}}")
     for name, value in (item for fields in arms.values() for item in fields.items()):
@@ -197,11 +198,12 @@ def check_arms(arms, path: Path):
 
 
 def axes_of(values: dict) -> list[str]:
+    """The names of the axes in a grid file's assignments."""
     return [name for name, value in values.items() if isinstance(value, list) or name == "arm"]
 
 
 def points(path: Path, values: dict) -> list[Point]:
-    """The different points of the grid, the last axis varying fastest. Raises UserError if one is no Config."""
+    """The different points of the grid, the last axis varying fastest. Raises UserError if a point is no Config."""
     axes = axes_of(values)
     found: dict[Config, tuple[dict, dict]] = {}
     for combination in itertools.product(*(values[name] for name in axes)):
@@ -221,9 +223,10 @@ def points(path: Path, values: dict) -> list[Point]:
 
 
 def point_fields(values: dict, on_axes: dict, group: str) -> tuple[dict, dict, dict]:
-    """One combination, without the fields that change nothing there.
+    """The values of one combination `on_axes`, without fields that have no effect in it (IDLE).
 
-    Returns its values on the axes; `config` and what train.py's command line sets; all fields of its Config but name.
+    Returns three dicts: its values on the axes; `config` and the fields that the grid sets; all fields of its Config
+    but `name`.
     """
     given = values | on_axes
     arm = given.pop("arm", None)
@@ -259,9 +262,10 @@ def name_of(on_axes: dict) -> str:
 
 # --- running them ---
 def slots(todo: list[Point], workers: int | None) -> list[dict[str, str]]:
-    """What each worker adds to the environment of its runs: which GPU is theirs, or nothing.
+    """One dict for each worker: what it adds to the environment of its runs, which is their GPU, or {}.
 
-    One worker for every GPU, or as many as there are cores for their threads, unless `workers` says how many.
+    There are `workers` of them. By default there is one for each GPU; without a GPU there are as many as the CPU has
+    cores for, given the threads of a run.
     """
     named = {point.cfg.device for point in todo}
     device = machine.pick_device("auto").type
@@ -278,7 +282,7 @@ def slots(todo: list[Point], workers: int | None) -> list[dict[str, str]]:
 
 
 def run(todo: list[Point], grid: list[Point], workers: list[dict[str, str]]):
-    """Run the points that are to be done, under one table of the whole grid on stderr."""
+    """Run the points `todo`, one at a time for each of `workers`, and show a table of the whole grid on stderr."""
     console, said = Console(stderr=True), time.monotonic()
     live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
 
@@ -314,13 +318,13 @@ def table(rows: Iterable[dict[str, str]], columns: list[str] = COLUMNS) -> str:
 def write_results(path: Path, grid: list[Point], axes: list[str]):
     """results.csv: a row for each point. It is replaced as a whole, so that no reader sees half of it."""
     partial = path.with_suffix(".partial")
-    # dtype object: a column of whole numbers stays one where a point has none
+    # dtype object: whole numbers stay whole in a column that has no value for some points
     pd.DataFrame([point.result(axes) for point in grid], dtype=object).to_csv(partial, index=False)
     partial.replace(path)
 
 
 def register(path: Path, todo: list[Point], overrides: list[str], dry_run: bool):
-    """The points as a W&B sweep; prints its definition, or how to take part."""
+    """Register the points as a W&B sweep and print the command that runs them; a dry run prints its definition only."""
     cfg = todo[0].cfg
     grid = path.resolve().relative_to(ROOT) if path.resolve().is_relative_to(ROOT) else path
     sweep = {

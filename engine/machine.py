@@ -1,4 +1,4 @@
-"""How a run computes on this machine: device, attention kernel, arithmetic, compilation, and what of it is recorded.
+"""How a run computes on this machine: device, attention kernel, arithmetic, compilation, and its entry in the record.
 
 The record is what `engine/runlog.py` writes about a run before its first step.
 """
@@ -34,7 +34,7 @@ MODULES = 1e5  # bytes of one block's Python objects
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that cfg.device names. Raises UserError, naming those of this machine, if it is not there."""
+    """The device that cfg.device names. If this machine has no such device, a UserError lists those that it has."""
     here = ["cpu"]
     if torch.cuda.is_available():
         here = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + here
@@ -109,9 +109,9 @@ def require(cfg: Config, device: torch.device, ranks: int = 1, local_ranks: int 
 
 
 def needs(cfg: Config, device: torch.device, ranks: int) -> Iterable[tuple[str, float]]:
-    """What the run takes at least, piece by piece: (the field that does most to it, bytes), cheap counts first.
+    """Lower bounds of the run's memory, one for each large item: (the field that does most to it, bytes).
 
-    A dry run takes only the weights.
+    Counts that are quick to make come first. A dry run takes only the weights.
     """
     state = 4 if cfg.dry_run else 16  # fp32 weights, gradients and two moments
     shards = ranks if ranks > 1 and cfg.parallel != "ddp" else 1
@@ -124,20 +124,20 @@ def needs(cfg: Config, device: torch.device, ranks: int) -> Iterable[tuple[str, 
     tokens = cfg.block_size + 1
     for name, windows in (("batch_size", cfg.batch_size), ("probe_batch", cfg.probe_batch),
                           ("eval_batches", cfg.eval_batches * cfg.micro_batch if cfg.eval_every else 0)):  # fmt: skip
-        yield name, windows * (18 * tokens + 200)  # as they are stored, and twice as 64-bit numbers
+        yield name, windows * (18 * tokens + 200)  # tokens as they are stored, and two copies in 64 bits
     if cfg.compile == "off":  # a compiler may keep less than is counted here
         need = budget.Memory.of(cfg, ranks, shards > 1).total
         d_head = cfg.d_model // cfg.n_head
         if cfg.attn_kernel == "math" or uses_chunked(cfg.attn_kernel, d_head, device):
-            causal = 1 if cfg.attn_kernel == "math" else 2  # the chunks leave out what the mask hides
+            causal = 1 if cfg.attn_kernel == "math" else 2  # the chunked kernel skips what the causal mask hides
             layers = 1 if cfg.recompute else cfg.n_layer
-            need += 4 * layers * cfg.micro_batch * cfg.n_head * cfg.block_size**2 // causal  # attention's weights
+            need += 4 * layers * cfg.micro_batch * cfg.n_head * cfg.block_size**2 // causal  # probabilities, fp32
         yield "micro_batch" if cfg.micro_batch > 1 else "block_size", need
 
 
 @contextlib.contextmanager
 def _quiet():
-    """PyTorch explains in several warnings why a kernel does not run."""
+    """A context without warnings: PyTorch would explain in several why a kernel does not run."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -161,7 +161,7 @@ def kernel_runs(cfg: Config, device: torch.device) -> bool:
 
 
 def set_arithmetic(device: torch.device, matrices: Iterable[Tensor]) -> dict[str, str]:
-    """What was chosen, for the record, after making fp32 on a CPU faster and no less exact; {} on other devices.
+    """Make fp32 arithmetic on a CPU faster and no less exact. Returns the choices, for the record; {} on other devices.
 
     First, denormal numbers are flushed to zero. An attention weight of 1e-40 has no effect, but arithmetic with it
     takes a hundred times as long.
@@ -197,9 +197,9 @@ def compiled(
 ) -> tuple[Callable, dict, list[str]]:
     """The loss function, compiled as cfg.compile says; what to record; and lines to announce.
 
-    run: the uncompiled loss function: the model (None), or a wrapper that spreads it over processes.
+    run: the uncompiled loss function, such as a wrapper that spreads the model over processes; None means the model.
 
-    The compiled function is tried on one micro-batch, so the time to compile counts for no step. If compilation fails
+    The compiled function is tried on one micro-batch, so no step's time includes compilation. If compilation fails
     (on a CPU, PyTorch needs a C++ compiler), the run is uncompiled from its first step, and a line says so.
     """
     loss_of = run = run or model
@@ -210,7 +210,7 @@ def compiled(
         loss_of = torch.compile(run, mode=mode, dynamic=False)
     else:
         for block in model.blocks:
-            block.compile(dynamic=False)  # otherwise code for any batch size, which is slower, replaces it later
+            block.compile(dynamic=False)  # dynamic=None would later replace it by slower code for any batch size
     windows = torch.zeros(cfg.micro_batch, cfg.block_size + 1, dtype=torch.long)
     x, y = windows[:, :-1].to(device), windows[:, 1:].to(device)  # with the data's strides, for which it is compiled
     began = time.perf_counter()

@@ -1,7 +1,7 @@
-"""One process or many: the process group, how a model is spread over it, and what has to be brought together from it.
+"""One process or many: the process group, the model's spread over it, and what is collected from all processes.
 
 torchrun tells every process its rank. DDP keeps the whole model on each; FSDP2 shards weights, gradients and moments by
-rows. What is logged does not depend on how many processes there are, but for rounding.
+rows. Up to rounding, the logged values do not depend on the number of processes.
 """
 
 import atexit
@@ -26,11 +26,13 @@ from config import Config, UserError
 from engine import budget, machine
 from model import GPT
 
-PATIENCE = timedelta(minutes=10)  # of a rank that waits for the others; rank 0 may be measuring meanwhile
+PATIENCE = timedelta(minutes=10)  # how long a rank waits for the others; rank 0 may be measuring meanwhile
 
 
 @dataclass(frozen=True)
 class World:
+    """This process among the processes of the run: its rank, how many there are, and its device."""
+
     rank: int
     size: int
     device: torch.device
@@ -45,12 +47,13 @@ class World:
         return dist.group.WORLD if self.size > 1 else None
 
     def sum(self, values: Tensor) -> Tensor:
+        """The sum of `values` over all ranks, on every rank; with several ranks `values` is overwritten."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def share(self, rows: Tensor) -> Tensor:
-        """This rank's part of rows, the same number for every rank."""
+        """This rank's rows: every rank gets equally many of `rows`."""
         return rows.chunk(self.size)[self.rank]
 
     def on_main(self, do: Callable, otherwise):
@@ -74,7 +77,7 @@ class World:
         return box[0]
 
     def agree(self, rows: list[str]) -> list[str]:
-        """Everybody's lines, on every rank."""
+        """The `rows` of all ranks in one list, by rank; every rank gets it."""
         if self.size == 1:
             return rows
         all_rows = [None] * self.size
@@ -126,7 +129,7 @@ def finish():
 
 
 def leave(code: int):
-    """End this process with an exit code; one of several processes ends without taking the interpreter down.
+    """End this process with an exit code. One of several processes ends without Python's finalisation.
 
     gloo's worker threads outlive `destroy_process_group`: DTensor's caches keep the device mesh, and the mesh keeps the
     group. A worker that lets go of a tensor needs the interpreter's lock. If Python is already being finalised, the
@@ -142,7 +145,10 @@ def leave(code: int):
 
 
 def choose(cfg: Config, world: World, total_memory: int | None = None) -> tuple[str, list[str]]:
-    """ "ddp" or "fsdp" for cfg.parallel, and what has to be announced."""
+    """ "ddp" or "fsdp" for cfg.parallel, and lines to announce. total_memory: a GPU's, in bytes; None = look it up.
+
+    Raises UserError if the model has to be sharded and its optimizer cannot be.
+    """
     if world.size == 1:
         return "ddp", ["PARALLEL: 'fsdp' with one process: nothing is sharded"] * (cfg.parallel == "fsdp")
     if cfg.parallel != "auto":
@@ -176,12 +182,12 @@ def build(cfg: Config, world: World, sharded: bool) -> GPT:
 
 
 def finite(p: Tensor) -> bool:
-    """Whether what this rank has of p is finite."""
+    """Whether all values of p are finite: all of p's, or those of this rank's shard."""
     return bool(torch.isfinite(p.to_local() if isinstance(p, DTensor) else p).all())
 
 
 def not_finite(model: nn.Module, optimizer: Optimizer, world: World) -> str | None:
-    """The first weight, or weight whose moments, some rank finds not to be finite, in words; None if all are."""
+    """The first parameter that is not finite itself or in a moment, on any rank, in words; None if there is none."""
     found = []
     for name, p in model.named_parameters():
         moments = filter(torch.is_tensor, optimizer.state.get(p, {}).values())
@@ -199,12 +205,12 @@ def part_of(value: Tensor, p: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fill(p: Tensor, value: Tensor):
-    """p ← value, the whole parameter's values."""
+    """Copy a whole parameter's values into p, or, where p is sharded, this rank's part of them."""
     p.copy_(part_of(value, p))
 
 
 class Replica:
-    """What a training step calls: the loss of this rank's micro-batches, and when gradients are averaged over ranks."""
+    """The loss function that a training step calls with a micro-batch; it averages gradients over ranks on demand."""
 
     def __init__(self, model: GPT, world: World, sharded: bool):
         self.model, self.sharded = model, sharded
@@ -217,7 +223,7 @@ class Replica:
         return self.run(x, y)
 
     def accumulating(self, last: bool):
-        """Context of one micro-batch's passes: only the last one's end averages the gradients over ranks."""
+        """A context for a micro-batch's forward and backward pass. Gradients are averaged over ranks only if `last`."""
         if self.sharded:
             self.model.set_requires_gradient_sync(last)
         elif self.run is not self.model and not last:
@@ -225,14 +231,14 @@ class Replica:
         return nullcontext()
 
     def reshard(self):
-        """After forward passes without backward ones, which leave FSDP2's outermost parameters whole."""
+        """Shard FSDP2's outermost parameters again, which a forward pass without a backward pass leaves whole."""
         if self.sharded:
             self.model.reshard()
 
 
 @torch.no_grad()
 def whole(model: GPT, world: World) -> GPT | None:
-    """The model as one process would hold it, for measuring: on rank 0; None elsewhere. All ranks have to call it."""
+    """The model with whole weights on rank 0, for measuring; None on other ranks. All ranks have to call this."""
     if not any(isinstance(p, DTensor) for p in model.parameters()):
         return model if world.main else None
     with torch.device("meta"):
@@ -248,7 +254,7 @@ def whole(model: GPT, world: World) -> GPT | None:
 
 
 def norms(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """‖·‖_F of every (name, tensor) by name, of whole tensors where they are sharded; of a generator, one at a time."""
+    """{name: ‖tensor‖_F}; of a sharded tensor, the norm of the whole. Reads `tensors` one at a time, to save memory."""
     own, sharded = {}, False
     for name, x in tensors:
         sharded |= isinstance(x, DTensor)
@@ -261,6 +267,6 @@ def norms(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def clip_(parameters: list[nn.Parameter], limit: float) -> Tensor:
-    """Clip the gradients' global norm to limit; what it was before, the same on all ranks."""
+    """Clip the gradients' global norm to `limit`. Returns the norm before, the same on all ranks."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

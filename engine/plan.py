@@ -1,7 +1,11 @@
-"""What a run takes on given GPUs, before it starts: which layout fits, seconds a step, and what MSign adds.
+"""An estimate of what a run takes on given GPUs: which layout fits, seconds a step, and what MSign adds.
 
-Nothing here is measured but the paper's own column. Three shares are assumed: a training step runs at `mfu` of the
-GPU's peak, the matrix sign's products at POLAR_SHARE of the fp32 peak, eigenvectors at EIGH_SHARE of the fp64 peak.
+A *layout* is a number of GPUs (ranks), a micro-batch, DDP or FSDP2 (sharded), and recomputation or not. An
+*application* of MSign is one replacement of all its target matrices.
+
+Nothing here is measured, except the overheads that the paper reports (PAPER). Three shares are assumed:
+a training step runs at `mfu` of the GPU's peak, the matrix sign's products at POLAR_SHARE of the fp32 peak,
+eigenvectors at EIGH_SHARE of the fp64 peak.
 """
 
 from collections.abc import Iterable
@@ -13,9 +17,9 @@ from config import ROOT, Config, UserError, load_config
 from engine import budget
 from engine.budget import Memory
 
-EIGH_SHARE = 0.02  # of the fp64 peak at which eigenvectors are found: assumed
-POLAR_SHARE = 0.5  # of the fp32 peak at which "polar" multiplies: assumed
-# the step near which the paper's AdamW fails (Table 4, Fig 3); its measured overhead of MSign at P = 100 (Table 1)
+EIGH_SHARE = 0.02  # assumed: eigenvectors are found at this share of the fp64 peak
+POLAR_SHARE = 0.5  # assumed: "polar" multiplies at this share of the fp32 peak
+# from the paper: the step near which AdamW fails (Table 4, Fig 3); the overhead of MSign at P = 100 (Table 1)
 PAPER = {
     "nano_5m": (30_000, "−2.4 %"),
     "sigma_40m": (50_000, "6.7 %"),
@@ -26,7 +30,7 @@ PAPER = {
 
 @dataclass(frozen=True)
 class GPU:
-    """Peak FLOP/s without sparsity, bytes, and bytes/s one way inside a node and out of it, as the data sheets say."""
+    """A GPU's data sheet: peak FLOP/s without sparsity, memory in bytes, bytes/s one way inside and between nodes."""
 
     bf16: float
     fp32: float
@@ -45,7 +49,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Seconds and shares of one layout. mfu: share of the peak at which a training step runs."""
+    """Times of one layout. mfu: share of the peak at which a step runs; targets: MSign's; per_node: GPUs in a node."""
 
     cfg: Config
     ranks: int
@@ -57,7 +61,7 @@ class Plan:
 
     @property
     def useful_flops(self) -> float:
-        """FLOPs of a step without recomputation."""
+        """FLOPs of a training step, not counting recomputation."""
         return budget.on_meta(self.cfg).flops_per_token() * self.cfg.tokens_per_step
 
     @property
@@ -75,7 +79,7 @@ class Plan:
         return max(budget.msign_bytes(self.shapes, self.ranks, self.sharded))
 
     def application_seconds(self, backend: str) -> tuple[float, float]:
-        """Seconds of computing the signs, split over the ranks, and of exchanging them."""
+        """Seconds of one application: of computing the signs, shared among the ranks, and of exchanging them."""
         flops, peak = {
             "polar": (budget.polar_flops, self.gpu.fp32 * POLAR_SHARE),
             "eigh": (budget.eigh_flops, self.gpu.fp64 * EIGH_SHARE),
@@ -88,20 +92,21 @@ class Plan:
         return sum(self.application_seconds(backend)) / self.step_seconds
 
     def share(self, backend: str, period: int) -> float:
-        """MSign's share of the training time."""
+        """MSign's time over that of the `period` training steps between two applications."""
         return self.application_steps(backend) / period
 
     def eq_16(self, period: int) -> float:
-        """The paper's Eq 16: an SVD's FLOPs over those of the steps between two applications, at the same rate."""
+        """The paper's Eq 16: FLOPs of the targets' SVDs over those of the `period` steps between two applications."""
         return budget.msign_flops(self.shapes, budget.svd_flops) / (period * self.useful_flops)
 
 
 def fits(cfg: Config, ranks: int, sharded: bool, gpu: GPU) -> bool:
+    """Whether the run fits into the memory of each of `ranks` GPUs."""
     return Memory.of(cfg, ranks, sharded).total <= budget.ROOM * gpu.memory
 
 
 def layouts(cfg: Config, gpus: int) -> Iterable[tuple[str, Config, int, bool]]:
-    """What could be done with `gpus` or more GPUs, the least change first: (in words, config, ranks, sharded)."""
+    """Layouts on `gpus` or more GPUs, those nearest to cfg first: (options to ask for it, config, ranks, sharded)."""
     ranks = gpus
     while ranks <= max(cfg.batch_size, gpus):
         micro_batch = cfg.micro_batch
@@ -122,7 +127,7 @@ def layouts(cfg: Config, gpus: int) -> Iterable[tuple[str, Config, int, bool]]:
 
 
 def chosen(cfg: Config, gpus: int, gpu: GPU) -> bool:
-    """Whether the model is sharded. Raises UserError when it does not fit, with the nearest layout that does."""
+    """Whether cfg shards the model on `gpus` GPUs. If the model does not fit, a UserError names a layout that does."""
     if cfg.batch_size % (cfg.micro_batch * gpus):
         good = [size for size in range(1, cfg.micro_batch + 1) if cfg.batch_size % (size * gpus) == 0]
         hint = f"--micro_batch={good[-1]}" if good else f"at most {cfg.batch_size} GPUs"
@@ -142,6 +147,7 @@ def chosen(cfg: Config, gpus: int, gpu: GPU) -> bool:
 
 
 def duration(seconds: float) -> str:
+    """Seconds in words, such as "3.5 hours"."""
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60), ("s", 1)):
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {unit}"
@@ -149,7 +155,7 @@ def duration(seconds: float) -> str:
 
 
 def describe(plan: Plan, period: int) -> str:
-    """The plan as a page of text, with an application of MSign every `period` steps."""
+    """The plan as text for the terminal, with MSign applied every `period` steps."""
     cfg, model = plan.cfg, budget.on_meta(plan.cfg)
     parameters = list(model.parameters())
     total, active = sum(p.numel() for p in parameters), sum(model.active(p) for p in parameters)
@@ -189,7 +195,7 @@ def describe(plan: Plan, period: int) -> str:
 
 
 def paper_table(gpus: int = 8, mfu: float = 0.4, gpu: str = "H100") -> str:
-    """MSign on all block matrices every 100 steps of the paper's four models, as a Markdown table."""
+    """A Markdown table of MSign's cost for the paper's four models, applied every 100 steps to all block matrices."""
     rows = []
     for name, (_, overhead) in PAPER.items():
         cfg = load_config([str(ROOT / "configs" / f"{name}_adamw.py")])

@@ -1,4 +1,4 @@
-"""Runs of train.py in processes of their own, some at a time: started, followed through metrics.jsonl, stopped."""
+"""Runs of train.py in their own processes, a few at a time: start them, follow their metrics.jsonl, stop them."""
 
 import fcntl
 import json
@@ -13,8 +13,8 @@ from pathlib import Path
 
 from config import UserError
 
-TAIL = 2**18  # bytes of metrics.jsonl that a first look reads; a line with every layer is long
-EVERY = 0.5  # seconds between looks
+TAIL = 2**18  # bytes from the end of metrics.jsonl that the first look reads; a line with every layer is long
+EVERY = 0.5  # seconds between two looks at metrics.jsonl
 
 
 class Job:
@@ -31,11 +31,14 @@ class Job:
         self._seen = deque(maxlen=64)  # (time, step) of the last looks that found something
 
     def start(self, environment: dict[str, str]):
-        """Raises UserError if this run is being trained already, for instance by what a `kill -9` left behind."""
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}  # the log ends with its last words
+        """Start the process with these additions to the environment.
+
+        Raises UserError if a process is training this run already, as after a `kill -9` of the process that started it.
+        """
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}  # so that the log holds its last line
         with open(self.log, "a") as lock, open(self.log, "a") as out:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # train.py inherits it and keeps it to its end
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # train.py inherits the lock and holds it to the end
             except BlockingIOError:
                 raise UserError(f"{self.name}: another process is training it (it holds {self.log})") from None
             out.truncate(0)
@@ -65,7 +68,7 @@ class Job:
 
     @property
     def steps_per_second(self) -> float:
-        """Over the last looks; 0 before there are two."""
+        """Training speed, measured over the last looks at metrics.jsonl; 0 before there are two."""
         if len(self._seen) < 2:
             return 0.0
         (then, first), (now, last) = self._seen[0], self._seen[-1]
@@ -73,7 +76,7 @@ class Job:
 
     @property
     def failure(self) -> str | None:
-        """Why the process that ended failed, with its last words; None if it did not."""
+        """For a process that has ended: its exit code and last line of output if it failed, otherwise None."""
         if not self.process.returncode:
             return None
         said = self.log.read_text(errors="replace").strip().splitlines() or ["no output"]
@@ -81,14 +84,14 @@ class Job:
 
 
 class Pool:
-    """Runs jobs, one for each slot at a time; a slot is what its worker adds to the environment.
+    """Runs jobs, at any time at most one for each slot; a slot is what is added to the environment of its job.
 
     with Pool(jobs, slots) as pool:
-        for ended in pool: ...    # twice a second; pool.running are those started, these among them
+        for ended in pool: ...    # twice a second the jobs just ended; pool.running has those and all that run
 
-    Whatever still runs when the block is left is told to save and waited for. Ctrl-C and SIGTERM end the `for` as
-    KeyboardInterrupt and SystemExit, between two looks, so that no process is left behind half started; a second
-    Ctrl-C or SIGTERM kills the jobs.
+    When the block is left, jobs that still run get a SIGTERM, so that they save, and are waited for. Ctrl-C raises
+    KeyboardInterrupt in the `for`, SIGTERM raises SystemExit, both between two looks, so that no process is left behind
+    half started. A second Ctrl-C or SIGTERM kills the jobs.
     """
 
     def __init__(self, jobs: Sequence[Job], slots: Sequence[dict[str, str]]):

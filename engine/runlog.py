@@ -36,7 +36,7 @@ FREE_ON_RESUME = {
     "recompute", "micro_batch",
 }  # fmt: skip
 ROOMS = ("data", "engine", "remedies", "stability")  # folders whose source is hashed, besides the top level's
-PER_LAYER = re.compile(r"(.+)/(\d+)((?:\.\w+)?)")  # a layer's key in metrics.jsonl: family, layer, and .role or nothing
+PER_LAYER = re.compile(r"(.+)/(\d+)((?:\.\w+)?)")  # a layer's key in metrics.jsonl, such as srank/3.W_Q
 # for these metrics W&B's table of runs shows an extreme value instead of the last one
 SUMMARY = {
     "train/loss": "min", "val/loss": "min", "grad_norm": "max", "attention/max_logit": "max", "srank/attention": "min",
@@ -82,7 +82,7 @@ def first_line(error: Exception) -> str:
 
 
 def wandb_mode(cfg: Config) -> tuple[str, str | None]:
-    """W&B's mode (online, offline or off) for cfg.wandb, and why it is worse than one would expect, or None.
+    """W&B's mode (online, offline or off) for cfg.wandb, and why it is less than cfg.wandb asks for, or None.
 
     With cfg.wandb = "auto" the mode is online if the user is logged in and the server answers, and otherwise offline;
     it is off only where W&B cannot start its service on this machine. The user is never asked for anything. Raises
@@ -308,7 +308,7 @@ class RunLog:
         if self._wandb:
             try:
                 if summary is not None:
-                    self._wandb.summary["final"] = summary  # below "final", as "val/loss" shows its minimum (SUMMARY)
+                    self._wandb.summary["final"] = summary  # W&B's own "val/loss" is the minimum (SUMMARY)
                 self._wandb.finish()
             except Exception as error:
                 self._wandb_mode = "off"
@@ -316,7 +316,7 @@ class RunLog:
 
 
 class NoLog:
-    """The log of a process that keeps no record: every method exists and does nothing."""
+    """The log of a process that keeps no record: it has every method of RunLog, and none does anything."""
 
     finished, resumed = False, False
 

@@ -1,11 +1,11 @@
-"""How fast all of it is on this machine, in one run: every figure a ratio of two things that took turns.
+"""How fast training, MSign and the measurements are on this machine, each compared with an alternative.
 
-    python scripts/bench.py                                    # a quarter of an hour, a third of it `make reproduce`
-    python scripts/bench.py --quick                            # under two minutes: fewer rounds, no reproduction
+    python scripts/bench.py                                    # a quarter of an hour; a third is `make reproduce`
+    python scripts/bench.py --quick                            # under two minutes: fewer rounds, no `make reproduce`
     python scripts/bench.py --nanogpt=../nanoGPT               # also against an unmodified checkout of karpathy/nanoGPT
-    python scripts/bench.py --out=results/bench                # write bench.json and bench.md, too
+    python scripts/bench.py --out=results/bench                # also write results/bench.json and .md
 
-What is compared, and how it is timed: trials/bench.py. Times are medians, ratios median [min, max].
+trials/bench.py says what is compared and how it is timed. Times are medians, ratios median [min, max].
 """
 
 import argparse

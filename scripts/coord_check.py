@@ -1,10 +1,11 @@
 """μP coordinate check: does the size of activations depend on width while training starts?
 
-    python scripts/coord_check.py                 # a table of slopes and runs/coord_check.png, a minute
+    python scripts/coord_check.py    # print a table of slopes, write runs/coord_check.png: a minute
 
 The table holds the slope of log mean |activation| against log width; 0 means that the size does not depend on width.
-Its rows are the paper's rules, the practitioner's (nanoGPT-mup's table: embeddings ×1, logits × base/width, attention
-1/d_head), and none.
+μP is a set of rules that scale initial weights, learning rates and logits with the width. Rows of the table are the
+paper's rules, the practitioner's (nanoGPT-mup's table: embeddings ×1, logits × base/width, attention 1/d_head), and
+standard parameterisation, which has none.
 """
 
 import argparse

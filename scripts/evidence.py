@@ -1,9 +1,11 @@
-"""Rerun what the findings of results/REPORT.md rest on: every grid, what is missing of it, then the tables and figures.
+"""Repeat the runs that the findings of results/REPORT.md rest on, and fill its tables and figures from them.
 
-    python scripts/evidence.py            # about six hours on two cores; what was cut goes on with the same command
-    python scripts/evidence.py --quick    # a quarter of an hour: half the length, two seeds; prints, records nothing
+    python scripts/evidence.py            # about six hours on two cores; after an interruption, call it again
+    python scripts/evidence.py --quick    # a quarter of an hour: half the length, two seeds; leaves results/ alone
 
-The first two and a quarter of the six hours are for Tables 2 and 3.
+A grid is a set of runs that configs/sweeps/ defines. Runs that runs/ holds already are not repeated. The command packs
+the runs into results/ and overwrites the tables and figures there. The first two and a quarter of the six hours are for
+the report's Tables 2 and 3.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from analysis.tables import arms_table, fitted_r, markdown, period_table
 from config import Parser, output_folder, run_cli
 
 SHORT = ["--warmup_steps=1250", "--max_steps=1500", "--seed=0,1"]
-# every 100 steps on attention is an arm of table2_small
+# table3_small lacks period 100, which is an arm of table2_small
 QUICK = {"table2_small": SHORT, "attention_off": SHORT, "table3_small": [*SHORT, "--msign_period=10,1000"]}
 
 

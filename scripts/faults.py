@@ -1,10 +1,11 @@
-"""Inject faults into training runs and count what comes of them.
+"""Inject faults into training runs and count how often a run reacts as expected.
 
-python scripts/faults.py --out=results/faults    # half an hour on two cores: a hundred kills and more
+python scripts/faults.py --out=results/faults    # half an hour on two cores; also write results/faults.md
 python scripts/faults.py --quick                 # a few of each, some two minutes
 
-Expected every time: one clear line or none, no step lost beyond the last checkpoint, and a resumed run that ends with
-the bits of a run to which nothing happened. Whatever was otherwise is listed below the table; the exit code is then 1.
+Expected are three things: at most one line of error; no step lost before the last checkpoint; a resumed run that ends
+bit for bit like a run without a fault. The table counts the injections of each fault, a hundred kills and more among
+them. Each exception is listed below the table, and any exception makes the exit code 1.
 """
 
 import argparse

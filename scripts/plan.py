@@ -1,13 +1,13 @@
-"""What a configuration takes on N GPUs, without touching one: memory a rank, FLOPs, time, and what MSign adds.
+"""Estimate, without a GPU, what a configuration takes on N GPUs: memory a GPU, FLOPs, time, and what MSign adds.
 
     python scripts/plan.py configs/gpt_3b.py --gpus 8
     python scripts/plan.py configs/llama_1b_msign.py --gpus 64 --mfu 0.3 --period 10
     python scripts/plan.py --paper                      # the paper's four models on 8 H100, next to its Table 1
 
-A layout that cannot fit is refused, and the message names one that does. Nothing here is measured but the paper's own
-column: a step runs at --mfu of the GPU's peak, the matrix sign's products at 50 % of the fp32 peak, eigenvectors at 2 %
-of the fp64 peak. Memory is counted for fp32 weights, gradients and moments, with an estimate of what one micro-batch
-keeps for its backward pass.
+A configuration that does not fit into the GPUs' memory is refused, and the message names the options that make it fit.
+Nothing is measured, except the column "paper, measured". Speeds are assumed: a step runs at --mfu of the GPU's peak,
+the matrix sign's products at 50 % of the fp32 peak, eigenvectors at 2 % of the fp64 peak. Memory is counted for fp32
+weights, gradients and moments, with an estimate of what one micro-batch keeps for its backward pass.
 """
 
 import argparse

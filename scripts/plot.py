@@ -1,9 +1,10 @@
-"""The paper's Figures 1 to 4 and heat maps of layers against steps, from recorded runs of any kind.
+"""Draw the paper's Figures 1 to 4 and heat maps of layers against steps from recorded runs, and overwrite older ones.
 
     python scripts/plot.py results/ramp/*                                  # figures/fig1.png, fig1.svg, …
     python scripts/plot.py runs/a runs/b/wandb/offline-run-* --out=mine
 
-fig1, fig2 and the heat maps have a column per run; beyond four runs, one for the first run of each arm.
+fig1, fig2 and the heat maps have a column for each run. Beyond four runs they have one for each arm (one setting of an
+experiment, whatever the seed): its first run, for the first four arms.
 """
 
 import argparse

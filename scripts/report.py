@@ -1,7 +1,7 @@
 """Regenerate every table and figure of README.md, results/REPORT.md and docs/ from the runs recorded under results/.
 
-python scripts/report.py            # writes; `make figures` does the same
-python scripts/report.py --check    # writes nothing; exit code 1 when a table is out of date
+python scripts/report.py            # overwrite them where they differ; `make figures` does the same
+python scripts/report.py --check    # write nothing; exit code 1 if a table differs from the runs
 """
 
 import argparse

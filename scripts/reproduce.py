@@ -1,10 +1,12 @@
-"""Reproduce the headline result: the arms side by side, then a figure, a table and a verdict per arm.
+"""Reproduce the headline result: train the arms side by side, then print a table and a verdict for each arm.
 
     python scripts/reproduce.py                                   # what `make reproduce` runs
     python scripts/reproduce.py --experiment=constant --seeds 0 1 2
-    python scripts/reproduce.py --record=results                  # all instruments on; keep the small logs
+    python scripts/reproduce.py --record=results                  # measure more, and pack the logs into results/
 
-Arms that are already recorded are not trained again; one that was cut goes on from its checkpoint.
+An arm is one setting of the experiment: AdamW, MSign on attention, MSign on the MLP, or attention set to zero. A
+verdict says whether its run collapsed. Figure and table go to runs/, as <experiment>.png, .svg and .md. A run that has
+finished before is not trained again; an interrupted one goes on from its checkpoint.
 """
 
 import argparse
@@ -32,7 +34,7 @@ ARMS = {
     "msign-mlp": [f"--msign_period={PERIOD}", "--msign_targets=mlp"],
     "attention-off": [f"--msign_period={PERIOD}", "--msign_targets=attention", "--msign_map=zero"],
 }
-# a recorded run is looked at closely; training is the same to the bit (tests/test_train.py)
+# with --record more is measured; training stays the same to the bit (tests/test_train.py)
 CLOSELY = ["--probe_every=25", "--layers_every=100", "--jacobian_every=50", "--theory_every=500"]
 
 

@@ -1,4 +1,4 @@
-"""Text from a checkpoint.
+"""Print a prompt and the text with which a trained model continues it.
 
 python scripts/sample.py runs/nano_5m_msign                               # from the run's last checkpoint
 python scripts/sample.py runs/mine/ckpt_0000500.pt --prompt="def " --tokens=200 --temperature=0.7
@@ -21,7 +21,7 @@ from model import GPT
 
 @torch.no_grad()
 def sample(model: GPT, tokens: list[int], count: int, temperature: float, top_k: int, generator: torch.Generator):
-    """Yields `count` tokens that continue `tokens`, one by one.
+    """Yields `count` tokens that continue `tokens`, one by one, and appends each to `tokens`.
 
     temperature 0 takes the likeliest token; top_k = 0 draws among all tokens.
     """

@@ -1,10 +1,10 @@
-"""Train a tiny model for long, everything measured and saved at every step, and watch what grows that should not.
+"""Train a tiny model, measure everything and save at every step, and see whether memory, files or time grow.
 
-python scripts/soak.py --out=results/soak    # 6000 steps in a quarter of an hour on two cores
+python scripts/soak.py --out=results/soak    # 6000 steps in a quarter of an hour on two cores; writes results/soak.md
 python scripts/soak.py --steps=1200          # in six minutes
 
-NanoGPT-5M takes 6000 steps in thirty hours on two cores.
-The second tenth of the steps is held against the last one; exit code 1 when something grew.
+The table compares the last tenth of the steps with the second tenth; the exit code is 1 if something grew. The model is
+tiny because NanoGPT-5M would need thirty hours for 6000 steps on two cores.
 """
 
 import argparse

@@ -1,20 +1,21 @@
 """A grid of runs in one file: sizes × optimizers × periods × targets × learning rates × seeds.
 
     python scripts/sweep.py configs/sweeps/table2_small.py --dry_run     # the points, and which are done
-    python scripts/sweep.py configs/sweeps/table2_small.py               # run what is missing, go on with what was cut
-    python scripts/sweep.py configs/sweeps/table2_small.py --seed=0,1    # a field; of an axis, these values alone
+    python scripts/sweep.py configs/sweeps/table2_small.py               # run what is missing or was interrupted
+    python scripts/sweep.py configs/sweeps/table2_small.py --seed=0,1    # set a field; of an axis, keep these values
     python scripts/sweep.py configs/sweeps/table2_small.py --record=results --dry_run    # pack the runs that are done
     python scripts/sweep.py configs/sweeps/ladder.py --wandb             # register it with W&B, for many machines
 
 A grid file is plain assignments to the names of config.py, and to `config`, the config file that the runs start from.
-A list of values is an axis. `arm` is an axis, too: a dict that maps an arm's name to the fields that make it. Anything
-else holds for all points. A point is one combination of values, and one run of train.py in runs_dir/<grid>/<point>,
-named after its values on the axes. Points that differ only in what does not matter (the targets of an MSign that is
-never applied) are one. results.csv beside the runs has a line for each point. One point runs on
-every GPU, or as many at a time as there are cores for their threads.
+A name that is assigned a list is an axis. `arm` is an axis, too: a dict that maps an arm's name to a dict of fields.
+Every other assignment holds for all runs. A point is one combination of the axes' values. It is one run of train.py
+in runs_dir/<grid>/<point>, where <point> is made of its values. Points that differ only in a field without effect, such
+as msign_targets where MSign is never applied, are one point. results.csv beside the runs has a line for each point.
+On GPUs one point runs on each; on a CPU as many run at a time as their threads have cores.
 
-With --wandb nothing is run: W&B hands the points that are not done here to whoever calls the `wandb agent` command that
-is printed, in a checkout of this repository and once for each GPU (CUDA_VISIBLE_DEVICES says which).
+With --wandb nothing is run here. The script registers the points that are not done and prints a `wandb agent` command.
+Call that command in a checkout of this repository on any machine, once for each GPU (CUDA_VISIBLE_DEVICES says which);
+W&B hands it the points.
 """
 
 import argparse
@@ -36,14 +37,14 @@ USAGE = "sweep.py GRID.py [--dry_run] [--workers=N] [--record=FOLDER] [--wandb] 
 
 
 def prepare(todo: list[Point]):
-    """Write the embedded corpora that are needed, before several runs would at once."""
+    """Write the built-in corpora that the runs need, since several runs would otherwise write them at once."""
     for cfg in {(point.cfg.dataset, point.cfg.fallback): point.cfg for point in todo}.values():
-        with contextlib.suppress(UserError):  # the run will say so
+        with contextlib.suppress(UserError):  # the run will report the error
             open_splits(cfg)
 
 
 def finish(grid: list[Point], todo: list[Point], workers: int | None):
-    """Run what is to be done. Ctrl-C and SIGTERM say how much is left."""
+    """Run the points `todo`. On Ctrl-C or SIGTERM, print how many are left."""
     if not todo:
         return
     sys.stdout.flush()
@@ -57,14 +58,14 @@ def finish(grid: list[Point], todo: list[Point], workers: int | None):
 
 
 def record(grid: list[Point], folder: Path):
-    """Pack the runs that are done into Parquet files in this folder, which keeps those that are there."""
+    """Pack the runs that are done into Parquet files in this folder; runs packed there before stay."""
     done = [point for point in grid if point.summary]
     record_grid(folder, (dataclasses.replace(load_run(point.folder), axes=point.axes) for point in done))
     print(f"{len(done)} of {len(grid)} points packed into {folder}, which holds {len(load_runs(folder))}")
 
 
 def become(name: str, grid: list[Point], path: Path):
-    """Go on as train.py with the point of that name: signals and exit code are its own."""
+    """Replace this process by train.py with the point of that name; signals and exit code are then train.py's."""
     for point in grid:
         if point.name == name:
             os.execv(sys.executable, point.command)

@@ -15,8 +15,8 @@ class Instruments:
 
     model: the model in training, perhaps sharded. probe: inputs and targets, each (probe_batch, block_size).
     whole: returns the same model with whole weights on the process that measures, None on the others; all processes
-    call it together. norms: turns (name, tensor) pairs into {name: ‖·‖_F}, over all processes. warn: is told what could
-    not be measured.
+    call it together. norms: turns (name, tensor) pairs into {name: ‖·‖_F}, over all processes. autocast: the context in
+    which training computes. warn: is told what could not be measured.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Instruments:
         self.around_msign: dict[str, float] = {}
 
     def before_step(self, step: int) -> dict[str, float]:
-        """What is due at `step`, of the weights that its loss and gradient belong to."""
+        """The measurements due at `step`, taken before the update, on the weights that give its loss and gradient."""
         cfg, tokens, warn = self.cfg, self.tokens, self.warn
         each_layer = due(cfg.layers_every, step)
         taken = []
@@ -50,7 +50,7 @@ class Instruments:
         return self._measure(taken)
 
     def gradients(self, step: int) -> dict[str, float]:
-        """grad_norm/…, before clipping; and remembers the weights, for `updates`."""
+        """The metrics grad_norm/…, to be called before clipping. Also copies the weights, which `updates` needs."""
         if not due(self.cfg.probe_every, step):
             return {}
         self.weights_before = {name: p.detach().clone() for name, p in self.parameters.items()}
@@ -58,16 +58,16 @@ class Instruments:
         return metrics.norms("grad_norm", found, due(self.cfg.layers_every, step))
 
     def updates(self, step: int) -> dict[str, float]:
-        """update_norm/… of the step just taken, and what was measured around MSign's application in it."""
+        """The metrics update_norm/… of the step just taken, and what `observe_msign` measured in it."""
         found, self.around_msign = self.around_msign, {}
         if self.weights_before:
-            # one difference at a time, and no copy survives the step: beside a large model two more would not fit
+            # one difference at a time, and each copy is dropped: two more models would not fit beside a large one
             moved = ((name, p.detach() - self.weights_before.pop(name)) for name, p in self.parameters.items())
             found |= metrics.norms("update_norm", self.norms(moved), due(self.cfg.layers_every, step))
         return found
 
     def observe_msign(self, when: str):
-        """Measure right "before" or "after" an application; `updates` returns it as before_msign/… and after_msign/…"""
+        """Measure right "before" or "after" MSign acts; `updates` returns them as before_msign/… and after_msign/…"""
         found = self._measure([
             lambda model: metrics.weights(model, False),
             lambda model: metrics.activations(model, self.tokens, False, self.warn),
@@ -80,7 +80,7 @@ class Instruments:
         return {f"theory/{name}": value for name, value in sides.items()}
 
     def _measure(self, taken: list[Callable[[GPT], dict[str, float]]]) -> dict[str, float]:
-        """All measurements `taken`, by the process that holds the whole model; the others wait for it."""
+        """The results of the functions `taken`, on the process that gets the whole model; {} on the others."""
         found, model = {}, self.whole() if taken else None
         if model is None:
             return found

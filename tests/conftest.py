@@ -34,7 +34,7 @@ SMALL = dict(
 def pytest_configure(config):
     """All temporary files of this run of the tests go to one folder, which is deleted at its end.
 
-    torchrun, for one, deletes nothing. What torch.compile has compiled is kept from run to run.
+    Some programs, such as torchrun, do not delete theirs. Only the code that torch.compile compiled is kept.
     """
     if not hasattr(config, "workerinput"):  # the process that starts the workers, which inherit its environment
         folder = tempfile.mkdtemp(prefix="msign-")
@@ -42,12 +42,12 @@ def pytest_configure(config):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".pytest_cache" / "torchinductor"))
         multiprocessing.util.Finalize(
             None, shutil.rmtree, (folder, True), exitpriority=-1000
-        )  # after its own folder there
+        )  # after multiprocessing has deleted its own folder in there
 
 
 @pytest.fixture(autouse=True)
 def default_arithmetic():
-    """What machine.set_arithmetic chooses holds for the whole process; no test leaves it to the next."""
+    """Undo after each test what machine.set_arithmetic changed, because it changes the whole process."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -60,7 +60,7 @@ def small(**overrides) -> Config:
 
 
 def noisy_model(**overrides) -> GPT:
-    """A small model none of whose parameters is at its initial zero or one."""
+    """A small model with noise on every parameter, so that none is at its initial zero or one."""
     cfg = small(**overrides)
     model = GPT(cfg)
     mup.init_weights(model, cfg)
@@ -72,7 +72,7 @@ def noisy_model(**overrides) -> GPT:
 
 @pytest.fixture
 def corpus(tmp_path):
-    """A folder with train.bin and val.bin of bytes that follow a pattern a small model can learn a little of."""
+    """A folder with train.bin and val.bin: tokens below 256, with a pattern that a small model partly learns."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -84,7 +84,7 @@ def corpus(tmp_path):
 
 @pytest.fixture
 def config_file(tmp_path, corpus):
-    """A config file of the small run on that corpus, recorded below tmp_path/runs."""
+    """A config file of a run with SMALL on `corpus`; the run is recorded below tmp_path/runs."""
     lines = [f"{k} = {v!r}" for k, v in {**SMALL, "dataset": str(corpus), "runs_dir": str(tmp_path / "runs")}.items()]
     path = tmp_path / "small.py"
     path.write_text("\n".join(lines) + "\n")
@@ -95,13 +95,13 @@ def command(*args) -> list[str]:
     return [sys.executable, str(ROOT / args[0]), *map(str, args[1:])]
 
 
-# importing PyTorch takes longer than most of what is tested: one server a worker does it once, and is forked
+# importing PyTorch takes longer than most tests: each pytest worker has a server that imports it once and is forked
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.conftest", "train", "analysis.figures"])
 
 
 def _as_script(words: list[str], cwd: str, env: dict[str, str], output: tuple[str, str]):
-    """In the forked process: be `python words`."""
+    """Do in the forked process what `python words` does."""
     for descriptor, path in zip((1, 2), output, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
     os.environ.clear()
@@ -113,7 +113,7 @@ def _as_script(words: list[str], cwd: str, env: dict[str, str], output: tuple[st
 
 
 def start(*args, cwd=ROOT, output=(os.devnull, os.devnull), **env) -> multiprocessing.Process:
-    """A script of the repository in a process of its own, forked from one that has imported PyTorch."""
+    """Start a script of the repository in its own process, forked from one that has already imported PyTorch."""
     words = [str(ROOT / args[0]), *map(str, args[1:])]
     process = FORKS.Process(
         target=_as_script, args=(words, str(cwd), {**os.environ, "OMP_NUM_THREADS": "1", **env}, output)
@@ -123,7 +123,10 @@ def start(*args, cwd=ROOT, output=(os.devnull, os.devnull), **env) -> multiproce
 
 
 def finished(processes: dict[multiprocessing.Process, str], timeout: float) -> list[subprocess.CompletedProcess]:
-    """How processes ended whose output goes to <path>.out and <path>.err. All are killed when the time is up."""
+    """Wait for {process: path}; returns how each ended, with its output from <path>.out and <path>.err.
+
+    Fails, and kills them, if any still runs after `timeout` seconds.
+    """
     deadline = time.monotonic() + timeout
     for process in processes:
         process.join(max(0, deadline - time.monotonic()))
@@ -139,7 +142,7 @@ def finished(processes: dict[multiprocessing.Process, str], timeout: float) -> l
 
 
 def run(*args, cwd=ROOT, timeout=300, **env) -> subprocess.CompletedProcess:
-    """`start`, its end and its output."""
+    """Run a script of the repository in its own process; returns its exit code and output."""
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/0"
         (done,) = finished({start(*args, cwd=cwd, output=(path + ".out", path + ".err"), **env): path}, timeout)
@@ -147,7 +150,7 @@ def run(*args, cwd=ROOT, timeout=300, **env) -> subprocess.CompletedProcess:
 
 
 def ranks(size: int, *args, timeout=300, **env) -> list[subprocess.CompletedProcess]:
-    """A script on several processes that find each other as torchrun's do; what each said, rank by rank."""
+    """Run a script on `size` processes, as torchrun would; returns exit code and output of each, by rank."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -162,7 +165,7 @@ def ranks(size: int, *args, timeout=300, **env) -> list[subprocess.CompletedProc
 
 
 def here(script, *args, **env) -> subprocess.CompletedProcess:
-    """A script of the repository (or, after "-m", a module) in this process: its output and its exit code."""
+    """Run a script of the repository (or, after "-m", a module) in this process; returns its exit code and output."""
     words = ["-m", *args] if script == "-m" else [script, *args]
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):

@@ -20,12 +20,12 @@ from engine import budget, parallel
 
 
 def trainings(runs: list[list[str]]) -> list[int]:
-    """train.py with each of these command lines, one after another; the exit codes."""
+    """Train with each of these command lines, one after another; returns the exit codes."""
     return [train.train(load_config(argv)) for argv in runs]
 
 
 def stopped(step: int, runs: list[list[str]]) -> list[int]:
-    """The same, but one rank gets a SIGTERM when this step has been logged."""
+    """As `trainings`, but rank 0 sends itself a SIGTERM when it has logged this step."""
     log = train.RunLog.log
 
     def log_and_stop(self, now, metrics):
@@ -46,8 +46,11 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 def signs() -> dict:
-    """MSign of replicated and of sharded weights: the largest deviation from one process's, matrices computed and bytes
-    sent by each rank."""
+    """MSign of replicated and of sharded weights, compared with MSign by one process.
+
+    Returns for both: the largest deviation, and by rank the matrices computed and the bytes sent, as counted and as
+    `budget.msign_bytes` expects.
+    """
     alone = weights()
     msign.apply_(alone)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -74,7 +77,7 @@ def signs() -> dict:
 
 
 def refusals() -> dict:
-    """What every rank says of a weight that is not finite on one of them, and of a layout that MSign does not know."""
+    """Each rank's error message for a weight that is not finite on one rank, and for shardings that MSign refuses."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     out = {}
     for kind in ("nan", "columns", "replicated"):

@@ -1,4 +1,4 @@
-"""What puts this repository itself to the test: its speed, injected faults, endurance.
+"""Trials of this repository itself: its speed, its reaction to injected faults, its endurance.
 
 Lives here: measurements of the program. Does not: measurements of models, which are in `stability`.
 """

@@ -1,8 +1,9 @@
-"""How fast all of it is on this machine: every figure is a ratio of two things that took turns in one process.
+"""How fast training, MSign and the measurements are on this machine, compared with their alternatives.
 
-Rounds alternate between the contenders, and a ratio is taken round by round: a machine that slows down slows both.
-Times are medians, ratios median [min, max]. "Plain" is the same model written down without any of our levers, with
-PyTorch's defaults: three products for q, k and v, PyTorch's attention, all logits at once, AdamW as it comes.
+The contenders take turns in one process, and a ratio of two is taken round by round: a machine that slows down slows
+both. Times are medians over the rounds, ratios median [min, max]. A *lever* is one of the choices that make our step
+fast. "Plain" is the same model without any lever, with PyTorch's defaults: three products for q, k and v, PyTorch's
+attention, all logits at once, AdamW with its default implementation.
 """
 
 import contextlib
@@ -61,6 +62,7 @@ class Report:
         print(f"  {section}: {said}", file=sys.stderr, flush=True)
 
     def target(self, what: str, value: float, must: float, aim: float, unit: str, smaller_is_better: bool = False):
+        """Add a figure, the bound that it must keep, and the bound that we aim at."""
         met = value <= must if smaller_is_better else value >= must
         sign = "≤" if smaller_is_better else "≥"
         self.targets.append({
@@ -121,7 +123,7 @@ def ratios(times: list[float], to: list[float]) -> list[float]:
 
 
 def best_ratio(times: dict[str, list[float]], of: str, prefix: str) -> float:
-    """Median over rounds of (the fastest contender whose name begins with prefix) / (that of `of`)."""
+    """Median over rounds of the time of the fastest contender whose name begins with prefix, over the time of `of`."""
     rivals = [name for name in times if name.startswith(prefix)]
     best = min(rivals, key=lambda name: statistics.median(times[name]))
     return statistics.median(ratios(times[best], times[of]))
@@ -140,7 +142,7 @@ def threads(count: int):
 # --- contenders in a training step ---
 @contextlib.contextmanager
 def defaults():
-    """PyTorch's own arithmetic, whatever machine.set_arithmetic has chosen for ours."""
+    """A context with PyTorch's default arithmetic in place of what machine.set_arithmetic chose for ours."""
     chosen = torch.backends.mkldnn.matmul.fp32_precision
     torch.backends.mkldnn.matmul.fp32_precision = "none"
     torch.set_flush_denormal(False)
@@ -151,14 +153,14 @@ def defaults():
 
 @contextlib.contextmanager
 def all_logits():
-    """The loss over all logits at once."""
+    """A context in which the loss computes all logits at once, not in chunks."""
     limit, gpt.LOGITS = gpt.LOGITS, sys.maxsize
     yield
     gpt.LOGITS = limit
 
 
 class Step:
-    """One contender: what a training step of cfg takes with it, from one micro-batch and one update."""
+    """One contender: a way to compute a training step of cfg. Its time is extrapolated from one micro-batch."""
 
     def __init__(self, cfg: Config, model, loss_of: Callable, optimizer, context: Callable):
         self.cfg, self.model, self.loss_of, self.optimizer, self.context = cfg, model, loss_of, optimizer, context
@@ -179,14 +181,17 @@ class Step:
         return (between - began) * self.cfg.batch_size / self.cfg.micro_batch + update
 
     def second(self) -> float:
-        """Seconds of the second of two micro-batches. The first pays for the memory that the contender before it gave
-        back to the system, which is a matter of the order and not of either."""
+        """Seconds a step, from the second of two micro-batches.
+
+        The first one also allocates memory that the contender before it returned to the system. That time depends on
+        the order of contenders and belongs to none of them.
+        """
         self()
         return self()
 
 
 class Plain(Attention):
-    """Attention written down: three products, PyTorch's kernel."""
+    """Attention in its plainest form: a product each for q, k and v, and PyTorch's kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, d = x.shape
@@ -216,7 +221,7 @@ def ours(cfg: Config, context: Callable = contextlib.nullcontext, fused: bool = 
 
 
 def without(cfg: Config) -> dict[str, Step]:
-    """Ours with one lever taken away at a time."""
+    """{name: our step without one lever}, one for each lever."""
     levers = {
         "compiled blocks": ours(replace(cfg, compile="off")),
         "attention in chunks": ours(replace(cfg, attn_kernel="flash")),
@@ -285,7 +290,7 @@ def race_signs(W: Tensor, rounds: int) -> tuple[dict[str, list[float]], dict[str
 
 
 def application(params: dict[str, Tensor], done: Callable = lambda: None, **how) -> Callable[[], float]:
-    """MSign on the same weights every time: the eigenvectors of what already is a sign are found sooner."""
+    """A clock of one application of MSign. It restores the weights first, since a sign's own sign is found sooner."""
     before = {name: p.detach().clone() for name, p in params.items()}
 
     def clock() -> float:
@@ -299,7 +304,7 @@ def application(params: dict[str, Tensor], done: Callable = lambda: None, **how)
 
 
 def sharing(rank: int, ranks: int, shapes: dict, rounds: int, folder: str):
-    """One of the processes of `ranks`, with one thread: MSign by rank 0 alone, and by all together."""
+    """In process `rank` of `ranks`, with one thread: time MSign by rank 0 alone and by all; write folder/times.json."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     generator = torch.Generator().manual_seed(0)
@@ -332,7 +337,7 @@ def bf16_rate() -> float:
 
 
 def peak_memory() -> float:
-    """GiB at which a process that trains NanoGPT-5M peaks: two steps of two micro-batches, the full ones' size."""
+    """Peak memory, GiB, of a process that trains NanoGPT-5M: two steps of two micro-batches, each of its full size."""
     with tempfile.TemporaryDirectory() as folder:
         options = ["--batch_size=24", "--max_steps=2", "--eval_every=0", "--wandb=off", "--name=x"]
         command = [sys.executable, ROOT / "train.py", ROOT / "configs" / "nano_5m_adamw.py", *options]
@@ -345,10 +350,10 @@ def config(file: str, /, **changes) -> Config:
 
 
 class Bench:
-    """One run of the bench. `measure_<table>` measures one table of TABLES, and what is held against a target there.
+    """One run of the bench. `measure_<table>` measures one table of TABLES and compares its main figures with targets.
 
-    `nanogpt`: a checkout of karpathy/nanoGPT to race against, or None. `threads`: of all but the stress test, which has
-    one.
+    nanogpt: a checkout of karpathy/nanoGPT to race against, or None. threads: the number of CPU threads, except in the
+    stress test, which has one.
     """
 
     TABLES = ("steps", "signs", "msign", "experts", "ranks", "instruments", "reproduce")
@@ -367,7 +372,7 @@ class Bench:
         self.arithmetic = machine.set_arithmetic(CPU, [torch.empty(shape, device="meta") for shape in shapes])
 
     def run(self, tables: list[str]) -> str:
-        """Measure these tables; where, how, and in how many seconds that was done."""
+        """Measure these tables. Returns a line on the processor, the settings and the seconds that it took."""
         began = time.perf_counter()
         for name in self.TABLES:
             if name in tables:
@@ -379,7 +384,7 @@ class Bench:
             f"{time.perf_counter() - began:.0f} s."
         )
 
-    # built once: several tables hold something against a step
+    # built once, because several tables compare something with a step
     @cached_property
     def nano_step(self) -> Step:
         return ours(self.nano)
@@ -395,7 +400,7 @@ class Bench:
         return {name: nanogpt(self.nanogpt, cfg, compiled) for name, compiled in ways.items()}
 
     def race(self, section: str, contenders: dict[str, Step], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
-        """Rows of a training step. The first contender is ours; a ratio says how many times as long another takes."""
+        """Time contenders and add a row for each. The first is ours; a ratio is another's time over ours."""
         times = alternate({name: step.second for name, step in contenders.items()}, rounds, warm_up)
         first = next(iter(times))
         for name, seconds in times.items():
@@ -465,7 +470,7 @@ class Bench:
         self.report.target("matrix sign against svd, smaller shapes, slowest", min(small), 1, 5, " ×")
 
     def measure_msign(self):
-        """One application of MSign against one step, and its share of training."""
+        """The time of one application of MSign (to all its targets) over that of a step, and its share of training."""
         self.overhead("NanoGPT-5M", self.nano_step, self.few, 0.5)
         with threads(1):
             self.overhead("stress test", self.stress_step, self.many, 1)
@@ -506,7 +511,7 @@ class Bench:
         self.report.target("experts against a dense MLP, speed", statistics.median(speed), 0.5, 1, " ×")
 
     def measure_ranks(self, ranks: int = 2):
-        """MSign by one process against two of one thread each, for a model of LLaMA-1B's depth."""
+        """MSign by one process against MSign by `ranks`, each with one thread, for a model of LLaMA-1B's depth."""
         cfg = config("llama_1b_adamw", name="LLaMA-1B", d_model=512, n_head=4, d_ff=1360)
         params = msign.select(budget.on_meta(cfg).named_parameters(), "blocks")
         shapes = {name: tuple(p.shape) for name, p in params.items()}
@@ -525,13 +530,13 @@ class Bench:
         self.report.target(what, max(medians), 0.65, 0.5, " ×", smaller_is_better=True)
 
     def measure_instruments(self):
-        """Everything that train.py measures by itself, against one step, of two models."""
+        """The time of everything that train.py measures by default over that of a step, for two models."""
         with threads(1):
             self.instruments_of(self.stress_step)
         self.instruments_of(self.nano_step)
 
     def instruments_of(self, step: Step):
-        """Each instrument against one step, and all together at the default cadences."""
+        """The time of each instrument over that of a step, and the share of training of all at their cadences."""
         cfg, model, tokens = step.cfg, step.model, step.x[: step.cfg.probe_batch]
         section = f"Instruments, {cfg.name}"
 

@@ -1,8 +1,8 @@
-"""Faults that are injected into training runs, and what came of each.
+"""Inject faults into training runs and check how each run ends.
 
-Every fault is a generator: for each time that it was injected it yields None, or a line that says what was not as
-expected. Expected is one clear line or none, no step lost beyond the last checkpoint, and a resumed run that ends with
-the bits of one to which nothing happened.
+Every fault is a generator. For each injection it yields None if all went as expected, or else a line that says what
+did not. Expected are three things: at most one line of error; no step lost before the last checkpoint; a resumed run
+that ends bit for bit like a run without a fault. A *victim* is a run that carries a fault inside.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ Outcome = Iterator[str | None]  # for every injected fault None, or what was not
 
 # --- inside the victim ---
 class Deadly:
-    """A function in whose nth call the process kills itself: before the function, after it, or after half of a file."""
+    """A function that kills its process in its nth call: before the work, after it, or with the file half written."""
 
     def __init__(self, function: Callable, nth: int, moment: str):
         self.function, self.nth, self.moment = function, nth, moment
@@ -57,7 +57,7 @@ class Deadly:
         return result
 
 
-# when in the writing of a checkpoint a victim kills itself -> in which function, and when in the call
+# moment in the writing of a checkpoint at which a victim kills itself -> (module, function, when in the call)
 MOMENTS = {
     "half written": (torch, "save", "half"),
     "written, not named": (os, "replace", "before"),
@@ -68,7 +68,7 @@ MOMENTS = {
 
 
 def plan_victim(fault: str, nth: int):
-    """Arrange this process's own SIGKILL at the nth checkpoint, or that it waits for other ranks for 5 s alone."""
+    """Make this process kill itself at the nth checkpoint, or ("impatient") wait at most 5 s for other ranks."""
     if fault == "impatient":
         parallel.PATIENCE = timedelta(seconds=5)
     else:
@@ -78,9 +78,9 @@ def plan_victim(fault: str, nth: int):
 
 # --- kills and hangs ---
 def until_finished(place: Place, name: str, start: Callable, kill: Callable, reference: str = "whole") -> Outcome:
-    """Kill a run again and again until it is through. Does it then end with the bits of the reference?
+    """Kill and resume a run until it finishes, then compare it bit for bit with the reference.
 
-    `start()` starts it or lets it go on; `kill(process)` may kill it, and says whether it did.
+    `start()` starts or resumes the run; `kill(process)` may kill it and returns whether it did.
     """
     while not (place.of(name) / "summary.json").exists():
         before = place.saved(name)
@@ -109,7 +109,7 @@ class Kills:
         self.rng = np.random.default_rng(seed)
 
     def kill(self, name: str, process: subprocess.Popen) -> bool:
-        """Wait until the run has logged a new step, and for a random while; then kill, if it is still there."""
+        """Wait for a new logged step and a random while more; kill the run if it still lives. True if killed."""
         before = self.place.steps(name)
         wait_until(lambda: self.place.steps(name) not in (0, before), process)
         time.sleep(self.rng.exponential(0.1))
@@ -173,7 +173,7 @@ def hung_rank(place: Place, count: int) -> Outcome:
 
 # --- damaged and foreign files ---
 def unfinished(place: Place, name: str) -> Path:
-    """The last checkpoint of a copy of the whole run whose end is missing."""
+    """Copy the reference run as `name`, without its summary, so that it can be resumed; its last checkpoint's path."""
     shutil.copytree(place.of("whole"), place.of(name))
     (place.of(name) / "summary.json").unlink()
     record = json.loads((place.of(name) / "record.json").read_text())
@@ -183,7 +183,7 @@ def unfinished(place: Place, name: str) -> Path:
 
 
 def flipped(data: bytes, rng: np.random.Generator, every: int = 1) -> bytes:
-    """One bit the other way, in a byte at a multiple of `every`."""
+    """The data with one random bit flipped, in a byte whose index is a multiple of `every`."""
     changed = bytearray(data)
     changed[rng.integers(len(data)) // every * every] ^= 1 << rng.integers(8)
     return bytes(changed)
@@ -197,7 +197,7 @@ def damaged_checkpoints(place: Place, count: int) -> Outcome:
         error = place.here("--name=damaged", "--resume")
         if error:
             yield None if "not a whole checkpoint" in error and "\n" not in error else f"checkpoint {i}: {error}"
-        else:  # a bit of the archive that means nothing, such as a date
+        else:  # accepted: right only if the bit means nothing, such as one of a date in the archive
             now = tensors(path.parent)
             same = now.keys() == before.keys() and all(torch.equal(now[key], value) for key, value in before.items())
             yield None if same else f"checkpoint {i}: damaged, and accepted"
@@ -233,7 +233,7 @@ def foreign_checkpoints(place: Place, count: int) -> Outcome:
 
 
 def damaged_data(place: Place, count: int) -> Outcome:
-    """Token files of two bytes a token; at the end one of tokens that are not in the vocabulary."""
+    """Damage the training tokens (two bytes each) before a resumption; last, train on tokens outside the vocabulary."""
     unfinished(place, "data")
     rng, path = np.random.default_rng(3), place.corpus / "train.bin"
     good, other = path.read_bytes(), (place.corpus / "val.bin").read_bytes()
@@ -263,7 +263,7 @@ def damaged_data(place: Place, count: int) -> Outcome:
 
 # --- the machine and its surroundings ---
 def full_disk(place: Place, count: int) -> Outcome:
-    """A limit to the size of every file stands for the disk, a larger one each time."""
+    """Imitate a full disk by a limit to the size of every file, larger each time."""
     for i in range(count):
         name, limit = f"full{i}", int(1000 * 1.6 ** (i % 14))
         limited = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
@@ -322,7 +322,7 @@ def wandb_outcome(place: Place, name: str, process: subprocess.Popen, steps: int
 
 # --- values that are not finite ---
 class Planted:
-    """While it lasts, the first element of one tensor of parameter `name` becomes `value` in step `at`.
+    """A context in which the first element of one tensor of parameter `name` becomes `value` in step `at`.
 
     `where`: "weight", "gradient", "clipped gradient", "exp_avg" or "exp_avg_sq"; with "loss", the loss is multiplied by
     `value`. `names` are those of all parameters, in the model's order.
@@ -374,7 +374,7 @@ class Planted:
 
 
 def planted_values(place: Place, count: int) -> Outcome:
-    """In the step before a checkpoint (31) and in that of one (32), in runs of 40 steps."""
+    """Plant NaN or infinity in runs of 40 steps, at step 31 or at step 32, where a checkpoint is due."""
     with torch.device("meta"):
         names = [name for name, _ in GPT(load_config([str(place.config)])).named_parameters()]
     tensors_of = ("weight", "gradient", "clipped gradient", "exp_avg", "exp_avg_sq")
@@ -393,7 +393,7 @@ def planted_values(place: Place, count: int) -> Outcome:
 
 
 def poisoned(place: Place, name: str) -> str | None:
-    """What is wrong with a run that met a value that is not finite; None if it stopped and saved none of it."""
+    """None if a run that met a non-finite value stopped and saved no such value; otherwise what is wrong."""
     summary = json.loads((place.of(name) / "summary.json").read_text())
     held = [key for key, tensor in tensors(place.of(name)).items() if not tensor.isfinite().all()]
     if held:
@@ -403,7 +403,7 @@ def poisoned(place: Place, name: str) -> str | None:
     return None
 
 
-# fault: in words, how often, how often in the quick mode
+# fault -> (its name in the table, injections, injections in quick mode)
 FAULTS: dict[Callable[[Place, int], Outcome], tuple[str, int, int]] = {
     kills_at_random: ("SIGKILL at random moments, one process", 60, 2),
     kills_in_checkpoints: ("SIGKILL inside checkpoint writes", 30, 2),
@@ -422,7 +422,7 @@ NAMES = {fault.__name__: fault for fault in FAULTS}
 
 
 def inject(names: list[str], quick: bool, place: Place) -> tuple[pd.DataFrame, list[str]]:
-    """A row for each of these faults: how often it was injected and how often all was as expected; the exceptions."""
+    """Inject these faults. Returns a table (fault, times, as expected) and the lines on what was not as expected."""
     rows, exceptions = [], []
     torch.set_num_threads(1)
     for name in names:

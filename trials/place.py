@@ -1,4 +1,4 @@
-"""A small training run in a folder of its own, started in this process or in others, that faults are injected into."""
+"""A small training run to inject faults into, in its own folder, started in this process or in others."""
 
 import contextlib
 import io
@@ -41,7 +41,7 @@ class Place:
             raise UserError("the run that nothing happens to failed; there is nothing to compare with")
 
     def here(self, *overrides: str) -> str:
-        """Train in this process; the line that it was refused with, or ''."""
+        """Train in this process; returns the message if the run is refused, otherwise ''."""
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 train.train(load_config([str(self.config), *overrides]))
@@ -52,7 +52,7 @@ class Place:
     def start(
         self, *overrides: str, victim: tuple = (), processes: int = 1, first: Callable | None = None, **environment
     ) -> subprocess.Popen:
-        """train.py in processes of its own. `victim` plans a fault inside; `first` is called there before it begins."""
+        """Start train.py in new processes. victim: arguments of `plan_victim`; first: called before it."""
         script = "scripts/faults.py" if victim else "train.py"
         program = [str(ROOT / script), *(["--victim", *map(str, victim)] if victim else [])]
         if processes > 1:
@@ -83,7 +83,7 @@ class Place:
         return checkpoint.step_of(found[-1]) if found else None
 
     def differs(self, name: str, reference: str = "whole") -> str | None:
-        """What a finished run has otherwise than `reference`: a line of its metrics, a weight, a moment; or None."""
+        """How a finished run differs first from `reference`, in metrics, weights or moments; None if it does not."""
         lines = [(self.of(run) / "metrics.jsonl").read_text().split("\n") for run in (reference, name)]
         if lines[0] != lines[1]:
             same = [one == other for one, other in zip(*lines, strict=False)]
@@ -96,7 +96,7 @@ class Place:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor in a run's last checkpoint of one file, by its path in the nested dicts."""
+    """Every tensor in a run's last checkpoint, which must be a file, by its path in the nested dicts."""
     found = {}
 
     def walk(prefix: str, value):
@@ -111,14 +111,14 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen):
-    """Wait for the condition, but not beyond the end of the process or of our patience."""
+    """Wait until the condition holds, the process ends, or PATIENCE seconds have passed."""
     deadline = time.time() + PATIENCE
     while not condition() and process.poll() is None and time.time() < deadline:
         time.sleep(0.002)
 
 
 def children(process: subprocess.Popen) -> list[psutil.Process]:
-    """The processes that this one started: of torchrun, the ranks."""
+    """The processes that `process` started; for torchrun, these are the ranks."""
     try:
         return psutil.Process(process.pid).children()
     except psutil.NoSuchProcess:
@@ -136,7 +136,7 @@ def output(process: subprocess.Popen, patience: float = PATIENCE) -> tuple[str, 
 
 
 def refused(process: subprocess.Popen, says: str) -> str | None:
-    """None if the process ended with code 2 and one line that contains `says`; otherwise what it did."""
+    """None if the process ends with exit code 2 and one line on stderr that contains `says`; otherwise what it did."""
     said = output(process)
     if said is None:
         return f"hangs, instead of {says!r}"

@@ -1,4 +1,4 @@
-"""A long run in which everything is measured and saved at every step, and what of it grows that should not."""
+"""A long run that measures everything and saves at every step, to see whether memory, files or time grow."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ CADENCES = ("probe_every", "layers_every", "jacobian_every", "theory_every", "ev
 
 
 def watch(place: Place, steps: int, interval: float = 0.25) -> pd.DataFrame:
-    """Train for `steps` steps, looking every `interval` seconds; what the run holds at each look.
+    """Train for `steps` steps. Returns a row every `interval` seconds of what the run then holds.
 
     Columns: `step`; `seconds` since the run began; `memory` in MiB; `files`, how many are open; `log`, bytes of
     metrics.jsonl; `disk`, MiB of the run's folder without the log. Raises UserError if the run fails.
@@ -38,7 +38,7 @@ def watch(place: Place, steps: int, interval: float = 0.25) -> pd.DataFrame:
             try:
                 memory, files = process.memory_info().rss, process.num_fds()
                 disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path != log)
-            except (psutil.Error, FileNotFoundError):  # it has just ended, or removed an old checkpoint
+            except (psutil.Error, FileNotFoundError):  # the run has just ended, or removed an old checkpoint
                 continue
             samples.append({"step": step, "seconds": time.time() - began, "memory": memory / 2**20,
                             "files": files, "log": size, "disk": disk / 2**20})  # fmt: skip
@@ -49,10 +49,11 @@ def watch(place: Place, steps: int, interval: float = 0.25) -> pd.DataFrame:
 
 
 def judge(samples: pd.DataFrame) -> tuple[str, bool]:
-    """Markdown of what the second tenth of the steps and the last tenth hold, and whether all of it is flat.
+    """A Markdown table that compares the last tenth of the steps with the second tenth, and whether all is flat.
 
-    Flat is: memory and disk within a twentieth, no more open files, bytes a step within a tenth, seconds a step within
-    a fifth. Raises UserError if there is too little to see.
+    Flat means that from the second tenth to the last, memory and disk grow by at most a twentieth, open files not at
+    all, bytes a step by at most a tenth and seconds a step by at most a fifth. Raises UserError if the run is
+    too short.
     """
     last = samples.step.iloc[-1]
     parts = [samples[samples.step.between(first * last, end * last)] for first, end in ((0.1, 0.2), (0.9, 1.0))]
