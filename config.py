@@ -152,7 +152,7 @@ class Config:
     # data
     dataset: str = opt("openwebtext", "data", "a folder below data/, or a path to a folder of .bin files")
     fallback: str = opt(
-        "", "data", "corpora to use, with a warning, when dataset is not prepared: the first that is, comma-separated")
+        "", "data", "corpora, comma-separated; the first prepared one is used, with a warning, if dataset is not")
     batch_size: int = opt(480, "data", "sequences a step", SIZE)
     micro_batch: int = opt(12, "data", "sequences a forward pass; must divide batch_size", SIZE)
     # optimizer
@@ -168,14 +168,14 @@ class Config:
     beta2: float = opt(0.95, "optimizer", "AdamW β₂", MEMORY)
     eps: float = opt(1e-8, "optimizer", "AdamW ε", POSITIVE)
     weight_decay: float = opt(
-        0.1, "optimizer", "AdamW's λ; with independent decay, the share lost a step at the peak", NOT_NEGATIVE)
+        0.1, "optimizer", "AdamW's λ; with independent decay, the share of a weight lost a step at the peak rate", NOT_NEGATIVE)
     decay_coupling: Literal["coupled", "independent"] = opt(
         "coupled", "optimizer", "decay a step: coupled lr·λ as in PyTorch | independent λ·lr/peak")
     grad_clip: float = opt(
         1.0, "optimizer", "largest global gradient norm (ZClip takes it over); 0 = off", NOT_NEGATIVE)
     balance_coef: float = opt(0.01, "optimizer", "weight of the experts' load-balancing loss", NOT_NEGATIVE)
     # MSign
-    msign_period: int = opt(0, "MSign", "apply every so many steps; 0 = never (plain AdamW)", COUNT)
+    msign_period: int = opt(0, "MSign", "steps between two applications of MSign; 0 = never (plain AdamW)", COUNT)
     msign_targets: str = opt(
         "attention", "MSign", "attention | mlp | blocks | matrix names or patterns, comma-separated (W_V,W_O)")
     msign_backend: Literal["auto", "eigh", "svd", "polar"] = opt(
@@ -193,7 +193,7 @@ class Config:
     layers_every: int = opt(
         250, "measurements", "steps between every layer's own values, a multiple of probe_every; 0 = never", COUNT)
     jacobian_every: int = opt(1000, "measurements", "steps between layer Jacobians; 0 = never", COUNT)
-    jacobian_positions: int = opt(0, "measurements", "with them, this many single tokens' own Jacobians", COUNT)
+    jacobian_positions: int = opt(0, "measurements", "single tokens that are measured, too, when layer Jacobians are", COUNT)
     theory_every: int = opt(0, "measurements", "steps between both sides of the paper's theorems; 0 = never", COUNT)
     msign_probe: bool = opt(False, "measurements", "also measure right before and after every MSign application")
     probe_batch: int = opt(2, "measurements", "sequences that are measured on, always the same", SIZE)
