@@ -168,7 +168,7 @@ class Config:
     beta2: float = opt(0.95, "optimizer", "AdamW β₂", MEMORY)
     eps: float = opt(1e-8, "optimizer", "AdamW ε", POSITIVE)
     weight_decay: float = opt(
-        0.1, "optimizer", "AdamW's λ; with independent decay, the share of a weight lost a step at the peak rate", NOT_NEGATIVE)
+        0.1, "optimizer", "AdamW's λ; independent: the share of a weight lost a step at the peak rate", NOT_NEGATIVE)
     decay_coupling: Literal["coupled", "independent"] = opt(
         "coupled", "optimizer", "decay a step: coupled lr·λ as in PyTorch | independent λ·lr/peak")
     grad_clip: float = opt(
@@ -193,7 +193,7 @@ class Config:
     layers_every: int = opt(
         250, "measurements", "steps between every layer's own values, a multiple of probe_every; 0 = never", COUNT)
     jacobian_every: int = opt(1000, "measurements", "steps between layer Jacobians; 0 = never", COUNT)
-    jacobian_positions: int = opt(0, "measurements", "single tokens that are measured, too, when layer Jacobians are", COUNT)
+    jacobian_positions: int = opt(0, "measurements", "single tokens measured together with layer Jacobians", COUNT)
     theory_every: int = opt(0, "measurements", "steps between both sides of the paper's theorems; 0 = never", COUNT)
     msign_probe: bool = opt(False, "measurements", "also measure right before and after every MSign application")
     probe_batch: int = opt(2, "measurements", "sequences that are measured on, always the same", SIZE)

@@ -1,7 +1,7 @@
 """Train a tiny model, measure everything and save at every step, and see whether memory, files or time grow.
 
 python scripts/soak.py --out=results/soak    # 6000 steps in a quarter of an hour on two cores; writes results/soak.md
-python scripts/soak.py --steps=1200          # in six minutes
+python scripts/soak.py --steps=1200          # in three minutes
 
 The table compares the last tenth of the steps with the second tenth; the exit code is 1 if something grew. The model is
 tiny because NanoGPT-5M would need thirty hours for 6000 steps on two cores.
