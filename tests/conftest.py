@@ -107,6 +107,10 @@ def _as_script(words: list[str], cwd: str, env: dict[str, str], output: tuple[st
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
+    if ROOT not in Path(words[0]).parents:  # perhaps of a copy of the project, whose modules it brings along
+        ours = {path.stem for path in ROOT.iterdir()}
+        for name in [name for name in sys.modules if name.split(".")[0] in ours]:
+            del sys.modules[name]
     sys.path.insert(0, str(Path(words[0]).parent))
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")

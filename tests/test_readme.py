@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from analysis.runs import judged, load_run
-from tests.conftest import ROOT, command, run
-from tests.test_parallel import REDUCED, torchrun
+from tests.conftest import ROOT, here, ranks, run, start
+from tests.test_parallel import REDUCED
 
 README = (ROOT / "README.md").read_text()
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
@@ -25,32 +25,49 @@ COMMANDS = [
     line.split("  #")[0].strip() for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()
 ] + INLINE
 
-# what makes each command short enough for a test: same program, same arguments, less of it
+# what makes each command short enough for a test: the same program, the same arguments, less of it; {} is a folder
 SHORT = {
-    "train.py": [
-        "--batch_size=2",
-        "--micro_batch=1",
-        "--block_size=16",
-        "--wandb=off",
-        "--eval_every=0",
-        "--probe_every=1",
-    ],
-    "scripts/reproduce.py": ["--max_steps=3", "--seeds", "0"],
-    "scripts/bench.py": ["--quick", "--only", "msign"],
-    "scripts/plot.py": [],
-    "scripts/coord_check.py": ["--widths", "48", "96", "--steps=1", "--seeds=1"],
-    "scripts/plan.py": [],
-    "scripts/evidence.py": ["--help"],
-    "scripts/report.py": ["--help"],
-    "scripts/faults.py": ["--only", "read_only"],
-    "scripts/soak.py": ["--help"],
-    "scripts/sweep.py": ["--max_steps=2", "--dry_run"],
-    "data/text.py": [],
-    "scripts/sample.py": [],
-    "data.openwebtext": ["--help"],
-    "data.nemotron_cc": ["--help"],
-    "data.fineweb_edu": ["--help"],
+    "train.py": "--batch_size=2 --micro_batch=1 --block_size=16 --wandb=off --eval_every=0 --probe_every=1"
+    " --max_steps=3 --runs_dir={}",
+    "scripts/reproduce.py": "--max_steps=3 --seeds 0 --runs_dir={} --record={}/results",
+    "scripts/bench.py": "--quick --only msign --out={}/bench",
+    "scripts/plot.py": "--out={}",
+    "scripts/coord_check.py": "--widths 48 96 --steps=1 --seeds=1 --out={}/check.png",
+    "scripts/plan.py": "",
+    "scripts/evidence.py": "--help",
+    "scripts/report.py": "--help",
+    "scripts/faults.py": "--only read_only",
+    "scripts/soak.py": "--help",
+    "scripts/sweep.py": "--max_steps=2 --dry_run --runs_dir={}",
+    "data/text.py": "--name={}/mine",
+    "scripts/sample.py": "",
+    "-m data.openwebtext": "--help",
+    "-m data.nemotron_cc": "--help",
+    "-m data.fineweb_edu": "--help",
 }
+UNCOMPILED = {"TORCHDYNAMO_DISABLE": "1"}  # compiling takes seconds a run; tests/test_train.py compiles
+
+
+def shortened(line: str) -> str:
+    """The command without `python `, and with SHORT's options in the place of its own."""
+    line = line.removeprefix("python ").replace(" --nanogpt=../nanoGPT", "")  # which is not here
+    program = re.match(r"(-m )?\S+", line).group()
+    short = "" if "--help" in line else SHORT[program]
+    for option in re.findall(r"--\w+", short):
+        line = re.sub(rf" {option}(=\S+|( [^-\s]\S*)*)(?=\s|$)", "", line)
+    return f"{line} {short}".strip().replace("--dataset=mine", "--dataset={}/mine").replace(" runs/", " {}/")
+
+
+SHORTENED = {shortened(command) for command in COMMANDS if command.startswith("python ")}
+
+
+def needed(line: str) -> str | None:
+    """The command that must have run before this one, if there is one."""
+    if "--resume" in line:
+        return line.replace(" --resume", "")
+    needs = {"scripts/sample.py": "train.py configs/stress_constant.py", "--dataset={}/mine": "data/text.py"}
+    starts = [other for part, other in needs.items() if part in line]
+    return next(line for line in SHORTENED if line.startswith(starts[0])) if starts else None
 
 
 def test_the_first_screen_has_the_two_commands():
@@ -84,50 +101,26 @@ def test_another_python_has_an_environment_of_its_own():
     )
 
 
-@pytest.mark.parametrize("line", sorted({c for c in COMMANDS if c.startswith("python ")}))
+def execute(line: str, folder) -> str:
+    """Run a shortened command after what it needs; its output."""
+    if before := needed(line):
+        execute(before, folder)
+    if "--resume" in line:
+        (folder / "nano_5m_msign" / "summary.json").unlink()
+    words = [word.replace("{}", str(folder)) for word in shlex.split(line)]
+    done = (here if words[0] == "-m" else run)(*words, **UNCOMPILED)
+    assert done.returncode == 0, (line, done.stderr)
+    return done.stdout
+
+
+# what another command needs runs there
+@pytest.mark.parametrize("line", sorted(SHORTENED - {needed(line) for line in SHORTENED}), ids=str)
 def test_python_commands_run(line, tmp_path):
-    words = shlex.split(line)[1:]
-    module = words[1] if words[0] == "-m" else words[0]
-    short = list(SHORT[module])
-    if module == "train.py":
-        asks = any(word.startswith("--help") for word in words)
-        short += [] if asks else [f"--runs_dir={tmp_path}"]
-        if not asks and "--dry_run" not in words:
-            short += ["--max_steps=3"]
-        if "--resume" in words:
-            assert run(*[w for w in words if w != "--resume"], *short).returncode == 0
-            (tmp_path / "nano_5m_msign" / "summary.json").unlink()
-    if "--dataset=mine" in words:
-        assert run("data/text.py", "README.md", f"--name={tmp_path}/mine").returncode == 0
-        words[words.index("--dataset=mine")] = f"--dataset={tmp_path}/mine"
-    if module == "data/text.py":
-        short += [f"--name={tmp_path}/mine"]
-    if module == "scripts/sample.py":
-        small = ["--max_steps=2", "--batch_size=2", "--micro_batch=2", "--wandb=off", f"--runs_dir={tmp_path}"]
-        assert run("train.py", "configs/stress_constant.py", *small).returncode == 0
-        words[1] = words[1].replace("runs", str(tmp_path))
-    if module == "scripts/reproduce.py":
-        words = [w for w in words if not w.startswith("--record")]
-        short += [f"--runs_dir={tmp_path}", f"--record={tmp_path}/results"]
-    if module == "scripts/bench.py":
-        words = [w for w in words if not w.startswith(("--out", "--nanogpt"))]
-        short += [f"--out={tmp_path}/bench"]
-    if module == "scripts/plot.py":
-        words = [w for w in words if not w.startswith("--out")]
-        short += [f"--out={tmp_path}"]
-    if module == "scripts/sweep.py":
-        short += [f"--runs_dir={tmp_path}"]
-    if module == "scripts/coord_check.py":
-        short += [f"--out={tmp_path}/check.png"]
-    if words[0] == "-m":
-        done = subprocess.run([sys.executable, *words, *short], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    else:
-        done = run(*words, *short)
-    assert done.returncode == 0, done.stderr
-    if module == "scripts/plot.py":
+    said = execute(line, tmp_path)
+    if line.startswith("scripts/plot.py"):
         assert {path.stem for path in tmp_path.iterdir()} == {"fig1", "fig2", "fig3", "fig4", "heatmaps"}
-    if module == "scripts/reproduce.py":
-        assert done.stdout.count("no collapse") == 4
+    if line.startswith("scripts/reproduce.py"):
+        assert said.count("no collapse") == 4
         (experiment,) = re.findall(r"--experiment=(\w+)", line)
         for ending in ("png", "svg", "md"):
             assert (tmp_path / f"{experiment}.{ending}").stat().st_size > 100
@@ -136,27 +129,17 @@ def test_python_commands_run(line, tmp_path):
 
 @pytest.mark.parametrize("line", sorted({c for c in COMMANDS if c.startswith("torchrun ")}))
 def test_torchrun_commands_run(line, corpus, tmp_path):
+    """On two processes that find each other as torchrun's do; tests/test_parallel.py starts torchrun itself."""
     processes, *words = shlex.split(line.replace(" --resume", ""))[1:]
     assert processes == "--nproc_per_node=8"
     short = [*REDUCED, "--max_steps=2", "--eval_batches=2", f"--dataset={corpus}", f"--runs_dir={tmp_path}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        torchrun(2, *words, *short), cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    for done in ranks(2, *words, *short):
+        assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_the_quick_evidence_prints_its_tables(tmp_path):
-    arguments = [
-        "--quick",
-        f"--runs_dir={tmp_path}",
-        "--max_steps=2",
-        "--seed=0",
-        "--compile=off",
-        "--eval_every=0",
-        "--probe_every=0",
-    ]
-    done = run("scripts/evidence.py", *arguments)
+    less = ["--max_steps=2", "--seed=0", "--compile=off", "--eval_every=0", "--probe_every=0"]
+    done = run("scripts/evidence.py", "--quick", f"--runs_dir={tmp_path}", *less)
     assert done.returncode == 0, done.stderr
     for arm in ("AdamW", "MSign (attention)", "MSign (W_V,W_O)", "attention off"):
         assert re.search(rf"\| {re.escape(arm)} +\| 1 +\|", done.stdout)
@@ -175,22 +158,22 @@ def test_reproduce_says_why_an_arm_failed(tmp_path):
 
 
 def test_reproduce_stops_its_arms_and_goes_on_where_they_were(tmp_path):
-    arguments = ["scripts/reproduce.py", "--arms", "adamw", "msign", "--max_steps=150", f"--runs_dir={tmp_path}"]
-    process = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    arguments = ["scripts/reproduce.py", "--arms", "adamw", "msign", "--max_steps=100", f"--runs_dir={tmp_path}"]
+    process = start(*arguments, **UNCOMPILED)
     logs = [tmp_path / f"ramp-{arm}-seed0" / "metrics.jsonl" for arm in ("adamw", "msign")]
     while not all(log.exists() and log.stat().st_size > 500 for log in logs):
         time.sleep(0.05)
-        assert process.poll() is None
+        assert process.is_alive()
     process.terminate()
-    process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGTERM
     saved = [next(log.parent.glob("ckpt_*.pt")) for log in logs]  # both arms have ended, and saved before
-    assert all(1 < int(path.stem.split("_")[1]) < 150 for path in saved)
-    assert run(*arguments).returncode == 0
+    assert all(1 < int(path.stem.split("_")[1]) < 100 for path in saved)
+    assert run(*arguments, **UNCOMPILED).returncode == 0
     for log in logs:
-        assert [json.loads(line)["iter"] for line in log.read_text().splitlines()] == list(range(1, 151))
+        assert [json.loads(line)["iter"] for line in log.read_text().splitlines()] == list(range(1, 101))
         assert '"resumed"' in (log.parent / "events.jsonl").read_text()
-    done = run(*arguments)  # everything is recorded: nothing is trained again
+    done = run(*arguments, **UNCOMPILED)  # everything is recorded: nothing is trained again
     assert done.returncode == 0
     assert "already finished" in (tmp_path / "ramp-adamw-seed0.log").read_text()
 
@@ -210,8 +193,8 @@ def copy(tmp_path):
     """The project's code in a folder with a space in its name, to be changed; and what changes a file of it."""
     root = tmp_path / "my copy"
     rooms = ("data", "engine", "remedies", "stability")
-    kept = [*ROOT.glob("*.py"), *(path for room in rooms for path in ROOT.glob(f"{room}/*.py")), ROOT / "configs" / "stress_constant.py"]  # fmt: skip
-    for path in kept:
+    code = [path for room in (".", *rooms) for path in (ROOT / room).glob("*.py")]
+    for path in [*code, ROOT / "configs" / "stress_constant.py"]:
         target = root / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(path.read_text())
@@ -225,8 +208,9 @@ def copy(tmp_path):
 
 
 def trained(root, corpus, *options):
-    less = ["--batch_size=2", "--micro_batch=2", "--max_steps=4", "--wandb=off", f"--dataset={corpus}", f"--runs_dir={root}/runs", "--compile=off"]  # fmt: skip
-    done = run(root / "train.py", root / "configs/stress_constant.py", *less, *options)
+    less = ["--batch_size=2", "--micro_batch=2", "--max_steps=4", "--wandb=off", "--compile=off"]
+    places = [f"--dataset={corpus}", f"--runs_dir={root}/runs"]
+    done = run(root / "train.py", root / "configs/stress_constant.py", *less, *places, *options)
     assert done.returncode == 0, done.stderr
     return done.stdout, load_run(root / "runs" / "stress_constant")
 
@@ -247,20 +231,22 @@ def test_an_optimizer_is_added_as_docs_say(copy, corpus):
 def test_an_architecture_is_added_as_docs_say(copy, corpus):
     root, change = copy
     change("config.py", 'Literal["gelu", "swiglu"]', 'Literal["gelu", "swiglu", "scaled"]')
-    change(
-        "model.py",
-        "        return self.W_down(F.gelu(self.W_up(x)))\n",
-        "        return self.W_down(self.W_skip(F.gelu(self.W_up(x))) if hasattr(self, 'W_skip') else F.gelu(self.W_up(x)))\n",
+    applied = "        return self.W_down(F.gelu(self.W_up(x)))\n"
+    skipping = (
+        "        if hasattr(self, 'W_skip'):\n            return self.W_down(self.W_skip(F.gelu(self.W_up(x))))\n"
     )
-    change("model.py", "        self.W_down = nn.Linear(cfg.d_ff, cfg.d_model, bias=False)\n\n    def forward(self, x: Tensor) -> Tensor:\n        if hasattr",
-           "        self.W_down = nn.Linear(cfg.d_ff, cfg.d_model, bias=False)\n        if cfg.mlp == 'scaled':\n            self.W_skip = nn.Linear(cfg.d_ff, cfg.d_ff, bias=False)\n\n    def forward(self, x: Tensor) -> Tensor:\n        if hasattr")  # fmt: skip
+    change("model.py", applied, skipping + applied)
+    made = "        self.W_down = nn.Linear(cfg.d_ff, cfg.d_model, bias=False)\n"
+    more = "        if cfg.mlp == 'scaled':\n            self.W_skip = nn.Linear(cfg.d_ff, cfg.d_ff, bias=False)\n"
+    change("model.py", made, made + more)
     done = run(
         root / "train.py", root / "configs/stress_constant.py", f"--dataset={corpus}", "--mlp=scaled", "--dry_run"
     )
     assert done.returncode != 0 and "W_skip" in done.stderr  # refused by name
     change("mup.py", '    "W_up": _HIDDEN,\n', '    "W_up": _HIDDEN,\n    "W_skip": _HIDDEN,\n')
     change("msign.py", 'MLP = ("W_up",', 'MLP = ("W_up", "W_skip",')
-    _, found = trained(root, corpus, "--mlp=scaled", "--msign_targets=W_skip", "--msign_period=2", "--probe_every=2", "--layers_every=2")  # fmt: skip
+    every_2 = ["--msign_period=2", "--probe_every=2", "--layers_every=2"]
+    _, found = trained(root, corpus, "--mlp=scaled", "--msign_targets=W_skip", *every_2)
     assert found.config["mlp"] == "scaled" and "srank/0.W_skip" in found.layers
 
 
@@ -269,7 +255,8 @@ import os, runpy, sys
 allowed = sys.argv.pop(1)
 
 def deny(event, args):
-    writes = event == "open" and (set("wax+") & set(args[1] or "") or (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+    flags = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+    writes = event == "open" and (set("wax+") & set(args[1] or "") or (args[2] or 0) & flags)
     if writes or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.chmod"):
         path = args[0] if not isinstance(args[0], bytes) else args[0].decode()
         if isinstance(path, (str, os.PathLike)) and not os.path.abspath(path).startswith((allowed, os.devnull)):
@@ -286,14 +273,18 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.parametrize("wandb", ["off", "auto"])
 def test_no_network_no_home_and_no_write_access_but_to_the_runs_folder(copy, tmp_path, wandb):
-    """From another working directory, with spaces in the paths. W&B's own service cannot be reached either, and is done without."""
+    """From another working directory, with spaces in the paths, and started anew: what it imports is caged, too.
+
+    W&B's own service cannot be reached either, and is done without.
+    """
     root, _ = copy
     (tmp_path / "caged.py").write_text(CAGED)
     runs = tmp_path / "all runs"
     runs.mkdir()
-    options = ["--dataset=stdlib-small", f"--runs_dir={runs}", "--batch_size=2", "--micro_batch=2", "--max_steps=3", "--compile=off"]  # fmt: skip
+    training = [root / "train.py", root / "configs/stress_constant.py", "--dataset=stdlib-small", f"--runs_dir={runs}"]
+    options = [f"--wandb={wandb}", "--batch_size=2", "--micro_batch=2", "--max_steps=3", "--compile=off"]
     done = subprocess.run(
-        [sys.executable, tmp_path / "caged.py", runs, root / "train.py", root / "configs/stress_constant.py", f"--wandb={wandb}", *options],
+        [sys.executable, tmp_path / "caged.py", runs, *training, *options],
         cwd="/", capture_output=True, text=True, timeout=300,
         env={"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(runs)},
     )  # fmt: skip
@@ -303,7 +294,8 @@ def test_no_network_no_home_and_no_write_access_but_to_the_runs_folder(copy, tmp
     notes = json.loads((runs / "stress_constant" / "record.json").read_text())["data"]["notes"]
     assert any("cannot be written" in note for note in notes)
     if wandb == "auto":
-        assert "note: W&B cannot be used" in done.stdout and '"wandb off"' in (runs / "stress_constant" / "events.jsonl").read_text()  # fmt: skip
+        assert "note: W&B cannot be used" in done.stdout
+        assert '"wandb off"' in (runs / "stress_constant" / "events.jsonl").read_text()
 
 
 def test_tables_and_figures_come_from_the_recorded_runs():
@@ -351,7 +343,7 @@ def test_the_number_of_faults_is_the_recorded_one():
 
 
 def test_recorded_runs_say_what_the_pages_say():
-    """The claims in words: three seeds an arm, AdamW and MLP-only collapse on every ramp, MSign on attention is rescued."""
+    """The claims in words: three seeds an arm, AdamW and MSign (mlp) collapse, MSign (attention) is rescued."""
     for experiment in ("ramp", "constant"):
         runs = [load_run(path.parent) for path in sorted((ROOT / "results" / experiment).glob("*/record.json"))]
         assert sorted((r.arm, r.config["seed"]) for r in runs) == sorted(
@@ -369,7 +361,7 @@ def test_recorded_runs_say_what_the_pages_say():
 
 
 def test_the_recorded_mechanism_is_what_docs_say():
-    """The chain in numbers, every seed: what moved first, alignment, Jacobian norms, what an application of MSign does."""
+    """The chain in numbers, every seed: what moved first, alignment, Jacobian norms."""
     runs = [load_run(path.parent) for path in sorted((ROOT / "results" / "ramp").glob("*/record.json"))]
     leads, grown = [], 0
     for one in judged(runs):
@@ -393,16 +385,17 @@ def test_the_recorded_mechanism_is_what_docs_say():
         inner, first = np.exp(np.log(norms[1:]).mean()), np.median(norms[0])
         srank = one.series("srank/attention")
         if one.arm == "AdamW":
-            assert (round(inner, 1), srank[25] > 7.5, 2.9 < srank[500] < 3.2) == (
-                pytest.approx(3.6, abs=0.11),
-                True,
-                True,
-            )
+            assert round(inner, 1) == pytest.approx(3.6, abs=0.11)
+            assert srank[25] > 7.5 and 2.9 < srank[500] < 3.2
             assert 1e4 < first < 2.5e4 < 4e4 < product < 7e4
         if one.arm == "MSign (attention)":
             assert 1.75 < inner < 1.95
             assert 3.9e3 < first < 5e3 < 7e3 < product < 8.5e3
     assert (len(leads), min(leads), max(leads), grown) == (6, 732, 1613, 1)
+
+
+def test_the_first_blocks_gain_and_what_an_application_does_are_what_docs_say():
+    runs = [load_run(path.parent) for path in sorted((ROOT / "results" / "ramp").glob("*/record.json"))]
     gains, norms, read, written = [], [], [], []
     for one in runs:
         gain, (steps, sigma), (at, rms) = (
