@@ -30,7 +30,7 @@ SHORT = {
     "train.py": "--batch_size=2 --micro_batch=1 --block_size=16 --wandb=off --eval_every=0 --probe_every=1"
     " --max_steps=3 --runs_dir={}",
     "scripts/reproduce.py": "--max_steps=3 --seeds 0 --runs_dir={} --record={}/results",
-    "scripts/bench.py": "--quick --only msign --out={}/bench",
+    "scripts/bench.py": "--quick --only experts --out={}/bench",
     "scripts/plot.py": "--out={}",
     "scripts/coord_check.py": "--widths 48 96 --steps=1 --seeds=1 --out={}/check.png",
     "scripts/plan.py": "",

@@ -407,7 +407,7 @@ def poisoned(place: Place, name: str) -> str | None:
 FAULTS: dict[Callable[[Place, int], Outcome], tuple[str, int, int]] = {
     kills_at_random: ("SIGKILL at random moments, one process", 60, 2),
     kills_in_checkpoints: ("SIGKILL inside checkpoint writes", 30, 2),
-    kills_of_two_processes: ("SIGKILL of one of two processes", 20, 1),
+    kills_of_two_processes: ("SIGKILL of one of two processes", 20, 0),
     hung_rank: ("one of two processes hangs", 4, 0),
     damaged_checkpoints: ("checkpoint truncated, or a bit flipped", 300, 6),
     foreign_checkpoints: ("foreign checkpoint", 4, 4),
