@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from analysis import figures, tables
 from analysis.runs import Run, judged, load_runs
-from analysis.statistics import Arm, applications, arms, gap, grouped, srank
+from analysis.statistics import Arm, applications, arms, capped_loss, gap, grouped, srank
 from config import ROOT, UserError
 from engine.plan import paper_table
 
@@ -126,7 +126,7 @@ def drawn() -> Iterator[tuple[str, Figure]]:
     """Every figure under results/ by its name."""
     for name in FINDINGS:
         yield name, figures.strips(finding(name))
-    y = {"y": tables.capped_loss, "ylabel": figures.LOSS, "xscale": "log"}
+    y = {"y": capped_loss, "ylabel": figures.LOSS, "xscale": "log"}
     by_period = by_number("table3_small", "msign_period")
     yield "table3_small", figures.against({"": {"MSign (attention)": by_period}}, lambda run: run.config["msign_period"],
                                           xlabel="period P of MSign, steps", **y)  # fmt: skip
