@@ -1,7 +1,6 @@
-"""Figures of recorded runs: the overview, the paper's Figures 1 to 4, heat maps of layers against steps, and values of runs.
+"""Figures of recorded runs: the overview, the paper's Figures 1 to 4, heat maps of layers, and values of many runs.
 
-Each function returns a matplotlib Figure, which `save` writes, and raises UserError when no run logged what it needs. All
-share the style sheet figures.mplstyle.
+Each function returns a matplotlib Figure, which `save` writes, and raises UserError when no run logged what it needs.
 """
 
 import itertools
@@ -55,7 +54,7 @@ def smooth(values: pd.Series, window: int = WINDOW) -> pd.Series:
 
 
 def peaks(values: pd.Series, size: int = 10) -> pd.Series:
-    """The largest finite value of every `size` steps, at the first of them: spikes stay visible and the figure small."""
+    """The largest finite value of every `size` steps, at the first of them: spikes stay, and the figure is small."""
     largest = values.where(np.isfinite(values)).groupby(np.arange(len(values)) // size).max()
     return largest.set_axis(values.index[::size])
 
@@ -70,7 +69,7 @@ def legend(on: Axes | Figure, **where):
 
 
 def whole_decades(ax: Axes):
-    """A log axis from a power of ten to a power of ten: never without a labelled tick, never crowded with minor ones."""
+    """Make it a log axis from a power of ten to a power of ten: no axis without a labelled tick."""
     ax.set_yscale("log")
     low, high = np.log10(ax.get_ylim())
     ax.set_ylim(10.0 ** np.floor(low), 10.0 ** np.ceil(high))
@@ -135,7 +134,7 @@ def fig3(runs: Sequence[Run]) -> Figure:
 
 
 def fig4(runs: Sequence[Run]) -> Figure:
-    """Figure 4: loss and gradient norm for every period P of MSign, on the targets with the most periods; AdamW is P = ∞."""
+    """Figure 4: loss and gradient norm for every period P of MSign, on the targets with the most; AdamW is P = ∞."""
     names = [arm for arm in [*COLORS, *(run.arm for run in runs)] if arm.startswith("MSign")]
     arm = max(names, key=lambda arm: len({run.config["msign_period"] for run in runs if run.arm == arm}))
     period = {run: run.config["msign_period"] or np.inf for run in judged(runs) if run.arm in ("AdamW", arm)}
@@ -149,8 +148,8 @@ def fig4(runs: Sequence[Run]) -> Figure:
 
 
 def columns(runs: Sequence[Run], rows: int, height: float, needs: str) -> tuple[Figure, np.ndarray, Sequence[Run]]:
-    """A figure of axes (rows, columns), each with a dashed line at the collapse, and the runs that get a column: all when
-    they fit, else the first of each arm. Raises UserError if there is none."""
+    """A figure of axes (rows, columns), with dashed lines at collapses, and the runs that get a column: all when they
+    fit, else the first of each arm. Raises UserError if there is none."""
     if not runs:
         raise UserError(f"needs a run that logs {needs}")
     if len(runs) > COLUMNS:
@@ -176,7 +175,7 @@ def draw_grad(ax: Axes, run: Run):
 
 
 def fig1(runs: Sequence[Run]) -> Figure:
-    """Figure 1, a column per run: early layers' stable rank and the adjacent Jacobians' alignment against gradient norm."""
+    """Figure 1, a column per run: early layers' stable rank and the Jacobians' alignment against gradient norm."""
     keys = ("srank/early", "jacobian/alignment")
     logged = [run for run in judged(runs) if not any(run.series(key).empty for key in keys)]
     fig, axes, runs = columns(logged, 2, 5.6, " and ".join(keys))
@@ -203,10 +202,10 @@ def fig1(runs: Sequence[Run]) -> Figure:
 
 
 def fig2(runs: Sequence[Run]) -> Figure:
-    """Figure 2, a column per run: the product of the Jacobians and the gradient norm above two lower bounds of that product.
+    """Figure 2, a column per run: the Jacobians' product and the gradient norm above two lower bounds of that product.
 
-    The bounds, Theorem 4.2's and the one that can be proved, are up to a hundred decades smaller and get an axis of their
-    own, down to the smallest of Theorem 4.2's; what lies below is a mark at its foot.
+    The bounds are up to a hundred decades smaller and get an axis of their own, down to the smallest of Theorem 4.2's;
+    what lies below is a mark at its foot.
     """
     logged = [run for run in judged(runs) if not run.series("jacobian/product").empty]
     fig, axes, runs = columns(logged, 2, 5.6, "jacobian/product")
@@ -241,7 +240,7 @@ def dots(ax: Axes, runs: Sequence[Run], x: Callable, y: Callable, color: str = "
 
 
 def strips(found: Sequence[Arm]) -> Figure:
-    """Final loss of every run, a row per arm; the line is attention-off's mean, what the model is worth without attention."""
+    """Final loss of every run, a row per arm; the line is attention-off's mean."""
     fig, ax = plt.subplots(figsize=(9, 0.9 + 0.34 * len(found)))
     for row, arm in enumerate(found):
         dots(ax, arm.runs, lambda run: min(loss(run), 99), lambda run, row=row: row)
@@ -284,7 +283,8 @@ class HeatMap(NamedTuple):
 
 # the first block lifts small embeddings to the scale of the stream: its Jacobian and gradient would flatten all others
 HEATMAPS = (
-    HeatMap("stable rank of attention,\ngeometric mean", "srank", combine=geometric_mean, roles=("W_Q", "W_K", "W_V", "W_O")),
+    HeatMap("stable rank of attention,\ngeometric mean", "srank", combine=geometric_mean,
+            roles=("W_Q", "W_K", "W_V", "W_O")),
     HeatMap("Jacobian norm ‖J(ℓ)‖₂", "jacobian/sigma1", first=1),
     HeatMap("alignment |v(ℓ+1)ᵀ u(ℓ)|\n(dots: ill-conditioned)", "jacobian/alignment", log=False, between=0.5),
     HeatMap("gradient norm ‖∇‖₂", "grad_norm", combine=np.linalg.norm, first=1),

@@ -1,4 +1,4 @@
-"""What the pages of this repository show of its recorded runs: which block of which page, and which figure, is made of what."""
+"""What the pages of this repository show of its recorded runs: what each of their blocks and figures is made of."""
 
 import functools
 import re
@@ -15,6 +15,7 @@ from config import ROOT, UserError
 from engine.plan import paper_table
 
 RESULTS = ROOT / "results"
+PAGES = (ROOT / "README.md", RESULTS / "REPORT.md", *sorted(ROOT.glob("docs/*.md")))
 # what is recorded, in the order in which scripts/evidence.py runs it
 GRIDS = ("table2_small", "attention_off", "table3_small", "controls", "margin", "rivals", "late_collapse", "late_seeds",
          "late_controls", "texts", "adaptive")  # fmt: skip
@@ -43,6 +44,10 @@ def packed(grid: str, folder: Path = RESULTS) -> list[Run]:
 def recorded(experiment: str) -> list[Run]:
     """The runs recorded under results/<experiment>, arm by arm, seed by seed."""
     return sorted(packed(experiment), key=lambda run: (FIRST.index(run.arm), run.config["seed"]))
+
+
+def of_first_seed(experiment: str) -> list[Run]:
+    return [run for run in recorded(experiment) if run.config["seed"] == 0]
 
 
 @functools.cache
@@ -78,7 +83,7 @@ def file(name: str) -> str:
 # kind of a block -> what it shows of the experiment, grid, finding or file of results/ that the block names
 BLOCKS: dict[str, Callable[[str], str | pd.DataFrame]] = {
     "table": lambda name: tables.overview_table(recorded(name)),
-    "verdicts": lambda name: "".join(f"    {run.verdict}\n" for run in judged(recorded(name)) if run.config["seed"] == 0),
+    "verdicts": lambda name: "".join(f"    {run.verdict}\n" for run in judged(of_first_seed(name))),
     "onsets": lambda name: tables.onsets_table(recorded(name)),
     "theorems": lambda name: tables.theory_table(recorded(name)[0]),
     "finding": lambda name: tables.arms_table(finding(name)),
@@ -98,13 +103,8 @@ BLOCKS: dict[str, Callable[[str], str | pd.DataFrame]] = {
 }  # fmt: skip
 
 
-def pages() -> list[Path]:
-    return [ROOT / "README.md", RESULTS / "REPORT.md", *sorted(ROOT.glob("docs/*.md"))]
-
-
 def filled(text: str) -> str:
-    """`text` with every block between <!-- KIND NAME --> and <!-- end --> made anew. Raises UserError for a kind that is
-    none of BLOCKS."""
+    """`text` with every block between <!-- KIND NAME --> and <!-- end --> made anew. UserError: a kind not in BLOCKS."""
 
     def block(match: re.Match) -> str:
         kind, name = match.groups()
@@ -139,8 +139,6 @@ def drawn() -> Iterator[tuple[str, Figure]]:
     yield "calm", figures.fig3([run for run in packed("table2_small") if run.arm in ("AdamW", "MSign (attention)")])
     yield "late_seeds", figures.fig3(packed("late_seeds"))
     for name in sorted({path.parents[1].name for path in RESULTS.glob("*/*/record.json")}):
-        runs = recorded(name)
-        yield name, figures.overview(runs)
-        first = [run for run in runs if run.config["seed"] == 0]
-        if any("jacobian/sigma1/0" in run.layers for run in first):
-            yield f"{name}_heatmaps", figures.heatmaps(first)
+        yield name, figures.overview(recorded(name))
+        if any("jacobian/sigma1/0" in run.layers for run in of_first_seed(name)):
+            yield f"{name}_heatmaps", figures.heatmaps(of_first_seed(name))

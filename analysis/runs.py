@@ -1,7 +1,7 @@
 """Recorded runs as data frames: read, judged, and written.
 
-They are read from run folders (runs/<name>, or copies under results/), offline W&B runs, and recorded grids. A grid is a
-folder of Parquet files: runs.parquet has a row a run, with columns such as config.lr, axes.seed, code.git, summary.steps;
+Runs are read from run folders (runs/<name>, or copies under results/), offline W&B runs, and recorded grids. A grid
+is a folder of Parquet files: runs.parquet has a row a run, with columns such as config.lr, axes.seed and code.git;
 steps-0.parquet and those that follow have a row a run and step, to four digits, whole runs in one file.
 """
 
@@ -25,9 +25,9 @@ from stability.collapse import CLEARLY, SIGNALS, Collapse, Onsets, final_loss, f
 
 DEFAULTS = {name: f.default for name, f in FIELDS.items()}  # of fields that a record is older than
 # what a grid keeps of its runs: three values of every step, the others at their cadences
-KEPT = ("lr", "train/loss", "grad_norm", "val/loss", "srank/attention", "srank/mlp", "sigma1/attention", "attention/max_logit",
-        "attention/entropy", "log_z", "residual/gain", "jacobian/alignment", "jacobian/sigma1", "jacobian/product",
-        "precision/error", "msign/matrices")  # fmt: skip
+KEPT = ("lr", "train/loss", "grad_norm", "val/loss", "srank/attention", "srank/mlp", "sigma1/attention",
+        "attention/max_logit", "attention/entropy", "log_z", "residual/gain", "jacobian/alignment", "jacobian/sigma1",
+        "jacobian/product", "precision/error", "msign/matrices")  # fmt: skip
 ROWS = 150_000  # of one file of steps, which keeps it below 1 MB; a longer run has a file for itself
 OFF = "attention off"
 
@@ -114,21 +114,25 @@ class Run:
         """Learning rate at the collapse, in multiples of the paper's; NaN without one."""
         return self.steps["lr"][self.end] / self.config["lr"] if self.collapse else math.nan
 
+    def below_floor(self) -> float:
+        """By how much the final loss is below the floor; NaN without one."""
+        return math.nan if self.floor is None or self.arm == OFF else self.floor - self.final_loss()
+
     @property
     def rescued(self) -> bool:
         """No collapse, and clearly better than the same model without attention."""
-        return self.collapse is None and self.floor is not None and self.final_loss() < self.floor - CLEARLY
+        return self.collapse is None and self.below_floor() > CLEARLY
 
     @property
     def verdict(self) -> str:
         """One line, such as `AdamW: collapsed at step 1450 (9.3x): ...`."""
         if self.collapse:
             return f"{self.arm}: collapsed at step {self.end} ({self.lr_multiple():.1f}x): {self.collapse.why}"
-        text = f"{self.arm}: no collapse, final loss {self.final_loss():.2f}"
-        if self.floor is None or self.arm == OFF:
-            return text
+        text, below = f"{self.arm}: no collapse, final loss {self.final_loss():.2f}", self.below_floor()
         if self.rescued:
-            return f"{text}, {self.floor - self.final_loss():.2f} below attention-off: attention lives"
+            return f"{text}, {below:.2f} below attention-off: attention lives"
+        if math.isnan(below):
+            return text
         return f"{text}, but not clearly below attention-off ({self.floor:.2f}): attention is of no use"
 
 

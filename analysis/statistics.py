@@ -1,7 +1,7 @@
 """Runs by arm, what is measured of one run, and how arms are compared.
 
-Every interval is Student's at 95 %. Every test is two-sided, and paired by seed: two runs of one seed begin with the same
-weights and read the same batches.
+Every interval is Student's at 95 %. Every test is two-sided, and paired by seed: two runs of one seed begin with the
+same weights and read the same batches.
 """
 
 import math
@@ -68,8 +68,7 @@ def p_text(p: float) -> str:
 
 
 def paired(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[list[float], float]:
-    """Differences a − b over the seeds that both have, and the p-value of a paired t-test that their mean is 0, which is
-    NaN where all are equal."""
+    """Differences a − b over the seeds that both have, and the p-value of a paired t-test; NaN where all are equal."""
     differences = (pd.Series(a, dtype=float) - pd.Series(b, dtype=float)).dropna().tolist()
     if len(differences) < 2 or np.ptp(differences) == 0:
         return differences, math.nan
@@ -77,7 +76,7 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[list[float],
 
 
 def holm(ps: Mapping[str, float]) -> dict[str, float]:
-    """p-values adjusted for being n (Holm): the smallest times n, the next times n − 1, …, and none below the one before."""
+    """p-values adjusted for being n (Holm): the smallest times n, the next n − 1, …, none below the one before."""
     ordered = pd.Series(ps, dtype=float).fillna(1.0).sort_values()
     return (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1.0).to_dict()
 
@@ -96,18 +95,17 @@ def geometric_mean(values: np.ndarray) -> float:
 loss = Run.final_loss
 
 
-def final_val(run: Run) -> float:
-    return run.series("val/loss").iloc[-1]
+def at_the_end(key: str) -> Callable[[Run], float]:
+    return lambda run: run.series(key).iloc[-1]
+
+
+final_val = at_the_end("val/loss")
+srank = at_the_end("srank/attention")  # of attention's matrices, geometric mean
 
 
 def gap(run: Run) -> float:
     """Validation loss at the end minus final training loss."""
     return final_val(run) - loss(run)
-
-
-def srank(run: Run) -> float:
-    """Stable rank of attention's matrices at the end, geometric mean."""
-    return run.series("srank/attention").iloc[-1]
 
 
 def capped_loss(run: Run) -> float:
@@ -127,8 +125,7 @@ def fluctuation(run: Run, window: int = 100) -> float:
 
 
 def spikes(run: Run, window: int = 1000, sigmas: float = 7.0) -> float:
-    """Gradient norms in a thousand that are 7 σ above the mean of the thousand before them (OLMo 2's spike score, arXiv
-    2501.00656)."""
+    """Gradient norms in a thousand that are 7 σ above the mean of the thousand before (OLMo 2, arXiv 2501.00656)."""
     norms = run.steps["grad_norm"].to_numpy()
     before = np.lib.stride_tricks.sliding_window_view(norms[:-1], window)
     with np.errstate(invalid="ignore"):
@@ -137,8 +134,7 @@ def spikes(run: Run, window: int = 1000, sigmas: float = 7.0) -> float:
 
 
 def application_cost(run: Run, after: int = 10, before: int = 20) -> float:
-    """Mean training loss of the 10 steps after an application above that of the 20 before it, over all of these after the
-    first third of the run."""
+    """Mean training loss of the 10 steps after an application above that of the 20 before it, after the first third."""
     losses, period = run.steps["train/loss"].to_numpy(), run.config["msign_period"]
     if not period:
         return math.nan
@@ -154,21 +150,19 @@ def early_peak(run: Run) -> float:
 
 
 def late(run: Run) -> bool:
-    """Whether a run failed as the paper's do: smooth in the first third (no gradient norm of ten times its median), and
-    collapsed after it."""
+    """Whether a run failed as the paper's do: no gradient norm of ten medians in the first third, a collapse later."""
     return bool(run.collapse and run.end > len(run.steps) // 3 and early_peak(run) < SPIKE)
 
 
 def before_the_end(run: Run, key: str) -> pd.Series:
-    """Values of `key` by step, from the first quarter of the time on, up to the collapse or the run's end: those that
-    collapse.find_onsets looks at."""
+    """Values of `key` between the first quarter and the collapse or the end: what collapse.find_onsets looks at."""
     values = run.series(key)
     return values[(values.index > run.end / 4) & (values.index <= run.end)]
 
 
 def link(run: Run, cause: str, effect: str, least: int = 8) -> float:
-    """Rank correlation (Spearman) of two logged values over the steps of `before_the_end` at which both were measured,
-    NaN with fewer than `least`. The gradient norm counts by the median of its last 100 steps."""
+    """Rank correlation (Spearman) of two logged values over the steps `before_the_end` at which both were measured; NaN
+    with fewer than `least`. The gradient norm counts by the median of its last 100 steps."""
     both = pd.concat([before_the_end(run, key) for key in (cause, effect)], axis=1, join="inner", keys=(cause, effect))
     if effect == "grad_norm":
         both[effect] = run.steps[effect].replace(math.inf, math.nan).rolling(WINDOW, min_periods=1).median()

@@ -66,32 +66,30 @@ ENDS = {"final loss": mean(loss)}
 
 
 def against(found: Sequence[Arm], other: str, value: Value = loss) -> dict[str, Cell]:
-    """Two columns: by how much a value differs from that of the arm `other`, paired by seed, and the p-value, adjusted for
-    all rows (Holm)."""
+    """Two columns: by how much a value differs from that of the arm `other`, paired by seed, and the p-value, adjusted
+    for all rows (Holm)."""
     by_arm = {arm.name: arm.by_seed(value) for arm in found}
     if other not in by_arm:
         raise UserError(f"{other}: no such arm; there are {', '.join(by_arm)}")
     tests = {name: paired(values, by_arm[other]) for name, values in by_arm.items() if name != other}
-    adjusted = statistics.holm({name: p for name, (_, p) in tests.items()}) | {other: math.nan}
-    differences = {name: of for name, (of, _) in tests.items()} | {other: []}
-    return {f"against {other}": lambda arm: said(differences[arm.name]), "p": lambda arm: p_text(adjusted[arm.name])}
+    ps = statistics.holm({name: p for name, (_, p) in tests.items()}) | {other: math.nan}
+    texts = {name: said(differences) for name, (differences, _) in tests.items()} | {other: "–"}
+    return {f"against {other}": lambda arm: texts[arm.name], "p": lambda arm: p_text(ps[arm.name])}
 
 
 def overview_table(runs: Sequence[Run]) -> pd.DataFrame:
     """A row per arm: seeds, collapses and where, final losses, largest gradient norm; mean [min, max]."""
     values = {
         "at step": (lambda run: run.end if run.collapse else math.nan, 0), "at lr multiple": (Run.lr_multiple, 1),
-        "final loss": (loss, 2),
-        "below attention-off": (lambda run: math.nan if run.floor is None or run.arm == OFF else run.floor - loss(run), 2),
-        NORM: (Run.max_grad_norm, 1),
+        "final loss": (loss, 2), "below attention-off": (Run.below_floor, 2), NORM: (Run.max_grad_norm, 1),
     }  # fmt: skip
     columns = {head: lambda arm, of=of: spread(arm.values(of[0]), of[1]) for head, of in values.items()}
     return rows_by_arm(grouped(judged(runs)), {"collapsed": collapsed} | columns).rename(columns={"n": "seeds"})
 
 
 def arms_table(found: Sequence[Arm], baseline: str = "AdamW", more: Mapping[str, Cell] | None = None) -> pd.DataFrame:
-    """A row per arm: collapses (with the p-value of Fisher's exact test against the baseline's, as it is), where, gradient
-    norm, final loss, and its difference from the baseline's and from attention-off's. `more`: columns of one's own."""
+    """A row per arm: collapses (with Fisher's exact test against the baseline), where, largest gradient norm, final
+    loss, its differences from the baseline's and attention-off's, and p-values of the first. `more`: more columns."""
     differences = against(found, baseline)
     base = next(arm for arm in found if arm.name == baseline)
 
@@ -115,42 +113,43 @@ def relative_times(runs: Sequence[Run], base: Callable[[Run], bool]) -> dict[Pat
     return {run.folder: rate / run.summary["tokens_per_second"] for run in runs}
 
 
+def known(values: Mapping[Path, float]) -> Cell:
+    """A column of values by folder; a dash for runs that are not in it."""
+    return mean(lambda run: values.get(run.folder, math.nan))
+
+
 def costs(runs: Sequence[Run], baseline: str = "AdamW") -> dict[str, Cell]:
-    """Columns for arms_table: time relative to the baseline's in `runs`, which are of one grid, and peak memory in GiB; a
-    dash for arms of other grids."""
+    """Columns for arms_table: time relative to the baseline's in `runs`, which are of one grid, and peak memory."""
     times = relative_times(runs, lambda run: run.arm == baseline)
-    memory = {run.folder: run.summary["peak_memory_gib"] for run in runs}
-    both = {"time": times, "peak memory, GiB": memory}
-    return {head: mean(lambda run, of=of: of.get(run.folder, math.nan)) for head, of in both.items()}
+    return {
+        "time": known(times),
+        "peak memory, GiB": known({run.folder: run.summary["peak_memory_gib"] for run in runs}),
+    }
 
 
 def period_times(runs: Sequence[Run]) -> dict[Path, float]:
-    """Time relative to that of the longest period, of the runs that the longest period's revision made: others were made
-    in another session, on a machine that had other things to do."""
+    """Time relative to the longest period's, of the runs of its revision: others were made on a busier machine."""
     longest = max(runs, key=lambda run: run.config["msign_period"])
-    timed = [run for run in runs if run.code == longest.code]
-    return relative_times(timed, lambda run: run.config["msign_period"] == longest.config["msign_period"])
+    same = [run for run in runs if run.code == longest.code]
+    return relative_times(same, lambda run: run.config["msign_period"] == longest.config["msign_period"])
 
 
 def fitted_r(runs: Sequence[Run]) -> float:
     """r of Eq 18, T(P) = T(∞) (1 + r / P), fitted by least squares, in steps an application."""
     times = period_times(runs)
-    timed = [run for run in runs if run.folder in times]
-    inverse, excess = np.array([(1 / run.config["msign_period"], times[run.folder] - 1) for run in timed]).T
-    return float(inverse @ excess / (inverse @ inverse))
+    inverse = np.array([1 / run.config["msign_period"] for run in runs if run.folder in times])
+    return float(inverse @ (np.array(list(times.values())) - 1) / (inverse @ inverse))
 
 
 def period_table(runs: Sequence[Run], off: Sequence[Run] = ()) -> pd.DataFrame:
     """A row per period P: collapses, final loss, and time relative to that of the longest period."""
-    times = period_times(runs)
-    columns = FELL | ENDS | {"time": mean(lambda run: times.get(run.folder, math.nan))}
     found = arms(runs, lambda run: str(run.config["msign_period"]), off)
-    return rows_by_arm(found, columns).rename(columns={"arm": "P"})
+    return rows_by_arm(found, FELL | ENDS | {"time": known(period_times(runs))}).rename(columns={"arm": "P"})
 
 
 def threshold_table(found: Sequence[Arm], periods: Sequence[Arm]) -> pd.DataFrame:
-    """A row per arm of `found`: how many matrices it replaced, its collapses and final loss, and the difference, paired by
-    seed, from that arm of `periods` which replaced nearly as many (the least ratio), with its p-value as it is."""
+    """A row per arm of `found`: how many matrices it replaced, its collapses and final loss, and the difference from
+    that arm of `periods` which replaced nearly as many (the least ratio), with its p-value as it is."""
 
     def replaced(arm: Arm) -> float:
         return max(1e-9, float(np.mean(arm.values(applications))))
@@ -176,8 +175,8 @@ def first_table(found: Sequence[Arm]) -> pd.DataFrame:
 
 
 def onsets_table(runs: Sequence[Run]) -> pd.DataFrame:
-    """A row per run that logged a signal: when each of collapse.SIGNALS moved, up to the collapse or over the whole run;
-    the first to move in bold. With its lead over the gradient norm, in steps, when both moved."""
+    """A row per run that logged a signal: the step at which each of collapse.SIGNALS moved, and its lead over the
+    gradient norm in steps when both moved; the first to move in bold."""
 
     def cell(run: Run, name: str) -> str:
         step, lead = run.onsets.signals[name], run.onsets.lead(name)
@@ -186,31 +185,32 @@ def onsets_table(runs: Sequence[Run]) -> pd.DataFrame:
         text = f"{step}" + ("" if lead is None else f" ({lead:+d})")
         return f"**{text}**" if name in run.onsets.first else text
 
-    rows = [
-        [run.name, str(run.end) if run.collapse else "–", *(cell(run, name) for name in SIGNALS), str(run.onsets.grad_norm or "–")]
-        for run in judged(runs) if not all(run.series(key).empty for key, _ in SIGNALS.values())
-    ]  # fmt: skip
-    return pd.DataFrame(rows, columns=["run", "collapse", *SIGNALS, "gradient norm"])
+    logged = [run for run in judged(runs) if not all(run.series(key).empty for key, _ in SIGNALS.values())]
+    rows = {"run": [run.name for run in logged], "collapse": [str(run.end) if run.collapse else "–" for run in logged]}
+    rows |= {name: [cell(run, name) for run in logged] for name in SIGNALS}
+    return pd.DataFrame(rows | {"gradient norm": [str(run.onsets.grad_norm or "–") for run in logged]})
 
 
 def ledger_table(regimes: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
-    """A row per regime and arm: collapses, medians of the chain's quantities between the first quarter and the collapse (or
-    the end), and the rank correlation of every link's two sides over the measurements of one run; means over seeds."""
+    """A row per regime and arm: collapses, medians of the chain's quantities `before_the_end`, and the rank correlation
+    of every link's two sides over the measurements of one run; means over seeds."""
 
     def median(key: str) -> Value:
         return lambda run: statistics.before_the_end(run, key).median()
 
     columns = {
-        "collapsed": collapsed, "stable rank": mean(median("srank/attention"), 1), "‖J(ℓ)‖₂": mean(median("jacobian/sigma1"), 1),
-        "alignment": mean(median("jacobian/alignment"), 3),
+        "collapsed": collapsed, "stable rank": mean(median("srank/attention"), 1),
+        "‖J(ℓ)‖₂": mean(median("jacobian/sigma1"), 1), "alignment": mean(median("jacobian/alignment"), 3),
         "log₁₀ product": mean(lambda run: np.log10(median("jacobian/product")(run)), 1),
-    } | {f"ρ({name})": mean(lambda run, sides=sides: statistics.link(run, *sides)) for name, sides in statistics.LINKS.items()}  # fmt: skip
+    }  # fmt: skip
+    for name, sides in statistics.LINKS.items():
+        columns[f"ρ({name})"] = mean(lambda run, sides=sides: statistics.link(run, *sides))
     return pd.concat(rows_by_arm(arms(runs), columns, regime=regime) for regime, runs in regimes.items())
 
 
 def margin_table(found: Sequence[Arm]) -> pd.DataFrame:
-    """A row per arm whose runs differ in learning rate and seed: learning-rate sensitivity (arXiv 2309.14322: the mean over
-    rates of min(final loss, initial loss) − best final loss), best loss and its rate, largest rate below which no run collapsed."""
+    """A row per arm whose runs differ in rate and seed: learning-rate sensitivity (arXiv 2309.14322: mean over rates of
+    min(final, initial loss) − best final loss), best loss and its rate, largest rate below which no run collapsed."""
     rows = []
     for arm in found:
         runs = [
@@ -240,8 +240,8 @@ def late_table(found: Sequence[Arm]) -> pd.DataFrame:
 
 
 def calm_table(found: Sequence[Arm], baseline: str = "AdamW") -> pd.DataFrame:
-    """A row per arm: how much gradient norms fluctuate, with the p-value of the difference from the baseline's, how often
-    they spike, and what an application costs."""
+    """A row per arm: how much gradient norms fluctuate, with the p-value of the difference from the baseline's, how
+    often they spike, and what an application costs."""
     columns = {
         "std of log gradient norm in 100 steps": mean(statistics.fluctuation),
         "p": against(found, baseline, statistics.fluctuation)["p"], "spikes in 1000 steps": mean(statistics.spikes, 1),
@@ -255,16 +255,15 @@ def by_text(runs: Sequence[Run]) -> list[Arm]:
 
 
 def texts_table(runs: Sequence[Run]) -> pd.DataFrame:
-    """A row per text and arm: training and validation loss, their difference, the stable rank of attention at the end."""
-    columns = {
-        "training loss": mean(loss), "validation loss": mean(statistics.final_val), "difference": mean(gap), "stable rank": mean(srank, 1),
-    }  # fmt: skip
+    """A row per text and arm: training and validation loss, their difference, the stable rank at the end."""
+    columns = {"training loss": mean(loss), "validation loss": mean(statistics.final_val), "difference": mean(gap)}
+    columns |= {"stable rank": mean(srank, 1)}
     return pd.concat(rows_by_arm(arms(text.runs), columns, text=text.name) for text in by_text(runs))
 
 
 def ranks_table(grids: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
-    """A row per grid and text of three runs or more: over its runs, except those whose attention is held at zero, the rank
-    correlation (Spearman) of attention's stable rank at the end with validation minus training loss and with the validation loss."""
+    """A row per grid and text of three runs or more, but those whose attention is zero: the rank correlation (Spearman)
+    of attention's stable rank at the end with the gap and with the validation loss."""
     rows = []
     for grid, text in ((grid, text) for grid, runs in grids.items() for text in by_text(runs)):
         of = [run for run in text.runs if not run.series("srank/attention").empty]
@@ -272,16 +271,13 @@ def ranks_table(grids: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
             tests = [stats.spearmanr([*map(srank, of)], [*map(value, of)]) for value in (gap, statistics.final_val)]
             cells = [cell for test in tests for cell in (f"{test.statistic:.2f}", p_text(test.pvalue))]
             rows.append([grid, text.name, str(len(of)), *cells])
-    return pd.DataFrame(
-        rows, columns=["grid", "text", "n", "with the difference", "p", "with the validation loss", "p"]
-    )
+    heads = ["grid", "text", "n", "with the difference", "p", "with the validation loss", "p"]
+    return pd.DataFrame(rows, columns=heads)
 
 
 def theory_table(run: Run) -> pd.DataFrame:
-    """A row per theorem, over all measurements of a run: where it holds, how loose it is, where it is empty.
-
-    Looseness in powers of ten, mean [smallest, largest] over measurements. Raises UserError if the run did not log theory/….
-    """
+    """A row per theorem, over all measurements of a run: where it holds, its looseness in powers of ten (mean [min,
+    max]), where it is empty. Raises UserError if the run did not log theory/…."""
     if "theory/4.4/error" not in run.steps:
         raise UserError(f"{run.folder}: did not log both sides of the theorems (theory_every)")
     ratio = run.series("jacobian/product") / run.series("jacobian/bound_4_2").replace(0, math.nan)
