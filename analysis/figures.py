@@ -88,8 +88,7 @@ def draw_training(losses: Axes, norms: Axes, runs: Sequence[Run], styles: Sequen
     if visible.notna().any():
         losses.set_ylim(visible.min() - 0.05, visible.max() + 0.1)
     losses.set(title="Training loss, mean of 100 steps (× collapse)", ylabel="nats per token")
-    norms.set(ylim=(0.1, None), yscale="log")
-    norms.set(title="Gradient norm before clipping, largest of 10 steps", ylabel="‖∇‖₂")
+    norms.set(title="Gradient norm before clipping, largest of 10 steps", ylabel="‖∇‖₂", ylim=(0.1, None), yscale="log")
     legend(losses)
 
 
@@ -354,8 +353,7 @@ def theorems(run: Run) -> Figure:
             ax.plot(values[:, -1], style, color=color, ms=4, label=words)
         ax.set(title=f"Theorem {heading}", ylabel=ylabel, yscale="log" if "Jacobian" in heading else "linear")
         ax.legend()
-    axes[1, 1].set_ylim(1, None)
-    for ax in axes[1]:
-        ax.set_xlabel("layer")
+    axes[1, 0].set_xlabel("layer")
+    axes[1, 1].set(xlabel="layer", ylim=(1, None))
     fig.suptitle(f"{title(run)}, step {steps[-1]}")
     return fig

@@ -27,11 +27,9 @@ FINDINGS = {
     "late": ("late_controls", {"late_seeds": ["AdamW", "MSign (attention)"]}),
 }
 FIRST = ["AdamW", "MSign (attention)", "MSign (mlp)", "attention off"]
-# MSign at every P and below thresholds of the stable rank, by what it replaces
-BY_NUMBER = {
-    "MSign every P steps": ("table3_small", "msign_period"),
-    "only below a stable rank": ("adaptive", "msign_below"),
-}
+# MSign at every P and below thresholds of the stable rank
+BY_NUMBER = {"MSign every P steps": ("table3_small", "msign_period"),
+             "only below a stable rank": ("adaptive", "msign_below")}  # fmt: skip
 TEXTS = {"stdlib-bytes": "a text of megabytes", "stdlib-small": "a text of 8192 bytes"}
 
 
@@ -104,7 +102,7 @@ BLOCKS: dict[str, Callable[[str], str | pd.DataFrame]] = {
 
 
 def filled(text: str) -> str:
-    """`text` with every block between <!-- KIND NAME --> and <!-- end --> made anew. UserError: a kind not in BLOCKS."""
+    """`text` with every block between <!-- KIND NAME --> and <!-- end --> made anew; UserError: not in BLOCKS."""
 
     def block(match: re.Match) -> str:
         kind, name = match.groups()
