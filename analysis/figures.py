@@ -1,11 +1,10 @@
-"""Figures of recorded runs: the overview, the paper's Figures 1 to 4, heat maps of layers against steps, and values of many runs.
+"""Figures of recorded runs: the overview, the paper's Figures 1 to 4, heat maps of layers, and values of many runs.
 
-Each function returns a matplotlib Figure, which `save` writes, and raises UserError when no run logged what it needs. All share the
-style sheet figures.mplstyle.
+Each function returns a matplotlib Figure, which `save` writes, and raises UserError when no run logged what it needs.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +29,6 @@ plt.style.use(Path(__file__).with_suffix(".mplstyle"))
 GREEN, PURPLE, BLACK, ORANGE, SKY, BLUE, VERMILLION = plt.rcParams["axes.prop_cycle"].by_key()["color"]
 COLORS = {"AdamW": VERMILLION, "MSign (attention)": BLUE, "MSign (mlp)": ORANGE, "MSign (blocks)": SKY, OFF: "#666666"}
 COLUMNS = 4  # that stay legible side by side
-PEAK = "gradient norm, largest of 10 steps"
 LOSS = "final training loss, nats per token (× collapsed)"
 
 
@@ -56,36 +54,42 @@ def smooth(values: pd.Series, window: int = WINDOW) -> pd.Series:
 
 
 def peaks(values: pd.Series, size: int = 10) -> pd.Series:
-    """The largest finite value of every `size` steps, at the first of them: spikes stay visible and the figure small."""
+    """The largest finite value of every `size` steps, at the first of them: spikes stay, and the figure is small."""
     largest = values.where(np.isfinite(values)).groupby(np.arange(len(values)) // size).max()
     return largest.set_axis(values.index[::size])
 
 
-def once(styles: Sequence[dict]) -> Iterator[dict]:
-    """The styles, each label in the first alone that has it: a legend names it once."""
-    seen = set()
-    for style in styles:
-        yield style | {"label": None if style["label"] in seen else style["label"]}
-        seen.add(style["label"])
+def legend(on: Axes | Figure, **where):
+    """A legend of all axes, every label once."""
+    found = {}
+    for ax in on.axes if isinstance(on, Figure) else [on]:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    on.legend(found.values(), found, **where)
+
+
+def whole_decades(ax: Axes):
+    """Make it a log axis from a power of ten to a power of ten: no axis without a labelled tick."""
+    ax.set_yscale("log")
+    low, high = np.log10(ax.get_ylim())
+    ax.set_ylim(10.0 ** np.floor(low), 10.0 ** np.ceil(high))
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def draw_training(losses: Axes, norms: Axes, runs: Sequence[Run], styles: Sequence[dict]):
     """Loss and gradient norm of every run in its line style, with a cross where it collapsed."""
-    visible = []
-    for run, style in zip(runs, once(styles), strict=True):
-        mean = smooth(run.steps["train/loss"])
+    means = [smooth(run.steps["train/loss"]) for run in runs]
+    for run, mean, style in zip(runs, means, styles, strict=True):
         losses.plot(mean[::5], **style)
-        visible.append(mean[len(mean) // 5 :])  # the fall from ln V at the start would flatten the rest
         norms.plot(peaks(run.steps["grad_norm"]), **style | {"lw": 0.8})
         if run.collapse:
             losses.plot(run.end, mean[run.end], "x", color=style["color"], ms=9, mew=2.5)
-    visible = pd.concat(visible)
+    visible = pd.concat([mean[len(mean) // 5 :] for mean in means])  # the fall from ln V would flatten the rest
     if visible.notna().any():
         losses.set_ylim(visible.min() - 0.05, visible.max() + 0.1)
-    norms.set(ylim=(0.1, None), yscale="log")
     losses.set(title="Training loss, mean of 100 steps (× collapse)", ylabel="nats per token")
-    norms.set(title="Gradient norm before clipping, largest of 10 steps", ylabel="‖∇‖₂")
-    losses.legend()
+    norms.set(title="Gradient norm before clipping, largest of 10 steps", ylabel="‖∇‖₂", ylim=(0.1, None), yscale="log")
+    legend(losses)
 
 
 def by_arm(runs: Sequence[Run], **style) -> list[dict]:
@@ -96,133 +100,19 @@ def by_arm(runs: Sequence[Run], **style) -> list[dict]:
 
 def overview(runs: Sequence[Run]) -> Figure:
     """The headline figure: loss, gradient norm, stable rank and learning rate against step."""
-    fig, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharex=True)
-    losses, norms, srank, rate = axes.flat
+    fig, ((losses, norms), (srank, rate)) = plt.subplots(2, 2, figsize=(10, 6.4), sharex=True)
     runs, styles = judged(runs), by_arm(runs)
     draw_training(losses, norms, runs, styles)
     for run, style in zip(runs, styles, strict=True):
         srank.plot(run.series("srank/attention"), **style)
         rate.plot(run.steps["lr"][::5], **style)
     width = runs[0].config["d_model"]
-    ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 1000) if t < width] + [width]
+    ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 1000) if tick < width] + [width]
     srank.set(ylim=(1, width * 1.05), yscale="log")
     srank.set_yticks(ticks, ticks)
     srank.minorticks_off()
     srank.set(title="Stable rank of the attention matrices, geometric mean", ylabel="‖W‖²_F / ‖W‖²₂", xlabel="step")
     rate.set(title="Learning rate (before μP's multipliers)", ylabel="learning rate", xlabel="step")
-    return fig
-
-
-def columns(runs: Sequence[Run], rows: int, height: float, needs: str) -> tuple[Figure, np.ndarray, Sequence[Run]]:
-    """A figure of axes (rows, columns), and the runs that get a column: all when they fit, else the first of each arm.
-
-    Raises UserError if there is none.
-    """
-    if not runs:
-        raise UserError(f"needs a run that logs {needs}")
-    if len(runs) > COLUMNS:
-        runs = [arm.runs[0] for arm in grouped(runs)][:COLUMNS]
-    fig, axes = plt.subplots(rows, len(runs), figsize=(9, height), sharex=True, sharey="row", squeeze=False)
-    titles = [title(run) for run in runs]
-    for column, run, words in zip(axes.T, runs, titles, strict=True):
-        column[0].set_title(words if titles.count(words) == 1 else run.name)
-        column[-1].set_xlabel("step")
-        for ax in column:
-            mark_collapse(ax, run)
-    return fig, axes, runs
-
-
-def title(run: Run) -> str:
-    return f"{run.arm}, seed {run.config['seed']}"
-
-
-def mark_collapse(ax: Axes, run: Run):
-    """A dashed line at the step of the collapse; its white rim keeps it visible on any colour."""
-    if run.collapse:
-        rim = [patheffects.withStroke(linewidth=3, foreground="white")]
-        ax.axvline(run.end, label="collapse", color=BLACK, ls="--", path_effects=rim, zorder=1.5)
-
-
-def shared_legend(fig: Figure):
-    """One legend below all axes, every label once."""
-    found = {}
-    for ax in fig.axes:
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    fig.legend(found.values(), found, loc="outside lower center", ncols=3)
-
-
-def draw_grad(ax: Axes, run: Run):
-    ax.plot(peaks(run.steps["grad_norm"]), color=BLACK, lw=0.8, alpha=0.6, label=PEAK)
-
-
-def whole_decades(ax: Axes):
-    """A log axis from a power of ten to a power of ten: never without a labelled tick, never crowded with minor ones."""
-    ax.set_yscale("log")
-    low, high = np.log10(ax.get_ylim())
-    ax.set_ylim(10.0 ** np.floor(low), 10.0 ** np.ceil(high))
-    ax.yaxis.set_minor_formatter(NullFormatter())
-
-
-def fig1(runs: Sequence[Run]) -> Figure:
-    """Figure 1, a column per run: early layers' stable rank and the adjacent Jacobians' alignment against gradient norm."""
-    keys = ("srank/early", "jacobian/alignment")
-    logged = [run for run in judged(runs) if not any(run.series(key).empty for key in keys)]
-    fig, axes, runs = columns(logged, 2, 5.6, " and ".join(keys))
-    twins = np.array([[ax.twinx() for ax in row] for row in axes])
-    for run, (srank, alignment), pair in zip(runs, axes.T, twins.T, strict=True):
-        srank.plot(run.series(keys[0]), ".-", color=GREEN, label="stable rank")
-        alignment.plot(run.series(keys[1]), ".-", color=PURPLE, label="alignment")
-        flagged = run.series("jacobian/ill_conditioned") / (run.config["n_layer"] - 1)
-        alignment.fill_between(flagged.index, flagged, step="mid", color=PURPLE, alpha=0.2, lw=0,
-                               label="share of pairs that are ill-conditioned")  # fmt: skip
-        alignment.set_ylim(0, 1)
-        for twin in pair:
-            draw_grad(twin, run)
-            twin.sharey(twins[0, 0])
-            twin.tick_params(labelright=run is runs[-1])
-            twin.grid(False)
-    whole_decades(twins[0, 0])
-    for row in twins:
-        row[-1].set_ylabel("gradient norm ‖∇‖₂")
-    axes[0, 0].set(ylabel="(a) stable rank of the\nearly layers, geometric mean", ylim=(1, None))
-    axes[1, 0].set_ylabel("(b) adjacent alignment\n|v(ℓ+1)ᵀ u(ℓ)|, mean")
-    shared_legend(fig)
-    return fig
-
-
-BOUNDS = (
-    ("jacobian/bound", "provable bound", BLUE, "s-"),
-    ("jacobian/bound_4_2", "Theorem 4.2's bound (aM)ᴸ/a", VERMILLION, "D-"),
-)
-
-
-def fig2(runs: Sequence[Run]) -> Figure:
-    """Figure 2, a column per run: the product of the Jacobians and the gradient norm above two lower bounds of that product.
-
-    The bounds, Theorem 4.2's and the one that can be proved, are up to a hundred decades smaller and get an axis of
-    their own, down to the smallest of Theorem 4.2's; what lies below is a mark at its foot.
-    """
-    logged = [run for run in judged(runs) if not run.series("jacobian/product").empty]
-    fig, axes, runs = columns(logged, 2, 5.6, "jacobian/product")
-    stated = pd.concat([run.series("jacobian/bound_4_2") for run in runs])
-    floor = stated[stated > 0].min() / 10 if (stated > 0).any() else 0.1
-    for run, (norms, below) in zip(runs, axes.T, strict=True):
-        product, said = run.series("jacobian/product"), []
-        norms.plot(product, ".-", color=GREEN, label="product ‖J(L)···J(1)‖₂")
-        draw_grad(norms, run)
-        for key, name, color, style in BOUNDS:
-            bound = run.series(key).reindex(product.index, fill_value=0.0)  # null also stands for zero
-            hidden = bound < floor
-            below.plot(bound.mask(hidden), style, color=color, ms=3, label=name)
-            below.plot(bound.index[hidden], np.full(hidden.sum(), floor), "v", color=color)
-            if hidden.any():
-                said.append(f"{name}: ▾ below the axis\nat {hidden.sum()} of {len(product)} measurements")
-        below.set_title("\n".join(said), fontsize=8)
-    axes[0, 0].set_ylabel("norm")
-    whole_decades(axes[0, 0])
-    axes[1, 0].set(ylabel="lower bound of the product", yscale="log", ylim=(floor, None))
-    shared_legend(fig)
     return fig
 
 
@@ -243,31 +133,118 @@ def fig3(runs: Sequence[Run]) -> Figure:
 
 
 def fig4(runs: Sequence[Run]) -> Figure:
-    """Figure 4: loss and gradient norm for every period P of MSign, on the targets with the most periods; AdamW is P = ∞."""
+    """Figure 4: loss and gradient norm for every period P of MSign, on the targets with the most; AdamW is P = ∞."""
     names = [arm for arm in [*COLORS, *(run.arm for run in runs)] if arm.startswith("MSign")]
     arm = max(names, key=lambda arm: len({run.config["msign_period"] for run in runs if run.arm == arm}))
     period = {run: run.config["msign_period"] or np.inf for run in judged(runs) if run.arm in ("AdamW", arm)}
-    shown, periods = sorted(period, key=period.get), sorted(set(period.values()))
+    periods = sorted(set(period.values()))
     if len(periods) < 2:
         raise UserError("needs runs with at least two different msign_period")
     colors = dict(zip(periods, plt.get_cmap()(np.linspace(0.9, 0, len(periods))), strict=True))
     words = {p: "P = ∞ (AdamW)" if p == np.inf else f"P = {p}, {arm}" for p in periods}
+    shown = sorted(period, key=period.get)
     return training(shown, [{"color": colors[period[run]], "label": words[period[run]]} for run in shown])
 
 
-def dot(ax: Axes, run: Run, x: float, y: float, color: str):
-    """A cross for a run that collapsed, a dot for one that did not."""
-    ax.plot(x, y, "x" if run.collapse else "o", color=color, mew=1.5, alpha=0.75)
+def columns(runs: Sequence[Run], rows: int, height: float, needs: str) -> tuple[Figure, np.ndarray, Sequence[Run]]:
+    """A figure of axes (rows, columns), with dashed lines at collapses, and the runs that get a column: all when they
+    fit, else the first of each arm. Raises UserError if there is none."""
+    if not runs:
+        raise UserError(f"needs a run that logs {needs}")
+    if len(runs) > COLUMNS:
+        runs = [arm.runs[0] for arm in grouped(runs)][:COLUMNS]
+    fig, axes = plt.subplots(rows, len(runs), figsize=(9, height), sharex=True, sharey="row", squeeze=False)
+    titles = [title(run) for run in runs]
+    rim = [patheffects.withStroke(linewidth=3, foreground="white")]  # keeps the line visible on any colour
+    for column, run, words in zip(axes.T, runs, titles, strict=True):
+        column[0].set_title(words if titles.count(words) == 1 else run.name)
+        column[-1].set_xlabel("step")
+        for ax in column if run.collapse else ():
+            ax.axvline(run.end, label="collapse", color=BLACK, ls="--", path_effects=rim, zorder=1.5)
+    return fig, axes, runs
+
+
+def title(run: Run) -> str:
+    return f"{run.arm}, seed {run.config['seed']}"
+
+
+def draw_grad(ax: Axes, run: Run):
+    norms = peaks(run.steps["grad_norm"])
+    ax.plot(norms, color=BLACK, lw=0.8, alpha=0.6, label="gradient norm, largest of 10 steps")
+
+
+def fig1(runs: Sequence[Run]) -> Figure:
+    """Figure 1, a column per run: early layers' stable rank and the Jacobians' alignment against gradient norm."""
+    keys = ("srank/early", "jacobian/alignment")
+    logged = [run for run in judged(runs) if not any(run.series(key).empty for key in keys)]
+    fig, axes, runs = columns(logged, 2, 5.6, " and ".join(keys))
+    twins = np.array([[ax.twinx() for ax in row] for row in axes])
+    for run, (srank, alignment), pair in zip(runs, axes.T, twins.T, strict=True):
+        srank.plot(run.series(keys[0]), ".-", color=GREEN, label="stable rank")
+        alignment.plot(run.series(keys[1]), ".-", color=PURPLE, label="alignment")
+        flagged = run.series("jacobian/ill_conditioned") / (run.config["n_layer"] - 1)
+        words = "share of pairs that are ill-conditioned"
+        alignment.fill_between(flagged.index, flagged, step="mid", color=PURPLE, alpha=0.2, lw=0, label=words)
+        alignment.set_ylim(0, 1)
+        for twin in pair:
+            draw_grad(twin, run)
+            twin.sharey(twins[0, 0])
+            twin.tick_params(labelright=run is runs[-1])
+            twin.grid(False)
+    whole_decades(twins[0, 0])
+    for row in twins:
+        row[-1].set_ylabel("gradient norm ‖∇‖₂")
+    axes[0, 0].set(ylabel="(a) stable rank of the\nearly layers, geometric mean", ylim=(1, None))
+    axes[1, 0].set_ylabel("(b) adjacent alignment\n|v(ℓ+1)ᵀ u(ℓ)|, mean")
+    legend(fig, loc="outside lower center", ncols=3)
+    return fig
+
+
+def fig2(runs: Sequence[Run]) -> Figure:
+    """Figure 2, a column per run: the Jacobians' product and the gradient norm above two lower bounds of that product.
+
+    The bounds are up to a hundred decades smaller and get an axis of their own, down to the smallest of Theorem 4.2's;
+    what lies below is a mark at its foot.
+    """
+    logged = [run for run in judged(runs) if not run.series("jacobian/product").empty]
+    fig, axes, runs = columns(logged, 2, 5.6, "jacobian/product")
+    stated = pd.concat([run.series("jacobian/bound_4_2") for run in runs])
+    floor = stated[stated > 0].min() / 10 if (stated > 0).any() else 0.1
+    bounds = {"provable bound": ("jacobian/bound", BLUE, "s-"),
+              "Theorem 4.2's bound (aM)ᴸ/a": ("jacobian/bound_4_2", VERMILLION, "D-")}  # fmt: skip
+    for run, (norms, below) in zip(runs, axes.T, strict=True):
+        product, said = run.series("jacobian/product"), []
+        norms.plot(product, ".-", color=GREEN, label="product ‖J(L)···J(1)‖₂")
+        draw_grad(norms, run)
+        for name, (key, color, style) in bounds.items():
+            bound = run.series(key).reindex(product.index, fill_value=0.0)  # null also stands for zero
+            hidden = bound < floor
+            below.plot(bound.mask(hidden), style, color=color, ms=3, label=name)
+            below.plot(bound.index[hidden], np.full(hidden.sum(), floor), "v", color=color)
+            if hidden.any():
+                said.append(f"{name}: ▾ below the axis\nat {hidden.sum()} of {len(product)} measurements")
+        below.set_title("\n".join(said), fontsize=8)
+    axes[0, 0].set_ylabel("norm")
+    whole_decades(axes[0, 0])
+    axes[1, 0].set(ylabel="lower bound of the product", yscale="log", ylim=(floor, None))
+    legend(fig, loc="outside lower center", ncols=3)
+    return fig
+
+
+def dots(ax: Axes, runs: Sequence[Run], x: Callable, y: Callable, color: str = ""):
+    """Draw a cross for each run that collapsed and a dot for each that did not, in two colours unless one is given."""
+    for run in runs:
+        marker, its_color = ("x", VERMILLION) if run.collapse else ("o", BLUE)
+        ax.plot(x(run), y(run), marker, color=color or its_color, mew=1.5, alpha=0.75)
 
 
 def strips(found: Sequence[Arm]) -> Figure:
-    """Final loss of every run, a row per arm; the line is the mean of the attention-off arm, what the model is worth without attention."""
+    """Final loss of every run, a row per arm; the line is attention-off's mean."""
     fig, ax = plt.subplots(figsize=(9, 0.9 + 0.34 * len(found)))
     for row, arm in enumerate(found):
-        for run in arm.runs:
-            dot(ax, run, min(loss(run), 99), row, VERMILLION if run.collapse else BLUE)
+        dots(ax, arm.runs, lambda run: min(loss(run), 99), lambda run, row=row: row)
         if arm.name == OFF:
-            ax.axvline(np.mean([loss(run) for run in arm.runs]), color=COLORS[OFF], lw=1, ls="--")
+            ax.axvline(np.mean(arm.values(loss)), color=COLORS[OFF], lw=1, ls="--")
     ax.set_yticks(range(len(found)), [arm.name for arm in found])
     ax.invert_yaxis()
     ax.set_xlabel(LOSS)
@@ -276,24 +253,18 @@ def strips(found: Sequence[Arm]) -> Figure:
 
 def against(panels: Mapping[str, Mapping[str, Sequence[Arm]]], x: Callable[[Run], float], y: Callable[[Run], float],
             height: float = 4, **labels) -> Figure:  # fmt: skip
-    """One value of every run against another, a column per panel and a colour per line; a line goes through the means of its arms.
+    """One value of every run against another, a column per panel and a colour per line through the means of its arms.
 
     `panels`: title -> name of a line -> its arms. `labels`: of the axes, and their scales, as in Axes.set.
     """
     fig, axes = plt.subplots(1, len(panels), figsize=(9, height), squeeze=False)
-    for ax, (title, lines) in zip(axes.flat, panels.items(), strict=True):
+    for ax, (heading, lines) in zip(axes.flat, panels.items(), strict=True):
         for (name, color), arms in zip(colors_of([*lines]).items(), lines.values(), strict=True):
-            means = [np.mean([(x(run), y(run)) for run in arm.runs], axis=0) for arm in arms]
-            ax.plot(
-                *np.array(sorted(map(tuple, means))).T,
-                color=color,
-                label=name,
-                marker="" if len(means) > 1 else "o",
-                ms=4,
-            )
-            for run in (run for arm in arms for run in arm.runs):
-                dot(ax, run, x(run), y(run), color)
-        ax.set(title=title, **labels)
+            means = sorted((np.mean(arm.values(x)), np.mean(arm.values(y))) for arm in arms)
+            ax.plot(*zip(*means, strict=True), color=color, label=name, marker="" if len(means) > 1 else "o", ms=4)
+            for arm in arms:
+                dots(ax, arm.runs, x, y, color)
+        ax.set(title=heading, **labels)
     if len(lines) > 1:
         axes[0, 0].legend()
     return fig
@@ -311,7 +282,8 @@ class HeatMap(NamedTuple):
 
 # the first block lifts small embeddings to the scale of the stream: its Jacobian and gradient would flatten all others
 HEATMAPS = (
-    HeatMap("stable rank of attention,\ngeometric mean", "srank", combine=geometric_mean, roles=("W_Q", "W_K", "W_V", "W_O")),
+    HeatMap("stable rank of attention,\ngeometric mean", "srank", combine=geometric_mean,
+            roles=("W_Q", "W_K", "W_V", "W_O")),
     HeatMap("Jacobian norm ‖J(ℓ)‖₂", "jacobian/sigma1", first=1),
     HeatMap("alignment |v(ℓ+1)ᵀ u(ℓ)|\n(dots: ill-conditioned)", "jacobian/alignment", log=False, between=0.5),
     HeatMap("gradient norm ‖∇‖₂", "grad_norm", combine=np.linalg.norm, first=1),
@@ -353,9 +325,8 @@ def heatmaps(runs: Sequence[Run]) -> Figure:
         for ax, run in zip(row, runs, strict=True):
             draw_layers(ax, run, heat, norm)
         row[0].set_ylabel("layer")
-        bar = fig.colorbar(
-            plt.cm.ScalarMappable(norm), ax=row, label=heat.label, pad=0.01, extend="both" if heat.first else "neither"
-        )
+        extend = "both" if heat.first else "neither"
+        bar = fig.colorbar(plt.cm.ScalarMappable(norm), ax=row, label=heat.label, pad=0.01, extend=extend)
         if heat.log:
             bar.locator = LogLocator(subs=(1, 2, 5) if norm.vmax < 100 * norm.vmin else (1,))
             bar.formatter, bar.minorformatter = "{x:g}", NullFormatter()
@@ -370,25 +341,19 @@ def theorems(run: Run) -> Figure:
     measured, upper, lower = ("measured", "o-", GREEN), ("upper bound", "v-", VERMILLION), ("lower bound", "^-", BLUE)
     hidden, cohidden = ("hidden states H", "s-", PURPLE), ("co-hidden states ∂L/∂Y", "D-", BLACK)
     panels = {
-        "Theorem 4.5: attention's Jacobian": ("‖∂Y/∂H‖₂", {"4.5/bound": upper, "4.5/measured": measured}),
-        "Theorem 4.6: MLP's Jacobian": ("‖∂Y/∂H‖₂", {"4.6/bound": upper, "4.6/measured": measured}),
-        "Theorem 4.8: gradient of W_down": (
-            "log₁₀ ‖∂L/∂W‖_F",
-            {"4.8/log10_measured": measured, "4.8/log10_bound": lower},
-        ),
-        "Theorem 4.10: what the gradients inherit": (
-            "stable rank",
-            {"4.10/srank_hidden": hidden, "4.10/srank_cohidden": cohidden},
-        ),
+        "4.5: attention's Jacobian": ("‖∂Y/∂H‖₂", {"bound": upper, "measured": measured}),
+        "4.6: MLP's Jacobian": ("‖∂Y/∂H‖₂", {"bound": upper, "measured": measured}),
+        "4.8: gradient of W_down": ("log₁₀ ‖∂L/∂W‖_F", {"log10_measured": measured, "log10_bound": lower}),
+        "4.10: what the gradients inherit": ("stable rank", {"srank_hidden": hidden, "srank_cohidden": cohidden}),
     }
     fig, axes = plt.subplots(2, 2, sharex=True)
     for ax, (heading, (ylabel, sides)) in zip(axes.flat, panels.items(), strict=True):
-        for key, (words, style, color) in sides.items():
-            ax.plot(run.by_layer(f"theory/{key}")[1][:, -1], style, color=color, ms=4, label=words)
-        ax.set(title=heading, ylabel=ylabel, yscale="log" if "Jacobian" in heading else "linear")
+        for side, (words, style, color) in sides.items():
+            values = run.by_layer(f"theory/{heading.split(':')[0]}/{side}")[1]
+            ax.plot(values[:, -1], style, color=color, ms=4, label=words)
+        ax.set(title=f"Theorem {heading}", ylabel=ylabel, yscale="log" if "Jacobian" in heading else "linear")
         ax.legend()
-    axes[1, 1].set_ylim(1, None)
-    for ax in axes[1]:
-        ax.set_xlabel("layer")
+    axes[1, 0].set_xlabel("layer")
+    axes[1, 1].set(xlabel="layer", ylim=(1, None))
     fig.suptitle(f"{title(run)}, step {steps[-1]}")
     return fig

@@ -1,4 +1,4 @@
-"""What the pages of this repository show of its recorded runs: which block of which page, and which figure, is made of what."""
+"""What the pages of this repository show of its recorded runs: what each of their blocks and figures is made of."""
 
 import functools
 import re
@@ -10,11 +10,12 @@ from matplotlib.figure import Figure
 
 from analysis import figures, tables
 from analysis.runs import Run, judged, load_runs
-from analysis.statistics import Arm, applications, arms, gap, grouped, srank
+from analysis.statistics import Arm, applications, arms, capped_loss, gap, grouped, srank
 from config import ROOT, UserError
 from engine.plan import paper_table
 
 RESULTS = ROOT / "results"
+PAGES = (ROOT / "README.md", RESULTS / "REPORT.md", *sorted(ROOT.glob("docs/*.md")))
 # what is recorded, in the order in which scripts/evidence.py runs it
 GRIDS = ("table2_small", "attention_off", "table3_small", "controls", "margin", "rivals", "late_collapse", "late_seeds",
          "late_controls", "texts", "adaptive")  # fmt: skip
@@ -26,11 +27,10 @@ FINDINGS = {
     "late": ("late_controls", {"late_seeds": ["AdamW", "MSign (attention)"]}),
 }
 FIRST = ["AdamW", "MSign (attention)", "MSign (mlp)", "attention off"]
-# MSign at every P and below thresholds of the stable rank, by what it replaces
-BY_NUMBER = {
-    "MSign every P steps": ("table3_small", "msign_period"),
-    "only below a stable rank": ("adaptive", "msign_below"),
-}
+# MSign at every P and below thresholds of the stable rank
+BY_NUMBER = {"MSign every P steps": ("table3_small", "msign_period"),
+             "only below a stable rank": ("adaptive", "msign_below")}  # fmt: skip
+TEXTS = {"stdlib-bytes": "a text of megabytes", "stdlib-small": "a text of 8192 bytes"}
 
 
 @functools.cache
@@ -39,11 +39,13 @@ def packed(grid: str, folder: Path = RESULTS) -> list[Run]:
     return load_runs(folder / grid)
 
 
-@functools.cache
 def recorded(experiment: str) -> list[Run]:
     """The runs recorded under results/<experiment>, arm by arm, seed by seed."""
-    runs = load_runs(RESULTS / experiment)
-    return sorted(runs, key=lambda run: (FIRST.index(run.arm), run.config["seed"]))
+    return sorted(packed(experiment), key=lambda run: (FIRST.index(run.arm), run.config["seed"]))
+
+
+def of_first_seed(experiment: str) -> list[Run]:
+    return [run for run in recorded(experiment) if run.config["seed"] == 0]
 
 
 @functools.cache
@@ -51,9 +53,8 @@ def finding(name: str, folder: Path = RESULTS) -> list[Arm]:
     """The arms of a finding: AdamW, MSign and the floor first, whichever of the grids they are in."""
     grid, against = FINDINGS[name]
     others = [run for other, names in against.items() for run in packed(other, folder) if run.arm in names]
-    found = arms(others + packed(grid, folder))
-    first = [name for name in FIRST if name != "MSign (mlp)"]
-    return sorted(found, key=lambda arm: first.index(arm.name) if arm.name in first else len(first))
+    first = {"AdamW": 0, "MSign (attention)": 1, "attention off": 2}
+    return sorted(arms(others + packed(grid, folder)), key=lambda arm: first.get(arm.name, len(first)))
 
 
 @functools.cache
@@ -69,13 +70,8 @@ def regimes() -> dict[str, list[Run]]:
 
 
 def periods(grid: str) -> str:
-    runs = packed(grid)
-    table = tables.markdown(tables.period_table(runs, packed("attention_off")))
-    return f"{table}\nr = {tables.fitted_r(runs):.2f} steps an application.\n"
-
-
-def first_seed(experiment: str) -> str:
-    return "".join(f"    {run.verdict}\n" for run in judged(recorded(experiment)) if run.config["seed"] == 0)
+    table = tables.markdown(tables.period_table(packed(grid), packed("attention_off")))
+    return f"{table}\nr = {tables.fitted_r(packed(grid)):.2f} steps an application.\n"
 
 
 def file(name: str) -> str:
@@ -85,7 +81,7 @@ def file(name: str) -> str:
 # kind of a block -> what it shows of the experiment, grid, finding or file of results/ that the block names
 BLOCKS: dict[str, Callable[[str], str | pd.DataFrame]] = {
     "table": lambda name: tables.overview_table(recorded(name)),
-    "verdicts": first_seed,
+    "verdicts": lambda name: "".join(f"    {run.verdict}\n" for run in judged(of_first_seed(name))),
     "onsets": lambda name: tables.onsets_table(recorded(name)),
     "theorems": lambda name: tables.theory_table(recorded(name)[0]),
     "finding": lambda name: tables.arms_table(finding(name)),
@@ -102,15 +98,11 @@ BLOCKS: dict[str, Callable[[str], str | pd.DataFrame]] = {
     "cost": lambda name: paper_table() + "\n",
     "file": file,
     "targets": lambda name: file(name).split("\n\n")[0] + "\n",  # of a file only the first table
-}
-
-
-def pages() -> list[Path]:
-    return [ROOT / "README.md", RESULTS / "REPORT.md", *sorted(ROOT.glob("docs/*.md"))]
+}  # fmt: skip
 
 
 def filled(text: str) -> str:
-    """`text` with every block between <!-- KIND NAME --> and <!-- end --> made anew. Raises UserError for a kind that is none of BLOCKS."""
+    """`text` with every block between <!-- KIND NAME --> and <!-- end --> made anew; UserError: not in BLOCKS."""
 
     def block(match: re.Match) -> str:
         kind, name = match.groups()
@@ -126,29 +118,25 @@ def drawn() -> Iterator[tuple[str, Figure]]:
     """Every figure under results/ by its name."""
     for name in FINDINGS:
         yield name, figures.strips(finding(name))
-    y = {"y": tables.capped_loss, "ylabel": figures.LOSS, "xscale": "log"}
-    by_period = by_number("table3_small", "msign_period")
-    yield "table3_small", figures.against({"": {"MSign (attention)": by_period}}, lambda run: run.config["msign_period"],
-                                          xlabel="period P of MSign, steps", **y)  # fmt: skip
     rates = {arm.name: grouped(arm.runs, lambda run: run.config["lr_scale"]) for arm in arms(packed("margin"))}
-    yield "margin", figures.against({"": rates}, lambda run: run.config["lr_scale"],
-                                    xlabel="constant learning rate, multiples of the paper's", **y)  # fmt: skip
     numbers = {
-        name: [arm for arm in by_number(*grid) if any(map(applications, arm.runs))] for name, grid in BY_NUMBER.items()
+        name: [arm for arm in by_number(*grid) if any(arm.values(applications))] for name, grid in BY_NUMBER.items()
     }
-    yield "adaptive", figures.against({"": numbers}, applications, xlabel="matrices replaced in 1000 steps", **y)
-    panels = {words: {arm.name: [arm] for arm in arms([run for run in packed("texts") if run.config["dataset"] == text])}
-              for text, words in TEXTS.items()}  # fmt: skip
-    yield "texts", figures.against(panels, srank, gap, 3.6, xlabel="stable rank of attention at the end",
-                                   ylabel="validation − training loss, nats")  # fmt: skip
+    for name, lines, x, xlabel in (
+        ("table3_small", {"MSign (attention)": by_number("table3_small", "msign_period")},
+         lambda run: run.config["msign_period"], "period P of MSign, steps"),
+        ("margin", rates, lambda run: run.config["lr_scale"], "constant learning rate, multiples of the paper's"),
+        ("adaptive", numbers, applications, "matrices replaced in 1000 steps"),
+    ):  # fmt: skip
+        yield name, figures.against({"": lines}, x, capped_loss, xlabel=xlabel, ylabel=figures.LOSS, xscale="log")
+    panels = {
+        TEXTS[text.name]: {arm.name: [arm] for arm in arms(text.runs)} for text in tables.by_text(packed("texts"))
+    }
+    words = {"xlabel": "stable rank of attention at the end", "ylabel": "validation − training loss, nats"}
+    yield "texts", figures.against(panels, srank, gap, 3.6, **words)
     yield "calm", figures.fig3([run for run in packed("table2_small") if run.arm in ("AdamW", "MSign (attention)")])
     yield "late_seeds", figures.fig3(packed("late_seeds"))
-    for folder in sorted({path.parents[1] for path in RESULTS.glob("*/*/record.json")}):
-        runs = recorded(folder.name)
-        yield folder.name, figures.overview(runs)
-        first = [run for run in runs if run.config["seed"] == 0]
-        if any("jacobian/sigma1/0" in run.layers for run in first):
-            yield f"{folder.name}_heatmaps", figures.heatmaps(first)
-
-
-TEXTS = {"stdlib-bytes": "a text of megabytes", "stdlib-small": "a text of 8192 bytes"}
+    for name in sorted({path.parents[1].name for path in RESULTS.glob("*/*/record.json")}):
+        yield name, figures.overview(recorded(name))
+        if any("jacobian/sigma1/0" in run.layers for run in of_first_seed(name)):
+            yield f"{name}_heatmaps", figures.heatmaps(of_first_seed(name))

@@ -1,8 +1,8 @@
 """Recorded runs as data frames: read, judged, and written.
 
-Three places hold runs: run folders (runs/<name>, or their copies under results/), offline W&B runs, and recorded grids. All are read
-as `Run`. A grid is a folder of Parquet files: runs.parquet has a row a run, with columns such as config.lr, axes.seed, code.git and
-summary.steps; steps-0.parquet and those that follow have a row a run and step, to four digits, whole runs in one file.
+Runs are read from run folders (runs/<name>, or copies under results/), offline W&B runs, and recorded grids. A grid
+is a folder of Parquet files: runs.parquet has a row a run, with columns such as config.lr, axes.seed and code.git;
+steps-0.parquet and those that follow have a row a run and step, to four digits, whole runs in one file.
 """
 
 import functools
@@ -25,9 +25,9 @@ from stability.collapse import CLEARLY, SIGNALS, Collapse, Onsets, final_loss, f
 
 DEFAULTS = {name: f.default for name, f in FIELDS.items()}  # of fields that a record is older than
 # what a grid keeps of its runs: three values of every step, the others at their cadences
-KEPT = ("lr", "train/loss", "grad_norm", "val/loss", "srank/attention", "srank/mlp", "sigma1/attention", "attention/max_logit",
-        "attention/entropy", "log_z", "residual/gain", "jacobian/alignment", "jacobian/sigma1", "jacobian/product",
-        "precision/error", "msign/matrices")  # fmt: skip
+KEPT = ("lr", "train/loss", "grad_norm", "val/loss", "srank/attention", "srank/mlp", "sigma1/attention",
+        "attention/max_logit", "attention/entropy", "log_z", "residual/gain", "jacobian/alignment", "jacobian/sigma1",
+        "jacobian/product", "precision/error", "msign/matrices")  # fmt: skip
 ROWS = 150_000  # of one file of steps, which keeps it below 1 MB; a longer run has a file for itself
 OFF = "attention off"
 
@@ -36,8 +36,8 @@ OFF = "attention off"
 class Run:
     """One recorded run.
 
-    `steps` has a row a step, `layers` a row for each step at which single layers were measured (columns such as srank/0.W_Q); both
-    are indexed by the step. NaN: not logged; infinity: logged, and not finite. `floor` is what the same model ends at without attention.
+    `steps` has a row a step, `layers` a row for each step at which single layers were measured (columns such as
+    srank/0.W_Q); both are indexed by the step. NaN: not logged; infinity: logged, and not finite.
     """
 
     folder: Path
@@ -47,7 +47,7 @@ class Run:
     axes: dict = field(default_factory=dict)  # its values on the axes of its grid
     code: dict = field(default_factory=dict)  # the revision that made it
     summary: dict = field(default_factory=dict)
-    floor: float | None = None
+    floor: float | None = None  # what the same model ends at without attention
 
     @property
     def name(self) -> str:
@@ -59,7 +59,7 @@ class Run:
         if self.axes.get("arm"):
             return self.axes["arm"]
         if not self.config["msign_period"]:
-            return "AdamW" if self.config["optimizer"] == "adamw" else self.config["optimizer"]
+            return self.config["optimizer"].replace("adamw", "AdamW")
         what = {"zero": OFF, "sign": "MSign"}.get(self.config["msign_map"], self.config["msign_map"])
         return OFF if what == OFF else f"{what} ({self.config['msign_targets']})"
 
@@ -68,9 +68,7 @@ class Run:
         values = (self.layers if key in self.layers else self.steps).get(key, pd.Series(dtype=float))
         return values[np.isfinite(values)]
 
-    def by_layer(
-        self, family: str, combine: Callable[[np.ndarray], float] = np.mean, roles: Sequence[str] = ()
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def by_layer(self, family: str, combine: Callable = np.mean, roles: Sequence[str] = ()) -> tuple[np.ndarray, ...]:
         """Steps (n,) at which `family`/<layer> or `family`/<layer>.<role> was logged, and values (layers, n).
 
         `combine` makes one value of a layer's roles (all of them, or those named). NaN: not logged, or not finite.
@@ -99,11 +97,9 @@ class Run:
     @functools.cached_property
     def onsets(self) -> Onsets:
         """What moved first, up to the collapse, or in the whole run if there is none (collapse.find_onsets)."""
-        lines = [{"iter": step} for step in self.steps.index]
-        for key in ("grad_norm", *(key for key, _ in SIGNALS.values())):
-            for step, value in self.series(key).items():
-                lines[step - 1][key] = value
-        return find_onsets(lines, self.end)
+        logged = self.steps.reindex(columns=["grad_norm", *(key for key, _ in SIGNALS.values())])
+        logged = logged.astype(object).where(np.isfinite(logged), None)
+        return find_onsets(logged.reset_index(names="iter").to_dict("records"), self.end)
 
     def final_loss(self) -> float:
         """Mean of the last 100 training losses; infinity if one of them is not finite."""
@@ -118,51 +114,46 @@ class Run:
         """Learning rate at the collapse, in multiples of the paper's; NaN without one."""
         return self.steps["lr"][self.end] / self.config["lr"] if self.collapse else math.nan
 
+    def below_floor(self) -> float:
+        """By how much the final loss is below the floor; NaN without one."""
+        return math.nan if self.floor is None or self.arm == OFF else self.floor - self.final_loss()
+
     @property
     def rescued(self) -> bool:
         """No collapse, and clearly better than the same model without attention."""
-        return self.collapse is None and self.floor is not None and self.final_loss() < self.floor - CLEARLY
+        return self.collapse is None and self.below_floor() > CLEARLY
 
     @property
     def verdict(self) -> str:
         """One line, such as `AdamW: collapsed at step 1450 (9.3x): ...`."""
         if self.collapse:
             return f"{self.arm}: collapsed at step {self.end} ({self.lr_multiple():.1f}x): {self.collapse.why}"
-        text = f"{self.arm}: no collapse, final loss {self.final_loss():.2f}"
-        if self.floor is None or self.arm == OFF:
-            return text
+        text, below = f"{self.arm}: no collapse, final loss {self.final_loss():.2f}", self.below_floor()
         if self.rescued:
-            return f"{text}, {self.floor - self.final_loss():.2f} below attention-off: attention lives"
+            return f"{text}, {below:.2f} below attention-off: attention lives"
+        if math.isnan(below):
+            return text
         return f"{text}, but not clearly below attention-off ({self.floor:.2f}): attention is of no use"
 
 
 def judged(runs: Sequence[Run], off: Sequence[Run] = (), same: str = "wandb_group") -> list[Run]:
-    """The runs with their floors: the final loss of the attention-off run, among `runs` or else in `off`, that has the same seed and the
-    same value of the field `same`."""
+    """The runs with their floors: the final loss of the attention-off run, among `runs` or else in `off`, that has the
+    same seed and the same value of the field `same`."""
     floors = {(run.config[same], run.config["seed"]): run.final_loss() for run in (*runs, *off) if run.arm == OFF}
     return [replace(run, floor=floors.get((run.config[same], run.config["seed"]))) for run in runs]
 
 
-@functools.cache
-def of_a_layer(key: str) -> bool:
-    return PER_LAYER.fullmatch(key) is not None
-
-
 def frames(lines: Sequence[dict]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """`Run.steps` and `Run.layers` of the lines of a metrics.jsonl."""
-    lines = [{key: math.inf if value is None else value for key, value in line.items()} for line in lines]
-    steps = [{key: value for key, value in line.items() if not of_a_layer(key)} for line in lines]
-    layers = [line for line, rest in zip(lines, steps, strict=True) if len(rest) < len(line)]
-    layers = [{key: value for key, value in line.items() if of_a_layer(key) or key == "iter"} for line in layers]
-    first, second = (pd.DataFrame(rows or [{"iter": 1}]).set_index("iter").astype(float) for rows in (steps, layers))
-    return first, second
+    rows = [{key: math.inf if value is None else value for key, value in line.items()} for line in lines]
+    steps = pd.DataFrame(rows).set_index("iter").astype(float)
+    layers = steps[[key for key in steps if PER_LAYER.fullmatch(key)]]
+    return steps.drop(columns=layers.columns), layers.dropna(how="all")
 
 
 def load_run(path: str | Path) -> Run:
-    """A run from its folder, or from an offline W&B run: a .wandb file or a folder that holds one.
-
-    Raises UserError naming what is missing.
-    """
+    """A run from its folder, or from an offline W&B run: a .wandb file or a folder that holds one. Raises UserError
+    naming what is missing."""
     path = Path(path)
     if (path / "record.json").is_file():
         record, lines = json.loads((path / "record.json").read_text()), read_metrics(path)
@@ -192,7 +183,8 @@ def read_offline(path: Path) -> tuple[dict, list[dict]]:
 
 
 def load_runs(folder: str | Path) -> list[Run]:
-    """The runs of a recorded grid, as they were recorded, or of a folder of run folders, by name. Raises UserError if there is none."""
+    """The runs of a recorded grid, as they were recorded, or of a folder of run folders, by name. Raises UserError if
+    there is none."""
     folder = Path(folder)
     if not (folder / "runs.parquet").is_file():
         runs = [load_run(path.parent) for path in sorted(folder.glob("*/record.json"))]
@@ -205,7 +197,7 @@ def load_runs(folder: str | Path) -> list[Run]:
     for row in pq.read_table(folder / "runs.parquet").to_pylist():
         record = {"config": dict(DEFAULTS), "axes": {}, "code": {}, "summary": {}}
         for column, value in row.items():
-            part, _, key = column.partition(".")
+            part, key = column.split(".", 1)
             record[part] |= {} if value is None else {key: value}
         name = record["config"]["name"]
         runs.append(Run(folder / name, steps=steps[name], **record))
@@ -219,17 +211,14 @@ def short(value):
 def record_grid(folder: Path, runs: Iterable[Run]):
     """Write runs to a grid's folder, in the place of those of the same names; others that it holds stay."""
     before = load_runs(folder) if (folder / "runs.parquet").is_file() else []
-    rows, parts, size = [], [], ROWS
-    for name, run in ({run.name: run for run in before} | {run.name: run for run in runs}).items():
+    rows, parts = [], [[]]
+    for name, run in {run.name: run for run in (*before, *runs)}.items():
         summary = {key: short(value) for key, value in run.summary.items() if not isinstance(value, dict)}
         record = {"config": portable(run.config), "axes": run.axes, "code": run.code, "summary": summary}
         rows.append({f"{part}.{key}": value for part, values in record.items() for key, value in values.items()})
-        size += len(run.steps)
-        if size > ROWS:
-            size = len(run.steps)
+        if parts[-1] and sum(map(len, parts[-1])) + len(run.steps) > ROWS:
             parts.append([])
-        steps = run.steps.reindex(columns=KEPT).map(short)
-        parts[-1].append(steps.reset_index(names="iter").assign(run=name))
+        parts[-1].append(run.steps.reindex(columns=KEPT).map(short).reset_index(names="iter").assign(run=name))
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("steps-*.parquet"):
         path.unlink()
@@ -237,8 +226,7 @@ def record_grid(folder: Path, runs: Iterable[Run]):
         steps = pa.Table.from_pandas(pd.concat(part), preserve_index=False)
         pq.write_table(steps, folder / f"steps-{number}.parquet", compression="zstd", compression_level=19)
     columns = dict.fromkeys(column for row in rows for column in row)
-    table = pa.Table.from_pylist([{column: row.get(column) for column in columns} for row in rows])
-    pq.write_table(table, folder / "runs.parquet", compression="zstd")
+    pq.write_table(pa.Table.from_pylist([columns | row for row in rows]), folder / "runs.parquet", compression="zstd")
 
 
 def portable(config: dict) -> dict:
@@ -253,5 +241,4 @@ def pack_run(folder: Path, target: Path):
     (target / "record.json").write_text(json.dumps(record | {"config": portable(record["config"])}, indent=1) + "\n")
     for path in filter(Path.is_file, (folder / "events.jsonl", folder / "summary.json")):
         shutil.copyfile(path, target / path.name)
-    packed = gzip.compress((folder / "metrics.jsonl").read_bytes(), mtime=0)
-    (target / "metrics.jsonl.gz").write_bytes(packed)
+    (target / "metrics.jsonl.gz").write_bytes(gzip.compress((folder / "metrics.jsonl").read_bytes(), mtime=0))

@@ -1,7 +1,7 @@
 """Runs by arm, what is measured of one run, and how arms are compared.
 
-Every interval is Student's at 95 %. Every test is two-sided, and paired by seed: two runs of one seed begin with the same weights and
-read the same batches.
+Every interval is Student's at 95 %. Every test is two-sided, and paired by seed: two runs of one seed begin with the
+same weights and read the same batches.
 """
 
 import math
@@ -30,6 +30,9 @@ class Arm:
     name: str
     runs: list[Run]
 
+    def values(self, value: Callable[[Run], float]) -> list[float]:
+        return [value(run) for run in self.runs]
+
     def by_seed(self, value: Callable[[Run], float]) -> dict[int, float]:
         return {run.config["seed"]: value(run) for run in self.runs}
 
@@ -40,14 +43,11 @@ class Arm:
 
 def grouped(runs: Sequence[Run], name: Callable[[Run], str] = lambda run: run.arm) -> list[Arm]:
     """The runs by arm, in the order of the first of each."""
-    found: dict[str, list[Run]] = {}
-    for run in runs:
-        found.setdefault(name(run), []).append(run)
-    return [Arm(*item) for item in found.items()]
+    return [Arm(one, [run for run in runs if name(run) == one]) for one in dict.fromkeys(map(name, runs))]
 
 
 def arms(runs: Sequence[Run], name: Callable[[Run], str] = lambda run: run.arm, off: Sequence[Run] = ()) -> list[Arm]:
-    """The runs by arm; their floors are the attention-off runs of the same seed and learning rate, in `runs` or else in `off`."""
+    """The runs by arm. Their floors are the attention-off runs, of `runs` or else `off`, of the same seed and rate."""
     return grouped(judged(runs, off, same="lr_scale"), name)
 
 
@@ -60,10 +60,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def said(values: Sequence[float], digits: int = 2) -> str:
     """mean ± half of the interval, of the values that are not NaN; a dash where there is none."""
     values = [value for value in values if not math.isnan(value)]
-    if not values:
-        return "–"
-    mean, half = interval(values)
-    return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+    return " ± ".join(f"{x:.{digits}f}" for x in (interval(values) if values else ()) if not math.isnan(x)) or "–"
 
 
 def p_text(p: float) -> str:
@@ -71,7 +68,7 @@ def p_text(p: float) -> str:
 
 
 def paired(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[list[float], float]:
-    """Differences a − b over the seeds that both have, and the p-value of a paired t-test that their mean is 0; NaN where all are equal."""
+    """Differences a − b over the seeds that both have, and the p-value of a paired t-test; NaN where all are equal."""
     differences = (pd.Series(a, dtype=float) - pd.Series(b, dtype=float)).dropna().tolist()
     if len(differences) < 2 or np.ptp(differences) == 0:
         return differences, math.nan
@@ -79,7 +76,7 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[list[float],
 
 
 def holm(ps: Mapping[str, float]) -> dict[str, float]:
-    """p-values adjusted for being n (Holm): the smallest times n, the next times n − 1, …, and none below the one before."""
+    """p-values adjusted for being n (Holm): the smallest times n, the next n − 1, …, none below the one before."""
     ordered = pd.Series(ps, dtype=float).fillna(1.0).sort_values()
     return (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1.0).to_dict()
 
@@ -95,12 +92,15 @@ def geometric_mean(values: np.ndarray) -> float:
     return float(stats.gmean(positive)) if len(positive) else math.nan
 
 
-def loss(run: Run) -> float:
-    return run.final_loss()
+loss = Run.final_loss
 
 
-def final_val(run: Run) -> float:
-    return run.series("val/loss").iloc[-1]
+def at_the_end(key: str) -> Callable[[Run], float]:
+    return lambda run: run.series(key).iloc[-1]
+
+
+final_val = at_the_end("val/loss")
+srank = at_the_end("srank/attention")  # of attention's matrices, geometric mean
 
 
 def gap(run: Run) -> float:
@@ -108,9 +108,9 @@ def gap(run: Run) -> float:
     return final_val(run) - loss(run)
 
 
-def srank(run: Run) -> float:
-    """Stable rank of attention's matrices at the end, geometric mean."""
-    return run.series("srank/attention").iloc[-1]
+def capped_loss(run: Run) -> float:
+    """Final loss, at most the initial one."""
+    return min(loss(run), run.steps["train/loss"][1])
 
 
 def applications(run: Run) -> float:
@@ -119,14 +119,13 @@ def applications(run: Run) -> float:
 
 
 def fluctuation(run: Run, window: int = 100) -> float:
-    """Standard deviation of the logarithm of the gradient norm within windows, median over the windows after the first quarter."""
+    """Standard deviation of log ‖∇‖₂ within windows, median over the windows after the first quarter."""
     logs = np.log(run.steps["grad_norm"].clip(lower=1e-30).to_numpy())[len(run.steps) // 4 :]
-    parts = logs[: len(logs) // window * window].reshape(-1, window)
-    return float(np.median(parts.std(1, ddof=1)))
+    return float(np.median(logs[: len(logs) // window * window].reshape(-1, window).std(1, ddof=1)))
 
 
 def spikes(run: Run, window: int = 1000, sigmas: float = 7.0) -> float:
-    """Gradient norms in a thousand that are 7 σ above the mean of the thousand before them (OLMo 2's spike score, arXiv 2501.00656)."""
+    """Gradient norms in a thousand that are 7 σ above the mean of the thousand before (OLMo 2, arXiv 2501.00656)."""
     norms = run.steps["grad_norm"].to_numpy()
     before = np.lib.stride_tricks.sliding_window_view(norms[:-1], window)
     with np.errstate(invalid="ignore"):
@@ -135,7 +134,7 @@ def spikes(run: Run, window: int = 1000, sigmas: float = 7.0) -> float:
 
 
 def application_cost(run: Run, after: int = 10, before: int = 20) -> float:
-    """Mean training loss of the 10 steps after an application above that of the 20 steps before it, over all after the first third."""
+    """Mean training loss of the 10 steps after an application above that of the 20 before it, after the first third."""
     losses, period = run.steps["train/loss"].to_numpy(), run.config["msign_period"]
     if not period:
         return math.nan
@@ -151,19 +150,19 @@ def early_peak(run: Run) -> float:
 
 
 def late(run: Run) -> bool:
-    """Whether a run failed as the paper's do: smooth in the first third (no gradient norm of ten times its median), collapsed after it."""
+    """Whether a run failed as the paper's do: no gradient norm of ten medians in the first third, a collapse later."""
     return bool(run.collapse and run.end > len(run.steps) // 3 and early_peak(run) < SPIKE)
 
 
 def before_the_end(run: Run, key: str) -> pd.Series:
-    """Values of `key` by step, from the first quarter of the time on, up to the collapse or the run's end: what `find_onsets` looks at."""
+    """Values of `key` between the first quarter and the collapse or the end: what collapse.find_onsets looks at."""
     values = run.series(key)
     return values[(values.index > run.end / 4) & (values.index <= run.end)]
 
 
 def link(run: Run, cause: str, effect: str, least: int = 8) -> float:
-    """Rank correlation (Spearman) of two logged values over the steps of `before_the_end` at which both were measured; NaN with fewer
-    than `least`. The gradient norm counts by the median of its last 100 steps."""
+    """Rank correlation (Spearman) of two logged values over the steps `before_the_end` at which both were measured; NaN
+    with fewer than `least`. The gradient norm counts by the median of its last 100 steps."""
     both = pd.concat([before_the_end(run, key) for key in (cause, effect)], axis=1, join="inner", keys=(cause, effect))
     if effect == "grad_norm":
         both[effect] = run.steps[effect].replace(math.inf, math.nan).rolling(WINDOW, min_periods=1).median()

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from analysis.figures import save
-from analysis.report import RESULTS, drawn, filled, pages
+from analysis.report import PAGES, RESULTS, drawn, filled
 from config import Parser, run_cli
 
 
@@ -20,7 +20,7 @@ def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    texts = {path: filled(path.read_text()) for path in pages()}
+    texts = {path: filled(path.read_text()) for path in PAGES}
     stale = [path for path, text in texts.items() if text != path.read_text()]
     if args.check:
         names = ", ".join(path.name for path in stale)

@@ -21,8 +21,7 @@ from analysis.figures import (
     theorems,
 )
 from analysis.runs import judged, load_run
-from analysis.statistics import Arm, grouped
-from analysis.tables import capped_loss
+from analysis.statistics import Arm, capped_loss, grouped
 from config import UserError
 from tests.conftest import ROOT
 from tests.test_runs import logged_theory, made_up
