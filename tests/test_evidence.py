@@ -40,8 +40,12 @@ def grid(tmp_path, arms, seeds=range(5), steps=1000):
     return target, runs
 
 
-ARMS = {"AdamW": (2.5, {}), "MSign": (2.2, {"msign_period": 100}), "same": (2.5, {"msign_period": 100, "msign_targets": "mlp"}),
-        "attention off": (2.4, {"msign_period": 100, "msign_map": "zero"})}  # fmt: skip
+ARMS = {
+    "AdamW": (2.5, {}),
+    "MSign": (2.2, {"msign_period": 100}),
+    "same": (2.5, {"msign_period": 100, "msign_targets": "mlp"}),
+    "attention off": (2.4, {"msign_period": 100, "msign_map": "zero"}),
+}
 
 
 def test_a_packed_grid_is_small_and_says_the_same(tmp_path):
@@ -153,7 +157,7 @@ def test_no_such_grid(tmp_path):
 
 
 def test_sensitivity_is_the_mean_loss_above_the_best(tmp_path):
-    """By hand: initial loss 4; at rates 1, 2, 4 seed 0 ends at 2.0, 2.5 and beyond 4, seed 1 at 2.2, 2.1 and beyond 4."""
+    """By hand: initial loss 4; at rates 1, 2, 4 seed 0 ends at 2.0, 2.5, beyond 4, seed 1 at 2.2, 2.1, beyond 4."""
     runs = []
     for seed, ends in enumerate(([2.0, 2.5, 9.0], [2.2, 2.1, 9.0])):
         for rate, end in zip((1.0, 2.0, 4.0), ends, strict=True):

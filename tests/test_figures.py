@@ -326,7 +326,7 @@ def test_strips_tell_collapsed_runs_from_the_others(arms):
 
 
 def test_losses_are_drawn_against_a_value_of_the_configuration(tmp_path):
-    """Two rates, two seeds; a run that ends above where it began is drawn where it began; the line goes through the means."""
+    """Two rates, two seeds. A run that ends above its start is drawn at its start; the line goes through the means."""
     runs = [
         load_run(made_up(tmp_path / f"{rate}-{seed}", [4.0, *start, *[end + seed] * 400], lr_scale=rate, seed=seed))
         for rate, start, end in ((1.0, [], 2.0), (8.0, [3.0] * 300, 5.0))

@@ -88,8 +88,11 @@ def test_the_summary_says_what_the_first_finding_says(layers):
     assert said(differences) == "-0.46 ± 0.05" and p_text(7 * p) == "< 0.001"  # one of seven rows; Holm's at most
     assert (len(adamw.collapsed), len(msign.collapsed)) == (5, 0) and p_text(fisher(0, 5, 5, 5)) == "0.008"
     summary = REPORT.split("## Terms, set-up and statistics")[0]
-    assert "AdamW collapses in 5 of 5 runs and MSign on attention's matrices in 0 of 5 (p = 0.008)" in summary
-    assert "MSign's final training loss is 0.46 ± 0.05 nats below AdamW's (n = 5)" in summary
+    assert (
+        "AdamW collapses in 5 of 5 runs and MSign on attention's matrices in 0 of 5 (p = 0.008, Fisher's exact test)"
+        in summary
+    )
+    assert "is 0.46 ± 0.05 nats below AdamW's (n = 5)" in summary
 
 
 def test_the_attention_logits_move_first_and_stay_where_w_q_and_w_k_are_restored(layers):
@@ -131,7 +134,10 @@ def test_the_spectral_norm_is_what_must_be_bounded_and_not_the_stable_rank(contr
         return range_of([run.series("srank/attention")[step] for run in controls[name].runs], 1)
 
     assert (ranks(scaled), ranks("AdamW"), ranks("QK-norm")) == ("1.7 to 1.9", "2.3 to 2.6", "4.3")
-    assert "1.7 to 1.9, lower than AdamW's 2.3 to 2.6" in REPORT and "at a stable rank of 4.3 at step 2550" in REPORT
+    assert (
+        "1.7 to 1.9 (n = 3), lower than AdamW's 2.3 to 2.6 (n = 5)" in REPORT
+        and "stable rank at step 2550 is 4.3" in REPORT
+    )
     off = controls["attention off"].by_seed(loss)
     assert not controls["random sign"].collapsed
     assert all(d > 0 for d in paired(controls["random sign"].by_seed(loss), off)[0])
