@@ -145,10 +145,12 @@ def judged(runs: Sequence[Run], off: Sequence[Run] = (), same: str = "wandb_grou
 
 def frames(lines: Sequence[dict]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """`Run.steps` and `Run.layers` of the lines of a metrics.jsonl."""
+    per_layer = {key for key in set().union(*lines) if PER_LAYER.fullmatch(key)}
     rows = [{key: math.inf if value is None else value for key, value in line.items()} for line in lines]
-    steps = pd.DataFrame(rows).set_index("iter").astype(float)
-    layers = steps[[key for key in steps if PER_LAYER.fullmatch(key)]]
-    return steps.drop(columns=layers.columns), layers.dropna(how="all")
+    steps = [{key: value for key, value in row.items() if key not in per_layer} for row in rows]
+    layers = [{key: value for key, value in row.items() if key == "iter" or key in per_layer} for row in rows]
+    layers = [row for row in layers if len(row) > 1]  # a matrix of all steps and layers would be large
+    return tuple(pd.DataFrame(part or [{"iter": 1}]).set_index("iter").astype(float) for part in (steps, layers))
 
 
 def load_run(path: str | Path) -> Run:
