@@ -22,7 +22,7 @@ WORDS = {path.stem: " ".join(text.split()) for path, text in PAGES.items()}  # a
 BLOCKS = [block for text in PAGES.values() for block in re.findall(r"```(\w+)\n(.*?)```", text, flags=re.DOTALL)]
 INLINE = [" ".join(found.split()) for text in PAGES.values() for found in re.findall(r"`(python [^`]+)`", text)]
 COMMANDS = [
-    line.split("  #")[0].strip() for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()
+    line.split(" #")[0].strip() for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()
 ] + INLINE
 
 # what makes each command short enough for a test: the same program, the same arguments, less of it; {} is a folder
