@@ -21,9 +21,7 @@ PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.gl
 WORDS = {path.stem: " ".join(text.split()) for path, text in PAGES.items()}  # a line may end within a sentence
 BLOCKS = [block for text in PAGES.values() for block in re.findall(r"```(\w+)\n(.*?)```", text, flags=re.DOTALL)]
 INLINE = [" ".join(found.split()) for text in PAGES.values() for found in re.findall(r"`(python [^`]+)`", text)]
-COMMANDS = [
-    line.split(" #")[0].strip() for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()
-] + INLINE
+COMMANDS = [line.split(" #")[0].strip() for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()] + INLINE
 
 # what makes each command short enough for a test: the same program, the same arguments, less of it; {} is a folder
 SHORT = {
