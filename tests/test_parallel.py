@@ -18,8 +18,8 @@ import mup
 from config import UserError, load_config
 from engine import checkpoint, parallel
 from engine.runlog import PER_LAYER
+from engine.sampling import open_model
 from model import GPT
-from scripts.sample import open_model
 from tests.conftest import ROOT, SMALL, ranks, refused, small
 from train import train
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from engine.sampling import sample
 from model import GPT
-from scripts.sample import sample
 from tests.conftest import refused, run, small
 
 PHRASE = "the quick brown fox jumps over the lazy dog. "
