@@ -131,7 +131,7 @@ class Config:
     rope_theta: float = opt(10_000.0, "model", "base of RoPE's wavelengths", POSITIVE)
     attention: Literal["mha", "mla", "alternating"] = opt(
         "mha", "model", "multi-head | latent | MHA in even blocks, MLA in odd ones")
-    qk_norm: bool = opt(False, "model", "normalise every head's queries and keys, with gains (MHA only)")
+    qk_norm: bool = opt(False, "model", "normalise every head's queries and keys, with gains")
     n_kv_head: int = opt(0, "model", "heads of keys and values in MHA; 0 = n_head; must divide n_head", COUNT)
     mla_rank: int = opt(0, "model", "MLA's latent dimensions", COUNT)
     mla_rope_dim: int = opt(0, "model", "MLA's rotary dimensions with position = rope; 0 = no positions in MLA", COUNT)
@@ -237,7 +237,6 @@ class Config:
         kv_fits = not self.n_kv_head or self.n_head % self.n_kv_head == 0
         yield kv_fits, "n_kv_head", f"a divisor of n_head={self.n_head}"
         mla = self.attention != "mha"
-        yield not (mla and self.qk_norm), "qk_norm", f"False with attention={self.attention!r}"
         yield not mla or self.mla_rank > 0, "mla_rank", f"above 0 with attention={self.attention!r}"
         yield not mla or self.mla_rope_dim % 2 == 0, "mla_rope_dim", "even"
         rotates = self.position == "rope" and self.attention != "mla"

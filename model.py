@@ -156,7 +156,8 @@ class MLA(Attention):
     Keys and values are made from one latent vector of mla_rank dimensions: W_UK n(W_DKV x) and W_UV n(W_DKV x), where
     n is a norm. Positions enter through mla_rope_dim further dimensions of every query and of one key W_KR x that all
     heads share; with mla_rope_dim = 0 there are no positions. Queries are not compressed. The paper states neither
-    mla_rank nor mla_rope_dim; both are our choice.
+    mla_rank nor mla_rope_dim; both are our choice. With cfg.qk_norm all d_qk dimensions of a head's queries, and of its
+    keys after W_UK, are normalised before the rotation.
     """
 
     def make_keys_and_values(self, cfg: Config):
@@ -171,13 +172,23 @@ class MLA(Attention):
             self.W_KR = nn.Linear(d, self.d_rope, bias=False)
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, c = F.linear(x, self.W_Q.weight * self.scale), self.kv_norm(self.W_DKV(x))
-        q, k, v = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in (q, self.W_UK(c), self.W_UV(c)))
+        c = self.kv_norm(self.W_DKV(x))
+        q, k, v = (
+            y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in (self.W_Q(x), self.W_UK(c), self.W_UV(c))
+        )
         if self.d_rope:
-            shared = rotate(self.W_KR(x), self.theta)[:, None].expand(-1, self.n_head, -1, -1)
-            content, position = q.split([self.d_v, self.d_rope], -1)
-            q, k = torch.cat([content, rotate(position, self.theta)], -1), torch.cat([k, shared], -1)
-        return q, k, v
+            shared = self.W_KR(x)[:, None].expand(-1, self.n_head, -1, -1)
+            k = torch.cat([k, shared], -1)
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.d_rope:
+            q, k = (self.rotate_last(y) for y in (q, k))
+        return q * self.scale, k, v
+
+    def rotate_last(self, y: Tensor) -> Tensor:
+        """y (B, h, T, d_qk) with RoPE on the last mla_rope_dim dimensions."""
+        content, position = y.split([self.d_v, self.d_rope], -1)
+        return torch.cat([content, rotate(position, self.theta)], -1)
 
 
 class MLP(nn.Module):

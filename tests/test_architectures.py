@@ -203,9 +203,11 @@ def latent_attention(attn: MLA, x):
         q = x @ attn.W_Q.weight[h * (k + r) : (h + 1) * (k + r)].T
         keys, values = (c @ W.weight[h * k : (h + 1) * k].T for W in (attn.W_UK, attn.W_UV))
         if r:
-            shared = rotate(x @ attn.W_KR.weight.T, attn.theta)
-            q = torch.cat([q[:, :k], rotate(q[:, k:], attn.theta)], -1)
-            keys = torch.cat([keys, shared], -1)
+            keys = torch.cat([keys, x @ attn.W_KR.weight.T], -1)
+        if hasattr(attn, "q_norm"):
+            q, keys = attn.q_norm(q), attn.k_norm(keys)
+        if r:
+            q, keys = (torch.cat([y[:, :k], rotate(y[:, k:], attn.theta)], -1) for y in (q, keys))
         scores = (q @ keys.T / (k + r) ** 0.5).masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
         heads.append(scores.softmax(-1) @ values)
     return torch.cat(heads, -1) @ attn.W_O.weight.T
@@ -213,8 +215,10 @@ def latent_attention(attn: MLA, x):
 
 @pytest.mark.parametrize("kernel", ["chunked", "math"])
 @pytest.mark.parametrize("rope_dim", [0, 4])
-def test_latent_attention_equals_the_formula(kernel, rope_dim):
-    attn = MLA(small(**ROPE, attention="mla", mla_rank=6, mla_rope_dim=rope_dim, attn_kernel=kernel)).double()
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_latent_attention_equals_the_formula(kernel, rope_dim, qk_norm):
+    latent = dict(attention="mla", mla_rank=6, mla_rope_dim=rope_dim, qk_norm=qk_norm)
+    attn = MLA(small(**ROPE, **latent, attn_kernel=kernel)).double()
     with torch.no_grad():
         for i, p in enumerate(attn.parameters()):
             p.copy_(0.5 * randn(*p.shape, seed=i))
@@ -343,8 +347,3 @@ def test_qk_norm_is_attention_of_normalised_queries_and_keys(position):
     with torch.no_grad():
         attn.W_Q.weight *= 1000  # the logits do not depend on the size of W_Q
     torch.testing.assert_close(attn(x), attn.W_O(y), rtol=1e-3, atol=1e-4)
-
-
-def test_qk_norm_is_for_multi_head_attention():
-    with pytest.raises(UserError, match="qk_norm = True: must be False with attention='mla'"):
-        small(qk_norm=True, attention="mla", mla_rank=4)
