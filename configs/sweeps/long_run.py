@@ -18,6 +18,7 @@ max_steps = 200_000
 eval_every = 10_000
 layers_every = 1000
 jacobian_every = 5000
+compile = "whole"  # an eighth faster than by block
 ckpt_every = 2000
 seed = [0, 1, 2, 3, 4]
 arm = {
