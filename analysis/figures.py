@@ -1,12 +1,12 @@
 """Figures of recorded runs: the overview, the paper's Figures 1 to 4, heat maps of layers, and values of many runs.
 
-Each function returns a matplotlib Figure, which `save` writes, and raises UserError when no run logged what it needs.
+Each function returns a matplotlib Figure of a frame of runs (statistics.judged), which `save` writes, and raises
+UserError when no run logged what it needs.
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
 
@@ -14,14 +14,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from analysis.runs import OFF, Run, judged
-from analysis.statistics import Arm, geometric_mean, grouped, loss
+from analysis.runs import OFF, Run
+
 from config import UserError
 from stability.collapse import WINDOW
 
@@ -42,15 +41,15 @@ def save(fig: Figure, stem: Path) -> list[Path]:
     return paths
 
 
-def colors_of(names: Sequence[str]) -> dict[str, str]:
+def colors_of(names: Iterable[str]) -> dict[str, str]:
     """A colour for each arm: its own, or one that is left."""
     spare = itertools.cycle((GREEN, PURPLE, BLACK))
     return {name: COLORS.get(name) or next(spare) for name in dict.fromkeys(names)}
 
 
-def smooth(values: pd.Series, window: int = WINDOW) -> pd.Series:
-    """Mean over the last `window` values, NaN before there are that many."""
-    return values.rolling(window).mean()
+def geometric_mean(values: pd.Series) -> float:
+    """exp(mean log) of the positive values, NaN when there are none."""
+    return np.exp(np.log(values[values > 0]).mean())
 
 
 def peaks(values: pd.Series, size: int = 10) -> pd.Series:
@@ -59,13 +58,10 @@ def peaks(values: pd.Series, size: int = 10) -> pd.Series:
     return largest.set_axis(values.index[::size])
 
 
-def legend(on: Axes | Figure, **where):
-    """A legend of all axes, every label once."""
-    found = {}
-    for ax in on.axes if isinstance(on, Figure) else [on]:
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    on.legend(found.values(), found, **where)
+def legend(on: Axes | Figure, axes: Iterable[Axes], **where):
+    """A legend of these axes, every label once."""
+    found = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    on.legend(found.values(), found.keys(), **where)
 
 
 def whole_decades(ax: Axes):
@@ -76,108 +72,102 @@ def whole_decades(ax: Axes):
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def draw_training(losses: Axes, norms: Axes, runs: Sequence[Run], styles: Sequence[dict]):
-    """Loss and gradient norm of every run in its line style, with a cross where it collapsed."""
-    means = [smooth(run.steps["train/loss"]) for run in runs]
-    for run, mean, style in zip(runs, means, styles, strict=True):
-        losses.plot(mean[::5], **style)
-        norms.plot(peaks(run.steps["grad_norm"]), **style | {"lw": 0.8})
-        if run.collapse:
-            losses.plot(run.end, mean[run.end], "x", color=style["color"], ms=9, mew=2.5)
-    visible = pd.concat([mean[len(mean) // 5 :] for mean in means])  # the fall from ln V would flatten the rest
+def mean_loss(run: Run) -> pd.Series:
+    return run.steps["train/loss"].rolling(WINDOW).mean()
+
+
+# what the overview draws against the step: a title, a label, and the values of a run
+CURVES: tuple[tuple[str, str, Callable[[Run], pd.Series]], ...] = (
+    ("Training loss, mean of 100 steps (× collapse)", "nats per token", lambda run: mean_loss(run)[::5]),
+    ("Gradient norm before clipping, largest of 10 steps", "‖∇‖₂", lambda run: peaks(run.steps["grad_norm"])),
+    (
+        "Stable rank of the attention matrices, geometric mean",
+        "‖W‖²_F / ‖W‖²₂",
+        lambda run: run.series("srank/attention"),
+    ),
+    ("Learning rate (before μP's multipliers)", "learning rate", lambda run: run.steps["lr"][::5]),
+)
+
+
+def curves(runs: pd.DataFrame, columns: int, label: str = "arm", colors: dict | None = None) -> tuple:
+    """Two rows of CURVES, a line a run in the colour of its column `label`, with a cross where its loss collapsed."""
+    colors = colors or colors_of(runs[label])
+    fig, axes = plt.subplots(2, columns, sharex=True, squeeze=False)
+    for ax, (title, ylabel, values) in zip(axes.flat, CURVES, strict=False):
+        for run, name in zip(runs["run"], runs[label], strict=True):
+            ax.plot(values(run), color=colors[name], label=name, alpha=0.85, lw=1)
+        ax.set(title=title, ylabel=ylabel)
+    losses, norms = axes.flat[:2]
+    for row in runs[runs["collapsed"]].itertuples():
+        losses.plot(row.end, mean_loss(row.run)[row.end], "x", color=colors[getattr(row, label)], ms=9, mew=2.5)
+    visible = pd.concat([mean_loss(run)[len(run.steps) // 5 :] for run in runs["run"]])  # without the fall from ln V
     if visible.notna().any():
         losses.set_ylim(visible.min() - 0.05, visible.max() + 0.1)
-    losses.set(title="Training loss, mean of 100 steps (× collapse)", ylabel="nats per token")
-    norms.set(title="Gradient norm before clipping, largest of 10 steps", ylabel="‖∇‖₂", ylim=(0.1, None), yscale="log")
-    legend(losses)
+    legend(losses, [losses])
+    whole_decades(norms)
+    for ax in axes[-1]:
+        ax.set_xlabel("step")
+    return fig, axes
 
 
-def by_arm(runs: Sequence[Run], **style) -> list[dict]:
-    """A line style for each run: its arm's name and colour."""
-    colors = colors_of([run.arm for run in runs])
-    return [{"color": colors[run.arm], "alpha": 0.85, "label": run.arm, **style} for run in runs]
-
-
-def overview(runs: Sequence[Run]) -> Figure:
+def overview(runs: pd.DataFrame) -> Figure:
     """The headline figure: loss, gradient norm, stable rank and learning rate against step."""
-    fig, ((losses, norms), (srank, rate)) = plt.subplots(2, 2, figsize=(10, 6.4), sharex=True)
-    runs, styles = judged(runs), by_arm(runs)
-    draw_training(losses, norms, runs, styles)
-    for run, style in zip(runs, styles, strict=True):
-        srank.plot(run.series("srank/attention"), **style)
-        rate.plot(run.steps["lr"][::5], **style)
-    width = runs[0].config["d_model"]
+    fig, axes = curves(runs, 2)
+    width = runs["d_model"][0]
     ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 1000) if tick < width] + [width]
-    srank.set(ylim=(1, width * 1.05), yscale="log")
-    srank.set_yticks(ticks, ticks)
-    srank.minorticks_off()
-    srank.set(title="Stable rank of the attention matrices, geometric mean", ylabel="‖W‖²_F / ‖W‖²₂", xlabel="step")
-    rate.set(title="Learning rate (before μP's multipliers)", ylabel="learning rate", xlabel="step")
+    axes[1, 0].set(ylim=(1, width * 1.05), yscale="log")
+    axes[1, 0].set_yticks(ticks, ticks)
+    axes[1, 0].minorticks_off()
     return fig
 
 
-def training(runs: Sequence[Run], styles: Sequence[dict]) -> Figure:
-    """Loss above gradient norm, of runs in their line styles. Raises UserError if all are too short for a mean loss."""
-    if all(len(run.steps) < WINDOW for run in runs):
+def fig3(runs: pd.DataFrame, **lines) -> Figure:
+    """Figure 3: loss and gradient norm of every run, a colour per arm. `lines`: other labels and colours of `curves`."""
+    if runs["steps"].max() < WINDOW:
         raise UserError(f"needs a run of at least {WINDOW} steps")
-    fig, axes = plt.subplots(2, 1, sharex=True)
-    draw_training(*axes, runs, styles)
-    whole_decades(axes[1])
-    axes[1].set_xlabel("step")
-    return fig
+    return curves(runs, 1, **lines)[0]
 
 
-def fig3(runs: Sequence[Run]) -> Figure:
-    """Figure 3: loss and gradient norm of every run, a colour per arm."""
-    return training(judged(runs), by_arm(runs, lw=0.9))
-
-
-def fig4(runs: Sequence[Run]) -> Figure:
+def fig4(runs: pd.DataFrame) -> Figure:
     """Figure 4: loss and gradient norm for every period P of MSign, on the targets with the most; AdamW is P = ∞."""
-    names = [arm for arm in [*COLORS, *(run.arm for run in runs)] if arm.startswith("MSign")]
-    arm = max(names, key=lambda arm: len({run.config["msign_period"] for run in runs if run.arm == arm}))
-    period = {run: run.config["msign_period"] or np.inf for run in judged(runs) if run.arm in ("AdamW", arm)}
-    periods = sorted(set(period.values()))
-    if len(periods) < 2:
+    names = [arm for arm in [*COLORS, *runs["arm"]] if arm.startswith("MSign")]
+    arm = max(names, key=lambda name: runs.loc[runs["arm"] == name, "msign_period"].nunique())
+    shown = runs[runs["arm"].isin(["AdamW", arm])].sort_values("msign_period", key=lambda of: of.replace(0, np.inf))
+    words = shown["msign_period"].map(lambda period: f"P = {period}, {arm}" if period else "P = ∞ (AdamW)")
+    if words.nunique() < 2:
         raise UserError("needs runs with at least two different msign_period")
-    colors = dict(zip(periods, plt.get_cmap()(np.linspace(0.9, 0, len(periods))), strict=True))
-    words = {p: "P = ∞ (AdamW)" if p == np.inf else f"P = {p}, {arm}" for p in periods}
-    shown = sorted(period, key=period.get)
-    return training(shown, [{"color": colors[period[run]], "label": words[period[run]]} for run in shown])
+    colors = dict(zip(words.unique(), plt.get_cmap()(np.linspace(0.9, 0, words.nunique())), strict=True))
+    return fig3(shown.assign(period=words), label="period", colors=colors)
 
 
-def columns(runs: Sequence[Run], rows: int, height: float, needs: str) -> tuple[Figure, np.ndarray, Sequence[Run]]:
-    """A figure of axes (rows, columns), with dashed lines at collapses, and the runs that get a column: all when they
-    fit, else the first of each arm. Raises UserError if there is none."""
-    if not runs:
+def columns(runs: pd.DataFrame, logged: Callable[[Run], bool], needs: str, rows: int, height: float) -> tuple:
+    """A figure of axes (rows, columns), with dashed lines at collapses, and the runs that get a column: all that
+    `logged` what it needs when they fit, else the first of each arm. Raises UserError if there is none."""
+    runs = runs[runs["run"].map(logged)]
+    if runs.empty:
         raise UserError(f"needs a run that logs {needs}")
-    if len(runs) > COLUMNS:
-        runs = [arm.runs[0] for arm in grouped(runs)][:COLUMNS]
+    runs = (runs if len(runs) <= COLUMNS else runs.drop_duplicates("arm"))[:COLUMNS]
     fig, axes = plt.subplots(rows, len(runs), figsize=(9, height), sharex=True, sharey="row", squeeze=False)
-    titles = [title(run) for run in runs]
-    rim = [patheffects.withStroke(linewidth=3, foreground="white")]  # keeps the line visible on any colour
-    for column, run, words in zip(axes.T, runs, titles, strict=True):
-        column[0].set_title(words if titles.count(words) == 1 else run.name)
+    titles = runs["arm"] + ", seed " + runs["seed"].map(str)
+    titles = titles.mask(titles.duplicated(keep=False), runs["name"])
+    for column, row, title in zip(axes.T, runs.itertuples(), titles, strict=True):
+        column[0].set_title(title)
         column[-1].set_xlabel("step")
-        for ax in column if run.collapse else ():
-            ax.axvline(run.end, label="collapse", color=BLACK, ls="--", path_effects=rim, zorder=1.5)
-    return fig, axes, runs
-
-
-def title(run: Run) -> str:
-    return f"{run.arm}, seed {run.config['seed']}"
+        for ax in column if row.collapsed else ():
+            ax.axvline(row.end, color="white", lw=3, zorder=1.4)  # keeps the other visible on any colour
+            ax.axvline(row.end, label="collapse", color=BLACK, ls="--", zorder=1.5)
+    return fig, axes, runs["run"]
 
 
 def draw_grad(ax: Axes, run: Run):
-    norms = peaks(run.steps["grad_norm"])
-    ax.plot(norms, color=BLACK, lw=0.8, alpha=0.6, label="gradient norm, largest of 10 steps")
+    label = "gradient norm, largest of 10 steps"
+    ax.plot(peaks(run.steps["grad_norm"]), color=BLACK, lw=0.8, alpha=0.6, label=label)
 
 
-def fig1(runs: Sequence[Run]) -> Figure:
+def fig1(runs: pd.DataFrame) -> Figure:
     """Figure 1, a column per run: early layers' stable rank and the Jacobians' alignment against gradient norm."""
     keys = ("srank/early", "jacobian/alignment")
-    logged = [run for run in judged(runs) if not any(run.series(key).empty for key in keys)]
-    fig, axes, runs = columns(logged, 2, 5.6, " and ".join(keys))
+    fig, axes, runs = columns(runs, lambda run: not any(run.series(k).empty for k in keys), " and ".join(keys), 2, 5.6)
     twins = np.array([[ax.twinx() for ax in row] for row in axes])
     for run, (srank, alignment), pair in zip(runs, axes.T, twins.T, strict=True):
         srank.plot(run.series(keys[0]), ".-", color=GREEN, label="stable rank")
@@ -185,109 +175,95 @@ def fig1(runs: Sequence[Run]) -> Figure:
         flagged = run.series("jacobian/ill_conditioned") / (run.config["n_layer"] - 1)
         words = "share of pairs that are ill-conditioned"
         alignment.fill_between(flagged.index, flagged, step="mid", color=PURPLE, alpha=0.2, lw=0, label=words)
-        alignment.set_ylim(0, 1)
         for twin in pair:
             draw_grad(twin, run)
             twin.sharey(twins[0, 0])
-            twin.tick_params(labelright=run is runs[-1])
+            twin.tick_params(labelright=twin in twins[:, -1])
             twin.grid(False)
     whole_decades(twins[0, 0])
-    for row in twins:
-        row[-1].set_ylabel("gradient norm ‖∇‖₂")
+    for twin in twins[:, -1]:
+        twin.set_ylabel("gradient norm ‖∇‖₂")
     axes[0, 0].set(ylabel="(a) stable rank of the\nearly layers, geometric mean", ylim=(1, None))
-    axes[1, 0].set_ylabel("(b) adjacent alignment\n|v(ℓ+1)ᵀ u(ℓ)|, mean")
-    legend(fig, loc="outside lower center", ncols=3)
+    axes[1, 0].set(ylabel="(b) adjacent alignment\n|v(ℓ+1)ᵀ u(ℓ)|, mean", ylim=(0, 1))
+    legend(fig, fig.axes, loc="outside lower center", ncols=3)
     return fig
 
 
-def fig2(runs: Sequence[Run]) -> Figure:
+def fig2(runs: pd.DataFrame) -> Figure:
     """Figure 2, a column per run: the Jacobians' product and the gradient norm above two lower bounds of that product.
 
     The bounds are up to a hundred decades smaller and get an axis of their own, down to the smallest of Theorem 4.2's;
     what lies below is a mark at its foot.
     """
-    logged = [run for run in judged(runs) if not run.series("jacobian/product").empty]
-    fig, axes, runs = columns(logged, 2, 5.6, "jacobian/product")
+    key = "jacobian/product"
+    fig, axes, runs = columns(runs, lambda run: not run.series(key).empty, key, 2, 5.6)
     stated = pd.concat([run.series("jacobian/bound_4_2") for run in runs])
     floor = stated[stated > 0].min() / 10 if (stated > 0).any() else 0.1
-    bounds = {"provable bound": ("jacobian/bound", BLUE, "s-"),
-              "Theorem 4.2's bound (aM)ᴸ/a": ("jacobian/bound_4_2", VERMILLION, "D-")}  # fmt: skip
     for run, (norms, below) in zip(runs, axes.T, strict=True):
-        product, said = run.series("jacobian/product"), []
+        product, said = run.series(key), []
         norms.plot(product, ".-", color=GREEN, label="product ‖J(L)···J(1)‖₂")
         draw_grad(norms, run)
-        for name, (key, color, style) in bounds.items():
-            bound = run.series(key).reindex(product.index, fill_value=0.0)  # null also stands for zero
-            hidden = bound < floor
-            below.plot(bound.mask(hidden), style, color=color, ms=3, label=name)
-            below.plot(bound.index[hidden], np.full(hidden.sum(), floor), "v", color=color)
-            if hidden.any():
-                said.append(f"{name}: ▾ below the axis\nat {hidden.sum()} of {len(product)} measurements")
+        for name, key_of_bound, color, style in (
+            ("provable bound", "jacobian/bound", BLUE, "s-"),
+            ("Theorem 4.2's bound (aM)ᴸ/a", "jacobian/bound_4_2", VERMILLION, "D-"),
+        ):
+            bound = run.series(key_of_bound).reindex(product.index, fill_value=0.0)  # null also stands for zero
+            hidden = bound[bound < floor]
+            below.plot(bound.mask(bound < floor), style, color=color, ms=3, label=name)
+            below.plot(hidden * 0 + floor, "v", color=color)
+            if len(hidden):
+                said.append(f"{name}: ▾ below the axis\nat {len(hidden)} of {len(product)} measurements")
         below.set_title("\n".join(said), fontsize=8)
     axes[0, 0].set_ylabel("norm")
     whole_decades(axes[0, 0])
     axes[1, 0].set(ylabel="lower bound of the product", yscale="log", ylim=(floor, None))
-    legend(fig, loc="outside lower center", ncols=3)
+    legend(fig, fig.axes, loc="outside lower center", ncols=3)
     return fig
 
 
-def dots(ax: Axes, runs: Sequence[Run], x: Callable, y: Callable, color: str = ""):
+def dots(ax: Axes, runs: pd.DataFrame, x: str, y: str, color: str = ""):
     """Draw a cross for each run that collapsed and a dot for each that did not, in two colours unless one is given."""
-    for run in runs:
-        marker, its_color = ("x", VERMILLION) if run.collapse else ("o", BLUE)
-        ax.plot(x(run), y(run), marker, color=color or its_color, mew=1.5, alpha=0.75)
+    for marker, its_color, of in (("o", BLUE, runs[~runs["collapsed"]]), ("x", VERMILLION, runs[runs["collapsed"]])):
+        ax.plot(of[x], of[y], marker, color=color or its_color, mew=1.5, alpha=0.75)
 
 
-def strips(found: Sequence[Arm]) -> Figure:
+def strips(runs: pd.DataFrame) -> Figure:
     """Final loss of every run, a row per arm; the line is attention-off's mean."""
-    fig, ax = plt.subplots(figsize=(9, 0.9 + 0.34 * len(found)))
-    for row, arm in enumerate(found):
-        dots(ax, arm.runs, lambda run: min(loss(run), 99), lambda run, row=row: row)
-        if arm.name == OFF:
-            ax.axvline(np.mean(arm.values(loss)), color=COLORS[OFF], lw=1, ls="--")
-    ax.set_yticks(range(len(found)), [arm.name for arm in found])
+    names = runs["arm"].unique()
+    fig, ax = plt.subplots(figsize=(9, 0.9 + 0.34 * len(names)))
+    dots(ax, runs.assign(row=pd.factorize(runs["arm"])[0], loss=runs["loss"].clip(upper=99)), "loss", "row")
+    if OFF in names:
+        ax.axvline(runs.loc[runs["arm"] == OFF, "loss"].mean(), color=COLORS[OFF], lw=1, ls="--")
+    ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
     ax.set_xlabel(LOSS)
     return fig
 
 
-def against(panels: Mapping[str, Mapping[str, Sequence[Arm]]], x: Callable[[Run], float], y: Callable[[Run], float],
-            height: float = 4, **labels) -> Figure:  # fmt: skip
-    """One value of every run against another, a column per panel and a colour per line through the means of its arms.
-
-    `panels`: title -> name of a line -> its arms. `labels`: of the axes, and their scales, as in Axes.set.
-    """
-    fig, axes = plt.subplots(1, len(panels), figsize=(9, height), squeeze=False)
-    for ax, (heading, lines) in zip(axes.flat, panels.items(), strict=True):
-        for (name, color), arms in zip(colors_of([*lines]).items(), lines.values(), strict=True):
-            means = sorted((np.mean(arm.values(x)), np.mean(arm.values(y))) for arm in arms)
-            ax.plot(*zip(*means, strict=True), color=color, label=name, marker="" if len(means) > 1 else "o", ms=4)
-            for arm in arms:
-                dots(ax, arm.runs, x, y, color)
+def against(runs: pd.DataFrame, x: str, y: str, height: float = 4, **labels) -> Figure:
+    """One column of the frame against another, a panel for each value of its column `panel`, and for each of its column
+    `line` a colour, with a line through the means of its arms. `labels`: of the axes, and their scales, as Axes.set."""
+    fig, axes = plt.subplots(1, runs["panel"].nunique(), figsize=(9, height), squeeze=False)
+    for ax, (heading, panel) in zip(axes.flat, runs.groupby("panel", sort=False), strict=True):
+        for name, color in colors_of(panel["line"]).items():
+            of = panel[panel["line"] == name]
+            means = of.groupby("arm")[[x, y]].mean().sort_values(x)
+            ax.plot(means[x], means[y], color=color, label=name, marker="" if len(means) > 1 else "o", ms=4)
+            dots(ax, of, x, y, color)
         ax.set(title=heading, **labels)
-    if len(lines) > 1:
+    if runs["line"].nunique() > 1:
         axes[0, 0].legend()
     return fig
 
 
-class HeatMap(NamedTuple):
-    label: str
-    family: str
-    log: bool = True  # else from 0 to 1
-    combine: Callable[[np.ndarray], float] = np.mean
-    roles: tuple[str, ...] = ()
-    between: float = 0.0  # 0.5: values of adjacent layers, drawn between them
-    first: int = 0  # the layer from which on values set the colour scale
-
-
+# family -> label; how the roles of a layer combine, and which; the layer from which on values set the colour scale:
 # the first block lifts small embeddings to the scale of the stream: its Jacobian and gradient would flatten all others
-HEATMAPS = (
-    HeatMap("stable rank of attention,\ngeometric mean", "srank", combine=geometric_mean,
-            roles=("W_Q", "W_K", "W_V", "W_O")),
-    HeatMap("Jacobian norm ‖J(ℓ)‖₂", "jacobian/sigma1", first=1),
-    HeatMap("alignment |v(ℓ+1)ᵀ u(ℓ)|\n(dots: ill-conditioned)", "jacobian/alignment", log=False, between=0.5),
-    HeatMap("gradient norm ‖∇‖₂", "grad_norm", combine=np.linalg.norm, first=1),
-)  # fmt: skip
+HEATMAPS = {
+    "srank": ("stable rank of attention,\ngeometric mean", geometric_mean, "W_[QKVO]", 0),
+    "jacobian/sigma1": ("Jacobian norm ‖J(ℓ)‖₂", "mean", "", 1),
+    "jacobian/alignment": ("alignment |v(ℓ+1)ᵀ u(ℓ)|\n(dots: ill-conditioned)", "mean", "", 0),
+    "grad_norm": ("gradient norm ‖∇‖₂", lambda norms: (norms**2).sum(min_count=1) ** 0.5, r"\w+", 1),
+}
 
 
 def edges(positions: np.ndarray) -> np.ndarray:
@@ -296,64 +272,75 @@ def edges(positions: np.ndarray) -> np.ndarray:
     return np.r_[positions[0] - half[0], positions[:-1] + half[: len(positions) - 1], positions[-1] + half[-1]]
 
 
-def draw_layers(ax: Axes, run: Run, heat: HeatMap, norm: Normalize):
-    """One heat map of one run; grey: not measured."""
-    steps, values = run.by_layer(heat.family, heat.combine, heat.roles)
+def draw_layers(ax: Axes, run: Run, values: pd.DataFrame, norm: Normalize):
+    """A heat map of one run, of values by layer and step; grey: not measured. Those from 0 to 1 are alignments, of
+    adjacent layers, drawn between them."""
     ax.set_facecolor("#e0e0e0")
     ax.grid(False)
-    if not len(steps):
+    if values.empty:
         ax.text(0.5, 0.5, "not logged", transform=ax.transAxes, ha="center", va="center")
         return
-    cells = np.ma.masked_where(~(values > 0), values)  # 0 is what W&B makes of a layer's null
-    ax.pcolormesh(edges(steps), edges(np.arange(len(values)) + heat.between), cells, norm=norm, rasterized=True)
-    if heat.between:
-        at, flags = run.by_layer("jacobian/ill_conditioned")
-        pair, step = np.nonzero(flags == 1)
-        ax.scatter(at[step], pair + heat.between, s=2, c="white", ec="black", lw=0.3)
+    between = 0.0 if isinstance(norm, LogNorm) else 0.5
+    cells = values.where(values > 0)  # 0 is what W&B makes of a layer's null
+    ax.pcolormesh(edges(values.columns), np.arange(len(values) + 1) + between - 0.5, cells, norm=norm, rasterized=True)
+    if between:
+        flags = run.by_layer("jacobian/ill_conditioned").stack()
+        pair, step = np.array([*flags[flags == 1].index]).reshape(-1, 2).T
+        ax.scatter(step, pair + between, s=2, c="white", ec="black", lw=0.3)
 
 
-def heatmaps(runs: Sequence[Run]) -> Figure:
+def heatmaps(runs: pd.DataFrame) -> Figure:
     """Layers against steps, a column per run and a colour scale per row: how a collapse spreads."""
-    logged = [run for run in judged(runs) if any(len(run.by_layer(heat.family)[0]) for heat in HEATMAPS)]
-    needs = "/<layer> or ".join(heat.family for heat in HEATMAPS) + "/<layer>"
-    fig, axes, runs = columns(logged, len(HEATMAPS), 9, needs)
-    for row, heat in zip(axes, HEATMAPS, strict=True):
-        values = [run.by_layer(heat.family, heat.combine, heat.roles)[1][heat.first :].ravel() for run in runs]
-        scale = np.concatenate(values)
+    needs = "/<layer> or ".join(HEATMAPS) + "/<layer>"
+
+    def logged(run: Run) -> bool:
+        return any(not run.by_layer(family, roles=roles).empty for family, (_, _, roles, _) in HEATMAPS.items())
+
+    fig, axes, runs = columns(runs, logged, needs, len(HEATMAPS), 9)
+    for row, (family, (label, combine, roles, first)) in zip(axes, HEATMAPS.items(), strict=True):
+        values = [run.by_layer(family, combine, roles) for run in runs]
+        scale = np.concatenate([of[first:].to_numpy().ravel() for of in values])
         scale = scale[scale > 0] if (scale > 0).any() else np.array([1, 10])
-        norm = LogNorm(scale.min(), scale.max()) if heat.log else Normalize(0, 1)
-        for ax, run in zip(row, runs, strict=True):
-            draw_layers(ax, run, heat, norm)
+        norm = Normalize(0, 1) if family == "jacobian/alignment" else LogNorm(scale.min(), scale.max())
+        for ax, run, of in zip(row, runs, values, strict=True):
+            draw_layers(ax, run, of, norm)
         row[0].set_ylabel("layer")
-        extend = "both" if heat.first else "neither"
-        bar = fig.colorbar(plt.cm.ScalarMappable(norm), ax=row, label=heat.label, pad=0.01, extend=extend)
-        if heat.log:
+        extend = "both" if first else "neither"
+        bar = fig.colorbar(plt.cm.ScalarMappable(norm), ax=row, label=label, pad=0.01, extend=extend)
+        if isinstance(norm, LogNorm):
             bar.locator = LogLocator(subs=(1, 2, 5) if norm.vmax < 100 * norm.vmin else (1,))
             bar.formatter, bar.minorformatter = "{x:g}", NullFormatter()
     return fig
 
 
+# theorem -> title and label of its panel, and its curves: what is logged, words, style and colour
+SIDES = {
+    "measured": ("measured", "o-", GREEN), "log10_measured": ("measured", "o-", GREEN),
+    "bound": ("upper bound", "v-", VERMILLION), "log10_bound": ("lower bound", "^-", BLUE),
+    "srank_hidden": ("hidden states H", "s-", PURPLE), "srank_cohidden": ("co-hidden states ∂L/∂Y", "D-", BLACK),
+}  # fmt: skip
+PANELS = (
+    ("4.5: attention's Jacobian", "‖∂Y/∂H‖₂", ("bound", "measured")),
+    ("4.6: MLP's Jacobian", "‖∂Y/∂H‖₂", ("bound", "measured")),
+    ("4.8: gradient of W_down", "log₁₀ ‖∂L/∂W‖_F", ("log10_measured", "log10_bound")),
+    ("4.10: what the gradients inherit", "stable rank", ("srank_hidden", "srank_cohidden")),
+)
+
+
 def theorems(run: Run) -> Figure:
     """Both sides of Theorems 4.5, 4.6, 4.8 and 4.10, layer by layer, at the last step at which the run logged them."""
-    steps = run.by_layer("theory/4.5/measured")[0]
-    if not len(steps):
+    steps = run.by_layer("theory/4.5/measured").columns
+    if steps.empty:
         raise UserError("needs a run that logs theory/… (theory_every)")
-    measured, upper, lower = ("measured", "o-", GREEN), ("upper bound", "v-", VERMILLION), ("lower bound", "^-", BLUE)
-    hidden, cohidden = ("hidden states H", "s-", PURPLE), ("co-hidden states ∂L/∂Y", "D-", BLACK)
-    panels = {
-        "4.5: attention's Jacobian": ("‖∂Y/∂H‖₂", {"bound": upper, "measured": measured}),
-        "4.6: MLP's Jacobian": ("‖∂Y/∂H‖₂", {"bound": upper, "measured": measured}),
-        "4.8: gradient of W_down": ("log₁₀ ‖∂L/∂W‖_F", {"log10_measured": measured, "log10_bound": lower}),
-        "4.10: what the gradients inherit": ("stable rank", {"srank_hidden": hidden, "srank_cohidden": cohidden}),
-    }
     fig, axes = plt.subplots(2, 2, sharex=True)
-    for ax, (heading, (ylabel, sides)) in zip(axes.flat, panels.items(), strict=True):
-        for side, (words, style, color) in sides.items():
-            values = run.by_layer(f"theory/{heading.split(':')[0]}/{side}")[1]
-            ax.plot(values[:, -1], style, color=color, ms=4, label=words)
+    for ax, (heading, ylabel, sides) in zip(axes.flat, PANELS, strict=True):
+        for side in sides:
+            words, style, color = SIDES[side]
+            values = run.by_layer(f"theory/{heading.split(':')[0]}/{side}")
+            ax.plot(values.iloc[:, -1], style, color=color, ms=4, label=words)
         ax.set(title=f"Theorem {heading}", ylabel=ylabel, yscale="log" if "Jacobian" in heading else "linear")
         ax.legend()
     axes[1, 0].set_xlabel("layer")
     axes[1, 1].set(xlabel="layer", ylim=(1, None))
-    fig.suptitle(f"{title(run)}, step {steps[-1]}")
+    fig.suptitle(f"{run.arm}, seed {run.config['seed']}, step {steps[-1]}")
     return fig

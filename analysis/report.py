@@ -1,104 +1,363 @@
-"""What the pages of this repository show of its recorded runs: what each of their blocks and figures is made of."""
+"""Tables of recorded runs, and the pages and figures of this repository that are made of them.
+
+A table is made of a frame of runs (statistics.judged). Most have a row an arm, and their columns are stated as
+{heading: (column of the frame, what makes an arm's values one text)}.
+"""
 
 import functools
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from scipy import stats
 
-from analysis import figures, tables
-from analysis.runs import Run, judged, load_runs
-from analysis.statistics import Arm, applications, arms, capped_loss, gap, grouped, srank
+from analysis import figures, statistics
+from analysis.runs import OFF, Run, load_runs
+from analysis.statistics import LINKS, differences, holm, judged, p_text, p_value, said, spread
 from config import ROOT, UserError
 from engine.plan import paper_table
+from stability.collapse import SIGNALS
 
 RESULTS = ROOT / "results"
 PAGES = (ROOT / "README.md", RESULTS / "REPORT.md", *sorted(ROOT.glob("docs/*.md")))
 # what is recorded, in the order in which scripts/evidence.py runs it
 GRIDS = ("table2_small", "attention_off", "table3_small", "controls", "margin", "rivals", "late_collapse", "late_seeds",
          "late_controls", "texts", "adaptive")  # fmt: skip
-# a finding: its grid, and the arms of other grids that it is held against
+FIRST = ["AdamW", "MSign (attention)", OFF]
+# a finding: its grid, and others of which it shows the arms in FIRST
 FINDINGS = {
-    "layers": ("table2_small", {"attention_off": ["attention off"]}),
-    "controls": ("controls", {"table2_small": ["AdamW", "MSign (attention)"], "attention_off": ["attention off"]}),
-    "rivals": ("rivals", {"attention_off": ["attention off"]}),
-    "late": ("late_controls", {"late_seeds": ["AdamW", "MSign (attention)"]}),
+    "layers": ("table2_small", "attention_off"),
+    "controls": ("controls", "table2_small", "attention_off"),
+    "rivals": ("rivals", "attention_off"),
+    "late": ("late_controls", "late_seeds"),
 }
-FIRST = ["AdamW", "MSign (attention)", "MSign (mlp)", "attention off"]
-# MSign at every P and below thresholds of the stable rank
-BY_NUMBER = {"MSign every P steps": ("table3_small", "msign_period"),
-             "only below a stable rank": ("adaptive", "msign_below")}  # fmt: skip
-TEXTS = {"stdlib-bytes": "a text of megabytes", "stdlib-small": "a text of 8192 bytes"}
+THEOREMS = {  # a theorem: what it states, and what else is said of its measurements
+    "4.2": ("product of the Jacobians above its bound", "at {count[holds]:.0f} measurements of the Jacobians"),
+    "4.4": ("‖W‖₂ = ‖W‖_F / √srank(W), every matrix", "largest relative error {max[error]:.0e}"),
+    "4.5": ("attention's Jacobian below its bound", "empty (χ = 1) in {mean[vacuous]:.0%} of blocks"),
+    "4.6": ("MLP's Jacobian below its bound", ""),
+    "4.8": ("gradient of W_down above its bound", "smallest alignment a = {min[a]:.0e}; "
+            "Jacobian ill-conditioned in {mean[ill_conditioned]:.0%} of blocks"),
+    "4.9": ("sum of squared gradients above its bound", ""),
+    "4.10": ("attention gradients of rank ≤ hidden and co-hidden states'", "empty (full rank anyway) in "
+             "{mean[vacuous]:.0%} of blocks; true of stable ranks in {mean[srank_holds]:.0%}"),
+    "4.12": ("condition for a falling stable rank", "the stable rank falls in {mean[falls]:.0%} of matrices, "
+             "as the first-order formula says in {mean[agrees]:.0%}"),
+}  # fmt: skip
+Column = tuple[str, Callable[[pd.Series], str]]
+
+
+def mean(column: str, digits: int = 2) -> Column:
+    return column, lambda values: said(values, digits)
+
+
+def extent(column: str, digits: int = 2) -> Column:
+    return column, lambda values: spread(values, digits)
+
+
+COLLAPSED = {"collapsed": ("collapsed", lambda fell: f"{fell.sum()} of {len(fell)}")}
+FELL = COLLAPSED | {"at lr multiple": mean("lr_multiple", 1)}
+LOSS = {"final loss": mean("loss")}
+NORM = "largest gradient norm after step 1000"
+OVERVIEW = COLLAPSED | {
+    "at step": extent("fell_at", 0),
+    "at lr multiple": extent("lr_multiple", 1),
+    "final loss": extent("loss"),
+    "below attention-off": extent("below_floor"),
+    NORM: extent("max_grad_norm", 1),
+}
+FINDING = FELL | {
+    NORM: ("max_grad_norm", lambda norms: f"{stats.gmean(norms):.3g} [{norms.min():.3g}, {norms.max():.3g}]"),
+    **LOSS,
+}
+COSTS = {"time": mean("time"), "peak memory, GiB": mean("memory")}
+CALM = {
+    "std of log gradient norm in 100 steps": mean("fluctuation"),
+    "spikes in 1000 steps": mean("spikes", 1),
+    "loss after an application": mean("application_cost", 3),
+}
+MOVED_FIRST = {  # in how many runs each signal was the first to move
+    name: ("first", lambda first, name=name: str(sum(name in names for names in first) or "–"))
+    for name in (*SIGNALS, "none")
+}
+TEXTS = {"training loss": mean("loss"), "validation loss": mean("val"), "difference": mean("gap"),
+         "stable rank": mean("srank", 1)}  # fmt: skip
+# medians of the chain's quantities, and the rank correlation of every link's two sides over the measurements of one run
+LEDGER = COLLAPSED | {
+    "stable rank": mean("srank/attention", 1),
+    "‖J(ℓ)‖₂": mean("jacobian/sigma1", 1),
+    "alignment": mean("jacobian/alignment", 3),
+    "log₁₀ product": mean("log10_product", 1),
+    **{f"ρ({name})": mean(name) for name in LINKS},
+}
+
+
+def markdown(table: pd.DataFrame) -> str:
+    return table.to_markdown(index=False, disable_numparse=True) + "\n"
+
+
+def by_arm(runs: pd.DataFrame, columns: Mapping[str, Column], *by: str) -> pd.DataFrame:
+    """A row per arm, or per values of the columns `by` and arm, in order of appearance: number of runs, columns."""
+    groups = runs.groupby([*by, "arm"], sort=False)
+    cells = {heading: groups[column].agg(words) for heading, (column, words) in columns.items()}
+    return pd.DataFrame({"n": groups.size().map(str)} | cells).reset_index()
+
+
+def overview_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row per arm: seeds, collapses and where, final losses, largest gradient norm; mean [min, max]."""
+    return by_arm(runs, OVERVIEW).rename(columns={"n": "seeds"})
+
+
+def adjusted(runs: pd.DataFrame, column: str) -> pd.Series:
+    """The p-value of every arm's differences in this column, adjusted for all that have some (Holm), in words."""
+    return holm(runs.dropna(subset=column).groupby("arm")[column].agg(p_value)).map(p_text)
+
+
+def arms_table(runs: pd.DataFrame, baseline: str = "AdamW") -> pd.DataFrame:
+    """A row per arm: collapses (with Fisher's exact test against the baseline), where, largest gradient norm, final
+    loss, its differences from the baseline's and attention-off's, and p-values of the first; costs if there are."""
+    floor = OFF in set(runs["arm"])
+    runs = runs.assign(base=differences(runs, baseline), off=differences(runs, OFF) if floor else math.nan)
+    columns = FINDING | {f"against {baseline}": mean("base")} | ({f"against {OFF}": mean("off")} if floor else {})
+    table = by_arm(runs, columns | (COSTS if "time" in runs else {}))
+    table.insert(7, "p", table["arm"].map(adjusted(runs, "base")).fillna("–"))
+    counts = pd.crosstab(runs["arm"], runs["collapsed"]).reindex(columns=[True, False], fill_value=0)
+    ps = counts.apply(lambda of: stats.fisher_exact([of, counts.loc[baseline]]).pvalue, axis=1).drop(baseline)
+    table["collapsed"] += table["arm"].map(ps.map(lambda p: f" (p {p_text(p)})")).fillna("")
+    return table
+
+
+def timed(runs: pd.DataFrame, among: pd.Series, base: pd.Series) -> pd.DataFrame:
+    """The runs with their time relative to the median of those that `base` marks; times and memory only of `among`."""
+    rates = runs["tokens_per_second"].where(among)
+    return runs.assign(time=rates[base].median() / rates, memory=runs["memory"].where(among))
+
+
+def timed_by_period(runs: pd.DataFrame) -> pd.DataFrame:
+    """Times relative to the longest period's, of the runs of its revision: others were made on a busier machine."""
+    longest = runs.loc[runs["msign_period"].idxmax()]
+    return timed(runs, runs["revision"] == longest["revision"], runs["msign_period"] == longest["msign_period"])
+
+
+def fitted_r(runs: pd.DataFrame) -> float:
+    """r of Eq 18, T(P) = T(∞) (1 + r / P), fitted by least squares, in steps an application."""
+    known = timed_by_period(runs).dropna(subset="time")
+    inverse = 1 / known["msign_period"]
+    return float(inverse @ (known["time"] - 1) / (inverse @ inverse))
+
+
+def period_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row per period P: collapses, final loss, and time relative to that of the longest period."""
+    runs = timed_by_period(runs).assign(arm=runs["msign_period"].map(str))
+    return by_arm(runs, FELL | LOSS | {"time": COSTS["time"]}).rename(columns={"arm": "P"})
+
+
+def threshold_table(numbers: pd.DataFrame) -> pd.DataFrame:
+    """A row per threshold of `numbered`: how many matrices it replaced, its collapses and final loss, and the difference
+    from that period which replaced nearly as many (the least ratio), with its p-value as it is."""
+    below = numbers["line"] == "only below a stable rank"
+    runs, periods = numbers[below], numbers[~below]
+    counts = periods.groupby("arm")["applications"].mean().clip(lower=1e-9)
+    near = runs.groupby("arm")["applications"].mean().map(lambda count: np.log(counts / count).abs().idxmin())
+    runs = runs.assign(near=runs["arm"].map(near)).merge(
+        periods[["arm", "seed", "loss", "collapsed", "applications"]], left_on=["near", "seed"],
+        right_on=["arm", "seed"], suffixes=("", "_near"))  # fmt: skip
+    columns = LOSS | {
+        "fixed P of nearly as many": ("near", "first"),
+        "its collapses": ("collapsed_near", COLLAPSED["collapsed"][1]),
+        "against it": mean("difference"),
+        "p": ("difference", lambda values: p_text(p_value(values))),
+    }
+    runs = runs.assign(
+        difference=runs["loss"] - runs["loss_near"], near=runs["near"] + runs["near"].map(counts).map(": {:.0f}".format)
+    )
+    return by_arm(runs, {"matrices replaced in 1000 steps": mean("applications", 0)} | COLLAPSED | columns)
+
+
+def onsets_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row per run that logged a signal: the step at which each of collapse.SIGNALS moved, and its lead over the
+    gradient norm in steps when both moved; the first to move in bold."""
+
+    def cell(row, name: str) -> str:
+        step, lead = row.onsets.signals[name], row.onsets.lead(name)
+        if step is None:
+            return "not logged" if row.run.series(SIGNALS[name][0]).empty else "–"
+        text = f"{step}" + ("" if lead is None else f" ({lead:+d})")
+        return f"**{text}**" if name in row.first else text
+
+    table = pd.DataFrame({
+        "run": row.name, "collapse": str(row.end) if row.collapsed else "–",
+        **{name: cell(row, name) for name in SIGNALS}, "gradient norm": str(row.onsets.grad_norm or "–"),
+    } for row in runs.itertuples())  # fmt: skip
+    return table[(table[list(SIGNALS)] != "not logged").any(axis=1)]
+
+
+def margin_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row per arm whose runs differ in rate and seed: learning-rate sensitivity (arXiv 2309.14322: mean over rates of
+    min(final, initial loss) − best final loss), best loss and its rate, largest rate below which no run collapsed."""
+    rows = []
+    for arm, of in runs.groupby("arm", sort=False):
+        losses = of.pivot(index="seed", columns="lr_scale", values="capped_loss").dropna()
+        safe = losses.columns[~of.groupby("lr_scale")["collapsed"].any().cummax()]
+        rows.append({
+            "arm": arm, "n": f"{losses.shape[1]} × {len(losses)}",
+            "sensitivity, nats": said(losses.sub(losses.min(axis=1), axis=0).mean(axis=1), 3),
+            "best loss": said(losses.min(axis=1)), "at × lr": f"{losses.mean().idxmin():g}",
+            "no collapse up to × lr": f"{safe[-1]:g}" if len(safe) else f"below {losses.columns[0]:g}",
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def late_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row per run: did it collapse, was training smooth until then, what moved first."""
+    return pd.DataFrame({
+        "arm": row.arm, "seed": str(row.seed), "steps": str(row.steps), "final loss": f"{row.loss:.2f}",
+        "collapsed at": str(row.end) if row.collapsed else "–",
+        "largest gradient norm ÷ median, first third": f"{row.early_peak:.1f}",
+        "moved first": str(row.onsets), "late": "yes" if row.late else "no",
+    } for row in runs.itertuples())  # fmt: skip
+
+
+def calm_table(runs: pd.DataFrame, baseline: str = "AdamW") -> pd.DataFrame:
+    """A row per arm: how much gradient norms fluctuate, with the p-value of the difference from the baseline's, how
+    often they spike, and what an application costs."""
+    measures = (statistics.fluctuation, statistics.spikes, statistics.application_cost)
+    runs = runs.assign(**{measure.__name__: runs["run"].map(measure) for measure in measures})
+    runs["difference"] = differences(runs, baseline, "fluctuation")
+    table = by_arm(runs, CALM)
+    table.insert(3, "p", table["arm"].map(adjusted(runs, "difference")).fillna("–"))
+    return table
+
+
+def ranks_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row per grid and text of three runs or more, but those whose attention is zero: the rank correlation (Spearman)
+    of attention's stable rank at the end with the gap and with the validation loss."""
+    rows = []
+    for names, of in runs.dropna(subset="srank").groupby(["wandb_group", "dataset"], sort=False):
+        tests = [stats.spearmanr(of["srank"], of[value]) for value in ("gap", "val")] if len(of) >= 3 else []
+        cells = [cell for test in tests for cell in (f"{test.statistic:.2f}", p_text(test.pvalue))]
+        rows += [[*names, str(len(of)), *cells]] if cells else []
+    heads = ["grid", "text", "n", "with the difference", "p", "with the validation loss", "p"]
+    return pd.DataFrame(rows, columns=heads)
+
+
+def ledger_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row per regime and arm: collapses and LEDGER; means over seeds."""
+    values = pd.DataFrame(map(statistics.chain, runs.itertuples()), index=runs.index)
+    return by_arm(runs.join(values.assign(log10_product=np.log10(values["jacobian/product"]))), LEDGER, "regime")
+
+
+def theory_table(run: Run) -> pd.DataFrame:
+    """A row per theorem, over all measurements of a run: where it holds, its looseness in powers of ten (mean [min,
+    max]), where it is empty. Raises UserError if the run did not log theory/…."""
+    if "theory/4.4/error" not in run.steps:
+        raise UserError(f"{run.folder}: did not log both sides of the theorems (theory_every)")
+    ratio = run.series("jacobian/product") / run.series("jacobian/bound_4_2").replace(0, math.nan)
+    above = np.log10(ratio[ratio > 0])
+    sides = [run.by_layer(f"theory/4.8/log10_{side}").stack() for side in ("measured", "bound")]
+    rows = []
+    for name, (statement, remark) in THEOREMS.items():
+        keys = [key for key in run.steps if key.startswith(f"theory/{name}/")]
+        of = pd.DataFrame({key.rsplit("/")[-1]: run.series(key) for key in keys})
+        if name == "4.2":
+            of = pd.DataFrame({"holds": above >= 0, "looseness": above})
+        elif name == "4.9":
+            of["looseness"] = of["log10_measured"] - of["log10_bound"]
+        loose = sides[0] - sides[1] if name == "4.8" else of.get("looseness", pd.Series(dtype=float))
+        holds = "identity" if name == "4.4" else f"{of['holds'].mean():.0%}"
+        if len(of):  # the Jacobians have a cadence of their own: without a measurement nothing is said of Theorem 4.2
+            parts = of.astype(float).agg(["mean", "min", "max", "count"]).T
+            rows.append([name, statement, holds, spread(loose, 1), remark.format(**parts)])
+    return pd.DataFrame(rows, columns=["theorem", "statement", "holds in", "looseness, powers of ten", ""])
+
+
+packed = functools.cache(lambda grid, folder=RESULTS: load_runs(folder / grid))  # the runs of a recorded grid
 
 
 @functools.cache
-def packed(grid: str, folder: Path = RESULTS) -> list[Run]:
-    """The runs of a recorded grid, in their order."""
-    return load_runs(folder / grid)
+def frame(grid: str, folder: Path = RESULTS, off: str = "") -> pd.DataFrame:
+    """The runs of a recorded grid, with floors from itself or from the grid `off`."""
+    return judged(packed(grid, folder), packed(off, folder) if off else (), same="lr_scale")
 
 
-def recorded(experiment: str) -> list[Run]:
+def recorded(experiment: str) -> pd.DataFrame:
     """The runs recorded under results/<experiment>, arm by arm, seed by seed."""
-    return sorted(packed(experiment), key=lambda run: (FIRST.index(run.arm), run.config["seed"]))
-
-
-def of_first_seed(experiment: str) -> list[Run]:
-    return [run for run in recorded(experiment) if run.config["seed"] == 0]
+    return frame(experiment).sort_values(["arm", "seed"], ignore_index=True)
 
 
 @functools.cache
-def finding(name: str, folder: Path = RESULTS) -> list[Arm]:
-    """The arms of a finding: AdamW, MSign and the floor first, whichever of the grids they are in."""
-    grid, against = FINDINGS[name]
-    others = [run for other, names in against.items() for run in packed(other, folder) if run.arm in names]
-    first = {"AdamW": 0, "MSign (attention)": 1, "attention off": 2}
-    return sorted(arms(others + packed(grid, folder)), key=lambda arm: first.get(arm.name, len(first)))
+def finding(name: str, folder: Path = RESULTS) -> pd.DataFrame:
+    """The runs of a finding: the arms in FIRST, whichever of the grids they are in, and the others."""
+    own, *others = FINDINGS[name]
+    first = [run for grid in others for run in packed(grid, folder) if run.arm in FIRST]
+    order = {arm: place for place, arm in enumerate(FIRST)}
+    runs = judged(first + packed(own, folder), same="lr_scale")
+    return runs.sort_values("arm", key=lambda arms: arms.map(order), kind="stable", ignore_index=True)
 
 
-@functools.cache
-def by_number(grid: str, field: str) -> list[Arm]:
-    """The arms of a grid whose runs differ in a number, by that number."""
-    named = {"msign_period": "P = {}", "msign_below": "below {:g}"}[field]
-    return arms(packed(grid), lambda run: named.format(run.config[field]), packed("attention_off"))
+def numbered() -> pd.DataFrame:
+    """MSign at every period, and below every threshold of the stable rank, the arms named by that number."""
+    every, below = (frame(grid, off="attention_off") for grid in ("table3_small", "adaptive"))
+    every = every.assign(line="MSign every P steps", arm=every["msign_period"].map("P = {}".format))
+    below = below.assign(line="only below a stable rank", arm=below["msign_below"].map("below {:g}".format))
+    return pd.concat([every, below], ignore_index=True)
 
 
-def regimes() -> dict[str, list[Run]]:
+def regimes() -> pd.DataFrame:
     """Recorded runs, by regime, that measured the links of the paper's chain."""
-    return {"ramp": recorded("ramp"), "constant 2 ×": recorded("constant"), "no decay": packed("late_seeds")}
+    of = {"ramp": recorded("ramp"), "constant 2 ×": recorded("constant"), "no decay": frame("late_seeds")}
+    return pd.concat([runs.assign(regime=regime) for regime, runs in of.items()], ignore_index=True)
 
 
 def periods(grid: str) -> str:
-    table = tables.markdown(tables.period_table(packed(grid), packed("attention_off")))
-    return f"{table}\nr = {tables.fitted_r(packed(grid)):.2f} steps an application.\n"
+    runs = frame(grid, off="attention_off")
+    return f"{markdown(period_table(runs))}\nr = {fitted_r(runs):.2f} steps an application.\n"
+
+
+def costs(name: str) -> pd.DataFrame:
+    runs = finding(name)
+    return arms_table(timed(runs, runs["wandb_group"] == name, runs["arm"] == "AdamW"))
+
+
+def texts(name: str) -> pd.DataFrame:
+    runs = frame(name).sort_values("dataset", kind="stable")
+    return by_arm(runs.assign(text=runs["dataset"]), TEXTS, "text")
 
 
 def file(name: str) -> str:
     return (RESULTS / f"{name}.md").read_text()
 
 
+def verdicts(name: str) -> str:
+    runs = recorded(name)
+    return "".join(f"    {verdict}\n" for verdict in runs.loc[runs["seed"] == 0, "verdict"])
+
+
 # kind of a block -> what it shows of the experiment, grid, finding or file of results/ that the block names
 BLOCKS: dict[str, Callable[[str], str | pd.DataFrame]] = {
-    "table": lambda name: tables.overview_table(recorded(name)),
-    "verdicts": lambda name: "".join(f"    {run.verdict}\n" for run in judged(of_first_seed(name))),
-    "onsets": lambda name: tables.onsets_table(recorded(name)),
-    "theorems": lambda name: tables.theory_table(recorded(name)[0]),
-    "finding": lambda name: tables.arms_table(finding(name)),
-    "costs": lambda name: tables.arms_table(finding(name), more=tables.costs(packed(name))),
-    "calm": lambda name: tables.calm_table(finding(name)),
-    "first": lambda name: tables.first_table(finding(name)),
+    "table": lambda name: overview_table(recorded(name)),
+    "verdicts": verdicts,
+    "onsets": lambda name: onsets_table(recorded(name)),
+    "theorems": lambda name: theory_table(recorded(name)["run"][0]),
+    "finding": lambda name: arms_table(finding(name)),
+    "costs": costs,
+    "calm": lambda name: calm_table(finding(name)),
+    "first": lambda name: by_arm(finding(name), MOVED_FIRST),
     "periods": periods,
-    "margin": lambda name: tables.margin_table(arms(packed(name))),
-    "late": lambda name: tables.late_table(arms(packed(name))),
-    "texts": lambda name: tables.texts_table(packed(name)),
-    "thresholds": lambda name: tables.threshold_table(*(by_number(*grid) for grid in reversed(BY_NUMBER.values()))),
-    "ranks": lambda name: tables.ranks_table({grid: packed(grid) for grid in GRIDS if grid != "attention_off"}),
-    "ledger": lambda name: tables.ledger_table(regimes()),
+    "margin": lambda name: margin_table(frame(name)),
+    "late": lambda name: late_table(frame(name)),
+    "texts": texts,
+    "thresholds": lambda name: threshold_table(numbered()),
+    "ranks": lambda name: ranks_table(pd.concat([frame(grid) for grid in GRIDS if grid != "attention_off"])),
+    "ledger": lambda name: ledger_table(regimes()),
     "cost": lambda name: paper_table() + "\n",
     "file": file,
     "targets": lambda name: file(name).split("\n\n")[0] + "\n",  # of a file only the first table
-}  # fmt: skip
+}
 
 
 def filled(text: str) -> str:
@@ -109,7 +368,7 @@ def filled(text: str) -> str:
         if kind not in BLOCKS:
             raise UserError(f"<!-- {kind} {name} -->: no such kind of block; there are {', '.join(BLOCKS)}")
         body = BLOCKS[kind](name)
-        return f"<!-- {kind} {name} -->\n\n{body if isinstance(body, str) else tables.markdown(body)}\n<!-- end -->"
+        return f"<!-- {kind} {name} -->\n\n{body if isinstance(body, str) else markdown(body)}\n<!-- end -->"
 
     return re.sub(r"<!-- (\w+) (\w+) -->.*?<!-- end -->", block, text, flags=re.DOTALL)
 
@@ -118,25 +377,24 @@ def drawn() -> Iterator[tuple[str, Figure]]:
     """Every figure under results/ by its name."""
     for name in FINDINGS:
         yield name, figures.strips(finding(name))
-    rates = {arm.name: grouped(arm.runs, lambda run: run.config["lr_scale"]) for arm in arms(packed("margin"))}
-    numbers = {
-        name: [arm for arm in by_number(*grid) if any(arm.values(applications))] for name, grid in BY_NUMBER.items()
-    }
-    for name, lines, x, xlabel in (
-        ("table3_small", {"MSign (attention)": by_number("table3_small", "msign_period")},
-         lambda run: run.config["msign_period"], "period P of MSign, steps"),
-        ("margin", rates, lambda run: run.config["lr_scale"], "constant learning rate, multiples of the paper's"),
-        ("adaptive", numbers, applications, "matrices replaced in 1000 steps"),
+    numbers, margin, texts = numbered(), frame("margin"), frame("texts")
+    for name, runs, x, xlabel in (
+        ("table3_small", numbers[numbers["line"] == "MSign every P steps"], "msign_period", "period P of MSign, steps"),
+        ("margin", margin.assign(line=margin["arm"], arm=margin["lr_scale"]), "lr_scale", "constant learning rate, multiples of the paper's"),
+        ("adaptive", numbers[numbers["applications"] > 0], "applications", "matrices replaced in 1000 steps"),
     ):  # fmt: skip
-        yield name, figures.against({"": lines}, x, capped_loss, xlabel=xlabel, ylabel=figures.LOSS, xscale="log")
-    panels = {
-        TEXTS[text.name]: {arm.name: [arm] for arm in arms(text.runs)} for text in tables.by_text(packed("texts"))
-    }
+        yield (
+            name,
+            figures.against(runs.assign(panel=""), x, "capped_loss", xlabel=xlabel, ylabel=figures.LOSS, xscale="log"),
+        )
     words = {"xlabel": "stable rank of attention at the end", "ylabel": "validation − training loss, nats"}
-    yield "texts", figures.against(panels, srank, gap, 3.6, **words)
-    yield "calm", figures.fig3([run for run in packed("table2_small") if run.arm in ("AdamW", "MSign (attention)")])
-    yield "late_seeds", figures.fig3(packed("late_seeds"))
+    panel = texts["dataset"].map({"stdlib-bytes": "a text of megabytes", "stdlib-small": "a text of 8192 bytes"})
+    yield "texts", figures.against(texts.assign(panel=panel, line=texts["arm"]), "srank", "gap", 3.6, **words)
+    table2 = frame("table2_small")
+    yield "calm", figures.fig3(table2[table2["arm"].isin(FIRST)])
+    yield "late_seeds", figures.fig3(frame("late_seeds"))
     for name in sorted({path.parents[1].name for path in RESULTS.glob("*/*/record.json")}):
-        yield name, figures.overview(recorded(name))
-        if any("jacobian/sigma1/0" in run.layers for run in of_first_seed(name)):
-            yield f"{name}_heatmaps", figures.heatmaps(of_first_seed(name))
+        runs = recorded(name)
+        yield name, figures.overview(runs)
+        if any("jacobian/sigma1/0" in run.layers for run in runs.loc[runs["seed"] == 0, "run"]):
+            yield f"{name}_heatmaps", figures.heatmaps(runs[runs["seed"] == 0])

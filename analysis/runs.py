@@ -1,17 +1,16 @@
-"""Recorded runs as data frames: read, judged, and written.
+"""Recorded runs, read and written.
 
 Runs are read from run folders (runs/<name>, or copies under results/), offline W&B runs, and recorded grids. A grid
 is a folder of Parquet files: runs.parquet has a row a run, with columns such as config.lr, axes.seed and code.git;
 steps-0.parquet and those that follow have a row a run and step, to four digits, whole runs in one file.
 """
 
-import functools
 import gzip
 import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,6 @@ import pyarrow.parquet as pq
 
 from config import FIELDS, UserError
 from engine.runlog import PER_LAYER, read_metrics, read_wandb
-from stability.collapse import CLEARLY, SIGNALS, Collapse, Onsets, final_loss, find_collapse, find_onsets
 
 DEFAULTS = {name: f.default for name, f in FIELDS.items()}  # of fields that a record is older than
 # what a grid keeps of its runs: three values of every step, the others at their cadences
@@ -47,7 +45,6 @@ class Run:
     axes: dict = field(default_factory=dict)  # its values on the axes of its grid
     code: dict = field(default_factory=dict)  # the revision that made it
     summary: dict = field(default_factory=dict)
-    floor: float | None = None  # what the same model ends at without attention
 
     @property
     def name(self) -> str:
@@ -68,79 +65,19 @@ class Run:
         values = (self.layers if key in self.layers else self.steps).get(key, pd.Series(dtype=float))
         return values[np.isfinite(values)]
 
-    def by_layer(self, family: str, combine: Callable = np.mean, roles: Sequence[str] = ()) -> tuple[np.ndarray, ...]:
-        """Steps (n,) at which `family`/<layer> or `family`/<layer>.<role> was logged, and values (layers, n).
+    def at_end(self, key: str) -> float:
+        """The last finite value of `key`, NaN when there is none."""
+        return self.series(key).get(self.series(key).index.max(), math.nan)
 
-        `combine` makes one value of a layer's roles (all of them, or those named). NaN: not logged, or not finite.
+    def by_layer(self, family: str, combine: str | Callable = "mean", roles: str = r"\w+") -> pd.DataFrame:
+        """Values of `family`/<layer> or `family`/<layer>.<role>: a row a layer, a column for each step with one.
+
+        `combine` makes one value of a layer's roles, of those that match `roles`. NaN: not logged, or not finite.
         """
-        role = rf"\.(?:{'|'.join(roles)})" if roles else r"(?:\.\w+)?"
-        layer = pd.Series(self.layers.columns, dtype=str).str.extract(rf"^{family}/(\d+){role}$", expand=False)
-        logged = self.layers.loc[:, layer.notna().to_numpy()].dropna(how="all")
-        groups = logged.T.groupby(layer.dropna().astype(int).to_numpy())
-        values = np.full((1 + max(groups.groups, default=-1), len(logged)), np.nan)
-        for number, of in groups:
-            found = [column[~np.isnan(column)] for column in of.to_numpy().T]
-            values[number] = [combine(column) if len(column) else np.nan for column in found]
-        return logged.index.to_numpy(), np.where(np.isinf(values), np.nan, values)
-
-    @functools.cached_property
-    def collapse(self) -> Collapse | None:
-        """The collapse by collapse.py's rules; without a floor, by the two that need none."""
-        floor = None if self.arm == OFF else self.floor
-        return find_collapse(self.steps["train/loss"].tolist(), self.steps["grad_norm"].tolist(), floor)
-
-    @property
-    def end(self) -> int:
-        """The step of the collapse, or the last step."""
-        return self.collapse.step if self.collapse else len(self.steps)
-
-    @functools.cached_property
-    def onsets(self) -> Onsets:
-        """What moved first, up to the collapse, or in the whole run if there is none (collapse.find_onsets)."""
-        logged = self.steps.reindex(columns=["grad_norm", *(key for key, _ in SIGNALS.values())])
-        logged = logged.astype(object).where(np.isfinite(logged), None)
-        return find_onsets(logged.reset_index(names="iter").to_dict("records"), self.end)
-
-    def final_loss(self) -> float:
-        """Mean of the last 100 training losses; infinity if one of them is not finite."""
-        return final_loss(self.steps["train/loss"].tolist())
-
-    def max_grad_norm(self, after: int = 1000) -> float:
-        """Largest gradient norm after step `after`, or of all in a shorter run; infinity if one is not finite."""
-        norms = self.steps["grad_norm"]
-        return (norms.iloc[after:] if len(norms) > after else norms).max()
-
-    def lr_multiple(self) -> float:
-        """Learning rate at the collapse, in multiples of the paper's; NaN without one."""
-        return self.steps["lr"][self.end] / self.config["lr"] if self.collapse else math.nan
-
-    def below_floor(self) -> float:
-        """By how much the final loss is below the floor; NaN without one."""
-        return math.nan if self.floor is None or self.arm == OFF else self.floor - self.final_loss()
-
-    @property
-    def rescued(self) -> bool:
-        """No collapse, and clearly better than the same model without attention."""
-        return self.collapse is None and self.below_floor() > CLEARLY
-
-    @property
-    def verdict(self) -> str:
-        """One line, such as `AdamW: collapsed at step 1450 (9.3x): ...`."""
-        if self.collapse:
-            return f"{self.arm}: collapsed at step {self.end} ({self.lr_multiple():.1f}x): {self.collapse.why}"
-        text, below = f"{self.arm}: no collapse, final loss {self.final_loss():.2f}", self.below_floor()
-        if self.rescued:
-            return f"{text}, {below:.2f} below attention-off: attention lives"
-        if math.isnan(below):
-            return text
-        return f"{text}, but not clearly below attention-off ({self.floor:.2f}): attention is of no use"
-
-
-def judged(runs: Sequence[Run], off: Sequence[Run] = (), same: str = "wandb_group") -> list[Run]:
-    """The runs with their floors: the final loss of the attention-off run, among `runs` or else in `off`, that has the
-    same seed and the same value of the field `same`."""
-    floors = {(run.config[same], run.config["seed"]): run.final_loss() for run in (*runs, *off) if run.arm == OFF}
-    return [replace(run, floor=floors.get((run.config[same], run.config["seed"]))) for run in runs]
+        layer = self.layers.columns.astype(str).str.extract(rf"^{family}/(\d+)(?:\.(?:{roles}))?$", expand=False)
+        logged = self.layers.loc[:, layer.notna()].dropna(how="all").T
+        values = logged.groupby(layer.dropna().astype(int)).agg(combine)
+        return values.reindex(range(max(values.index, default=-1) + 1)).where(np.isfinite)
 
 
 def frames(lines: Sequence[dict]) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -1,19 +1,21 @@
-"""Runs by arm, what is measured of one run, and how arms are compared.
+"""The frame of runs, which every table and figure is made of, and how values of its arms are put into words.
 
-Every interval is Student's at 95 %. Every test is two-sided, and paired by seed: two runs of one seed begin with the
-same weights and read the same batches.
+`judged` makes the frame: a row a run, and as columns the fields of its configuration and what `measured` adds. Every
+interval is Student's at 95 %. Every test is two-sided, and paired by seed: two runs of one seed begin with the same
+weights and read the same batches.
 """
 
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from analysis.runs import Run, judged
-from stability.collapse import SPIKE, WINDOW
+from analysis.runs import OFF, Run
+from config import UserError
+from stability.collapse import CLEARLY, SIGNALS, SPIKE, WINDOW, final_loss, find_collapse, find_onsets
 
 # the paper's chain: a name for a link, its cause and its effect as logged
 LINKS = {
@@ -23,99 +25,71 @@ LINKS = {
 }
 
 
-@dataclass(frozen=True)
-class Arm:
-    """Runs that differ in their seed alone."""
-
-    name: str
-    runs: list[Run]
-
-    def values(self, value: Callable[[Run], float]) -> list[float]:
-        return [value(run) for run in self.runs]
-
-    def by_seed(self, value: Callable[[Run], float]) -> dict[int, float]:
-        return {run.config["seed"]: value(run) for run in self.runs}
-
-    @property
-    def collapsed(self) -> list[Run]:
-        return [run for run in self.runs if run.collapse]
-
-
-def grouped(runs: Sequence[Run], name: Callable[[Run], str] = lambda run: run.arm) -> list[Arm]:
-    """The runs by arm, in the order of the first of each."""
-    return [Arm(one, [run for run in runs if name(run) == one]) for one in dict.fromkeys(map(name, runs))]
-
-
-def arms(runs: Sequence[Run], name: Callable[[Run], str] = lambda run: run.arm, off: Sequence[Run] = ()) -> list[Arm]:
-    """The runs by arm. Their floors are the attention-off runs, of `runs` or else `off`, of the same seed and rate."""
-    return grouped(judged(runs, off, same="lr_scale"), name)
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half of its 95 % interval (Student's t); NaN of fewer than two."""
-    n = len(values)
-    return float(np.mean(values)), float(stats.sem(values) * stats.t.ppf(0.975, n - 1)) if n > 1 else math.nan
-
-
-def said(values: Sequence[float], digits: int = 2) -> str:
-    """mean ± half of the interval, of the values that are not NaN; a dash where there is none."""
-    values = [value for value in values if not math.isnan(value)]
-    return " ± ".join(f"{x:.{digits}f}" for x in (interval(values) if values else ()) if not math.isnan(x)) or "–"
-
-
-def p_text(p: float) -> str:
-    return "–" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
-
-
-def paired(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[list[float], float]:
-    """Differences a − b over the seeds that both have, and the p-value of a paired t-test; NaN where all are equal."""
-    differences = (pd.Series(a, dtype=float) - pd.Series(b, dtype=float)).dropna().tolist()
-    if len(differences) < 2 or np.ptp(differences) == 0:
-        return differences, math.nan
-    return differences, float(stats.ttest_1samp(differences, 0.0).pvalue)
+@functools.cache
+def measured(run: Run, floor: float = math.nan) -> dict:
+    """A row of the frame, of a run whose model ends at the loss `floor` without attention. NaN: not known."""
+    losses, norms, steps = run.steps["train/loss"].tolist(), run.steps["grad_norm"], len(run.steps)
+    collapse = find_collapse(losses, norms.tolist(), None if math.isnan(floor) else floor)
+    end, loss = collapse.step if collapse else steps, final_loss(losses)
+    logged = run.steps.reindex(columns=["grad_norm", *(key for key, _ in SIGNALS.values())])
+    logged = logged.astype(object).where(np.isfinite(logged), None).reset_index(names="iter")
+    onsets = find_onsets(logged.to_dict("records"), end)
+    val, srank = (run.series(key).iloc[-1:].sum(min_count=1) for key in ("val/loss", "srank/attention"))
+    early_peak = norms.iloc[WINDOW : steps // 3].max() / norms.median()
+    return (
+        run.config
+        | {
+            "run": run,
+            "arm": run.arm,
+            "revision": str(run.code),
+            "steps": steps,
+            "floor": floor,
+            "collapse": collapse,
+            "collapsed": bool(collapse),
+            "end": end,  # the step of the collapse, or the last one
+            "fell_at": end if collapse else math.nan,
+            "lr_multiple": run.steps["lr"][end] / run.config["lr"] if collapse else math.nan,  # there, of the paper's
+            "onsets": onsets,  # what moved first, up to the collapse, or in the whole run if there is none
+            "first": onsets.first or ["none"],
+            "loss": loss,  # mean of the last 100 training losses; infinity if one of them is not finite
+            "capped_loss": min(loss, losses[0]),  # at most the initial one
+            "below_floor": floor - loss,
+            "rescued": not collapse and floor - loss > CLEARLY,  # better than the same model without attention
+            "val": val,
+            "gap": val - loss,
+            "srank": srank,
+            "max_grad_norm": norms.iloc[1000 if steps > 1000 else 0 :].max(),  # after step 1000, or in a shorter run
+            "early_peak": early_peak,  # largest gradient norm of the first third, over the median of the whole
+            # whether it failed as the paper's do: no gradient norm of ten medians in the first third, a collapse later
+            "late": bool(collapse) and end > steps // 3 and early_peak < SPIKE,
+            "applications": 1000 * run.series("msign/matrices").sum() / steps,  # matrices replaced in 1000 steps
+            "tokens_per_second": run.summary.get("tokens_per_second", math.nan),
+            "memory": run.summary.get("peak_memory_gib", math.nan),
+        }
+    )
 
 
-def holm(ps: Mapping[str, float]) -> dict[str, float]:
-    """p-values adjusted for being n (Holm): the smallest times n, the next n − 1, …, none below the one before."""
-    ordered = pd.Series(ps, dtype=float).fillna(1.0).sort_values()
-    return (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1.0).to_dict()
+def judged(runs: Iterable[Run], off: Iterable[Run] = (), same: str = "wandb_group") -> pd.DataFrame:
+    """The frame of runs. The floor of a run is the final loss of the attention-off run, among `runs` or else in `off`,
+    that has the same seed and the same value of the field `same`."""
+    runs = list(runs)
+    keys = {run: (run.config[same], run.config["seed"]) for run in (*off, *runs)}
+    floors = {keys[run]: final_loss(run.steps["train/loss"].tolist()) for run in keys if run.arm == OFF}
+    floors = [math.nan if run.arm == OFF else floors.get(keys[run], math.nan) for run in runs]
+    frame = pd.DataFrame(map(measured, runs, floors))
+    return frame.assign(verdict=[verdict(row) for row in frame.itertuples()])
 
 
-def fisher(k: int, n: int, of: int, m: int) -> float:
-    """p-value of k of n against `of` of m (Fisher's exact test)."""
-    return float(stats.fisher_exact([[k, n - k], [of, m - of]]).pvalue)
-
-
-def geometric_mean(values: np.ndarray) -> float:
-    """exp(mean log) of the positive values, NaN when there are none."""
-    positive = values[values > 0]
-    return float(stats.gmean(positive)) if len(positive) else math.nan
-
-
-loss = Run.final_loss
-
-
-def at_the_end(key: str) -> Callable[[Run], float]:
-    return lambda run: run.series(key).iloc[-1]
-
-
-final_val = at_the_end("val/loss")
-srank = at_the_end("srank/attention")  # of attention's matrices, geometric mean
-
-
-def gap(run: Run) -> float:
-    """Validation loss at the end minus final training loss."""
-    return final_val(run) - loss(run)
-
-
-def capped_loss(run: Run) -> float:
-    """Final loss, at most the initial one."""
-    return min(loss(run), run.steps["train/loss"][1])
-
-
-def applications(run: Run) -> float:
-    """Matrices that were replaced, in a thousand steps."""
-    return 1000 * run.series("msign/matrices").sum() / len(run.steps)
+def verdict(row) -> str:
+    """One line of a row of the frame, such as `AdamW: collapsed at step 1450 (9.3x): ...`."""
+    if row.collapsed:
+        return f"{row.arm}: collapsed at step {row.end} ({row.lr_multiple:.1f}x): {row.collapse.why}"
+    text = f"{row.arm}: no collapse, final loss {row.loss:.2f}"
+    if math.isnan(row.floor):
+        return text
+    if row.rescued:
+        return f"{text}, {row.below_floor:.2f} below attention-off: attention lives"
+    return f"{text}, but not clearly below attention-off ({row.floor:.2f}): attention is of no use"
 
 
 def fluctuation(run: Run, window: int = 100) -> float:
@@ -143,27 +117,54 @@ def application_cost(run: Run, after: int = 10, before: int = 20) -> float:
     return float(np.mean([losses[s : s + after].mean() - losses[s - before : s].mean() for s in steps]))
 
 
-def early_peak(run: Run) -> float:
-    """Largest gradient norm of the first third of a run, over the median of the whole."""
-    norms = run.steps["grad_norm"]
-    return norms[WINDOW : len(norms) // 3].max() / norms.median()
+def chain(row, least: int = 8) -> dict[str, float]:
+    """Of a row of the frame, the medians of the chain's quantities, and the rank correlation (Spearman) of the sides of
+    every link over the steps at which both were measured; NaN with fewer than `least`.
+
+    As in collapse.find_onsets, what counts lies between the first quarter and the collapse or the end, and the gradient
+    norm counts by the median of its last 100 steps.
+    """
+    keys = dict.fromkeys(key for sides in LINKS.values() for key in sides)
+    values = row.run.steps.reindex(columns=list(keys)).replace(math.inf, math.nan)
+    values["grad_norm"] = values["grad_norm"].rolling(WINDOW, min_periods=1).median()
+    values = values[(values.index > row.end / 4) & (values.index <= row.end)]
+    links = {name: values[a].corr(values[b], "spearman", min_periods=least) for name, (a, b) in LINKS.items()}
+    return values.median().to_dict() | links
 
 
-def late(run: Run) -> bool:
-    """Whether a run failed as the paper's do: no gradient norm of ten medians in the first third, a collapse later."""
-    return bool(run.collapse and run.end > len(run.steps) // 3 and early_peak(run) < SPIKE)
+def said(values: pd.Series, digits: int = 2) -> str:
+    """mean ± half of the interval, of the values that are not NaN; a dash where there is none."""
+    values = values.dropna()
+    numbers = values.mean(), values.sem() * stats.t.ppf(0.975, len(values) - 1)
+    return " ± ".join(f"{number:.{digits}f}" for number in numbers if not math.isnan(number)) or "–"
 
 
-def before_the_end(run: Run, key: str) -> pd.Series:
-    """Values of `key` between the first quarter and the collapse or the end: what collapse.find_onsets looks at."""
-    values = run.series(key)
-    return values[(values.index > run.end / 4) & (values.index <= run.end)]
+def spread(values: pd.Series, digits: int = 2) -> str:
+    """mean [min, max] of the values that are not NaN, or the one value there is; a dash where there is none."""
+    values = values.dropna()
+    low, middle, high = (f"{value:.{digits}f}" for value in (values.min(), values.mean(), values.max()))
+    return "–" if values.empty else middle if len(values) == 1 else f"{middle} [{low}, {high}]"
 
 
-def link(run: Run, cause: str, effect: str, least: int = 8) -> float:
-    """Rank correlation (Spearman) of two logged values over the steps `before_the_end` at which both were measured; NaN
-    with fewer than `least`. The gradient norm counts by the median of its last 100 steps."""
-    both = pd.concat([before_the_end(run, key) for key in (cause, effect)], axis=1, join="inner", keys=(cause, effect))
-    if effect == "grad_norm":
-        both[effect] = run.steps[effect].replace(math.inf, math.nan).rolling(WINDOW, min_periods=1).median()
-    return float(stats.spearmanr(both[cause], both[effect]).statistic) if len(both) >= least else math.nan
+def p_text(p: float) -> str:
+    return "–" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def differences(runs: pd.DataFrame, other: str, value: str = "loss") -> pd.Series:
+    """By how much the value of each run differs from that of the arm `other` with its seed; NaN for that arm itself."""
+    if other not in set(runs["arm"]):
+        raise UserError(f"{other}: no such arm; there are {', '.join(runs['arm'].unique())}")
+    values = runs[runs["arm"] == other].set_index("seed")[value]
+    return (runs[value] - runs["seed"].map(values)).where(runs["arm"] != other)
+
+
+def p_value(differences: pd.Series) -> float:
+    """Of a t-test of differences, those that are not NaN, against 0; NaN where all are equal."""
+    known = differences.dropna()
+    return math.nan if known.nunique() < 2 else float(stats.ttest_1samp(known, 0.0).pvalue)
+
+
+def holm(ps: pd.Series) -> pd.Series:
+    """p-values adjusted for being n (Holm): the smallest times n, the next n − 1, …, none below the one before."""
+    ordered = ps.fillna(1.0).sort_values()
+    return (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1.0)

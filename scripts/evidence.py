@@ -16,8 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from analysis.report import GRIDS, RESULTS, finding, packed
-from analysis.tables import arms_table, fitted_r, markdown, period_table
+from analysis.report import GRIDS, RESULTS, arms_table, finding, fitted_r, markdown, packed, period_table
+from analysis.statistics import judged
 from config import Parser, output_folder, run_cli
 
 SHORT = ["--warmup_steps=1250", "--max_steps=1500", "--seed=0,1"]
@@ -47,9 +47,10 @@ def main() -> int:
             return done.returncode
     if args.quick:
         every_100 = [run for run in packed("table2_small", record) if run.arm == "MSign (attention)"]
-        runs = sorted(packed("table3_small", record) + every_100, key=lambda run: run.config["msign_period"])
+        runs = judged(packed("table3_small", record) + every_100, packed("attention_off", record), "lr_scale")
+        runs = runs.sort_values("msign_period", ignore_index=True)
         print(markdown(arms_table(finding("layers", record))))
-        print(markdown(period_table(runs, packed("attention_off", record))))
+        print(markdown(period_table(runs)))
         print(f"r = {fitted_r(runs):.2f} steps an application.")
         return 0
     return subprocess.run([sys.executable, str(ROOT / "scripts" / "report.py")]).returncode

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis.figures import fig1, fig2, fig3, fig4, heatmaps, save
 from analysis.runs import load_run
+from analysis.statistics import judged
 from config import Parser, UserError, run_cli
 
 
@@ -25,7 +26,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("figures"), help="folder for the figures [figures]")
     args = parser.parse_args()
-    runs = [load_run(path) for path in args.runs]
+    runs = judged(map(load_run, args.runs))
     drawn = False
     for draw in (fig1, fig2, fig3, fig4, heatmaps):
         try:

@@ -21,8 +21,9 @@ sys.path.insert(0, str(ROOT))
 from tqdm import tqdm
 
 from analysis.figures import overview, save
-from analysis.runs import judged, load_run, pack_run
-from analysis.tables import markdown, overview_table
+from analysis.report import markdown, overview_table
+from analysis.runs import load_run, pack_run
+from analysis.statistics import judged
 from config import Number, Parser, UserError, output_folder, read_config_file, run_cli
 from data import stdlib
 from engine.pool import Job, Pool
@@ -90,7 +91,7 @@ def main() -> int:
     print(f"{args.experiment}: {size}, recorded in {args.runs_dir}/")
     began = time.perf_counter()
     run_all(jobs, args.workers, max_steps)
-    runs = [load_run(job.folder) for job in jobs]
+    runs = judged(load_run(job.folder) for job in jobs)
     if args.record:
         for job in jobs:
             pack_run(job.folder, args.record / args.experiment / job.name)
@@ -98,7 +99,7 @@ def main() -> int:
     figures = save(overview(runs), stem)
     table = markdown(overview_table(runs))
     stem.with_suffix(".md").write_text(table)
-    print(f"\n{table}\n" + "\n".join(run.verdict for run in judged(runs)))
+    print(f"\n{table}\n" + "\n".join(runs["verdict"]))
     print(f"\n{time.perf_counter() - began:.0f} s; " + ", ".join(str(p) for p in [*figures, stem.with_suffix(".md")]))
     return 0
 
