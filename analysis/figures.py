@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from analysis.runs import OFF, Run
-
 from config import UserError
 from stability.collapse import WINDOW
 
@@ -34,9 +33,8 @@ LOSS = "final training loss, nats per token (× collapsed)"
 def save(fig: Figure, stem: Path) -> list[Path]:
     """Write <stem>.png and .svg; the same runs give the same bytes."""
     paths = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
-    plt.rcParams["svg.hashsalt"] = stem.name
     for path in paths:
-        fig.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        fig.savefig(path, metadata={"Date": None})
     plt.close(fig)
     return paths
 
@@ -69,7 +67,6 @@ def whole_decades(ax: Axes):
     ax.set_yscale("log")
     low, high = np.log10(ax.get_ylim())
     ax.set_ylim(10.0 ** np.floor(low), 10.0 ** np.ceil(high))
-    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def mean_loss(run: Run) -> pd.Series:
@@ -122,7 +119,7 @@ def overview(runs: pd.DataFrame) -> Figure:
 
 
 def fig3(runs: pd.DataFrame, **lines) -> Figure:
-    """Figure 3: loss and gradient norm of every run, a colour per arm. `lines`: other labels and colours of `curves`."""
+    """Figure 3: loss and gradient norm of every run, a colour per arm, or per line (`curves`)."""
     if runs["steps"].max() < WINDOW:
         raise UserError(f"needs a run of at least {WINDOW} steps")
     return curves(runs, 1, **lines)[0]
@@ -165,26 +162,20 @@ def draw_grad(ax: Axes, run: Run):
 
 
 def fig1(runs: pd.DataFrame) -> Figure:
-    """Figure 1, a column per run: early layers' stable rank and the Jacobians' alignment against gradient norm."""
+    """Figure 1, a column per run: early layers' stable rank and the Jacobians' alignment above the gradient norm."""
     keys = ("srank/early", "jacobian/alignment")
-    fig, axes, runs = columns(runs, lambda run: not any(run.series(k).empty for k in keys), " and ".join(keys), 2, 5.6)
-    twins = np.array([[ax.twinx() for ax in row] for row in axes])
-    for run, (srank, alignment), pair in zip(runs, axes.T, twins.T, strict=True):
+    fig, axes, runs = columns(runs, lambda run: not any(run.series(k).empty for k in keys), " and ".join(keys), 3, 7)
+    for run, (srank, alignment, norms) in zip(runs, axes.T, strict=True):
         srank.plot(run.series(keys[0]), ".-", color=GREEN, label="stable rank")
         alignment.plot(run.series(keys[1]), ".-", color=PURPLE, label="alignment")
         flagged = run.series("jacobian/ill_conditioned") / (run.config["n_layer"] - 1)
         words = "share of pairs that are ill-conditioned"
         alignment.fill_between(flagged.index, flagged, step="mid", color=PURPLE, alpha=0.2, lw=0, label=words)
-        for twin in pair:
-            draw_grad(twin, run)
-            twin.sharey(twins[0, 0])
-            twin.tick_params(labelright=twin in twins[:, -1])
-            twin.grid(False)
-    whole_decades(twins[0, 0])
-    for twin in twins[:, -1]:
-        twin.set_ylabel("gradient norm ‖∇‖₂")
+        draw_grad(norms, run)
     axes[0, 0].set(ylabel="(a) stable rank of the\nearly layers, geometric mean", ylim=(1, None))
     axes[1, 0].set(ylabel="(b) adjacent alignment\n|v(ℓ+1)ᵀ u(ℓ)|, mean", ylim=(0, 1))
+    axes[2, 0].set_ylabel("gradient norm ‖∇‖₂")
+    whole_decades(axes[2, 0])
     legend(fig, fig.axes, loc="outside lower center", ncols=3)
     return fig
 
@@ -313,18 +304,18 @@ def heatmaps(runs: pd.DataFrame) -> Figure:
     return fig
 
 
-# theorem -> title and label of its panel, and its curves: what is logged, words, style and colour
-SIDES = {
-    "measured": ("measured", "o-", GREEN), "log10_measured": ("measured", "o-", GREEN),
-    "bound": ("upper bound", "v-", VERMILLION), "log10_bound": ("lower bound", "^-", BLUE),
-    "srank_hidden": ("hidden states H", "s-", PURPLE), "srank_cohidden": ("co-hidden states ∂L/∂Y", "D-", BLACK),
-}  # fmt: skip
+# title, label and curves of a theorem's panel, and what is logged of it -> words, style and colour
 PANELS = (
     ("4.5: attention's Jacobian", "‖∂Y/∂H‖₂", ("bound", "measured")),
     ("4.6: MLP's Jacobian", "‖∂Y/∂H‖₂", ("bound", "measured")),
     ("4.8: gradient of W_down", "log₁₀ ‖∂L/∂W‖_F", ("log10_measured", "log10_bound")),
     ("4.10: what the gradients inherit", "stable rank", ("srank_hidden", "srank_cohidden")),
 )
+SIDES = {
+    "measured": ("measured", "o-", GREEN), "log10_measured": ("measured", "o-", GREEN),
+    "bound": ("upper bound", "v-", VERMILLION), "log10_bound": ("lower bound", "^-", BLUE),
+    "srank_hidden": ("hidden states H", "s-", PURPLE), "srank_cohidden": ("co-hidden states ∂L/∂Y", "D-", BLACK),
+}  # fmt: skip
 
 
 def theorems(run: Run) -> Figure:

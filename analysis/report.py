@@ -35,6 +35,9 @@ FINDINGS = {
     "rivals": ("rivals", "attention_off"),
     "late": ("late_controls", "late_seeds"),
 }
+# lines of a figure and a table: the grid, and the number by which its arms are named
+LINES = {"MSign every P steps": ("table3_small", "msign_period", "P = {}"),
+         "only below a stable rank": ("adaptive", "msign_below", "below {:g}")}  # fmt: skip
 THEOREMS = {  # a theorem: what it states, and what else is said of its measurements
     "4.2": ("product of the Jacobians above its bound", "at {count[holds]:.0f} measurements of the Jacobians"),
     "4.4": ("‖W‖₂ = ‖W‖_F / √srank(W), every matrix", "largest relative error {max[error]:.0e}"),
@@ -48,63 +51,74 @@ THEOREMS = {  # a theorem: what it states, and what else is said of its measurem
     "4.12": ("condition for a falling stable rank", "the stable rank falls in {mean[falls]:.0%} of matrices, "
              "as the first-order formula says in {mean[agrees]:.0%}"),
 }  # fmt: skip
-Column = tuple[str, Callable[[pd.Series], str]]
 
 
-def mean(column: str, digits: int = 2) -> Column:
-    return column, lambda values: said(values, digits)
+def counted(fell: pd.Series) -> str:
+    return f"{fell.sum()} of {len(fell)}"
 
 
-def extent(column: str, digits: int = 2) -> Column:
-    return column, lambda values: spread(values, digits)
+def norms(values: pd.Series) -> str:
+    return f"{stats.gmean(values):.3g} [{values.min():.3g}, {values.max():.3g}]"
 
 
-COLLAPSED = {"collapsed": ("collapsed", lambda fell: f"{fell.sum()} of {len(fell)}")}
-FELL = COLLAPSED | {"at lr multiple": mean("lr_multiple", 1)}
-LOSS = {"final loss": mean("loss")}
+def adjusted(groups) -> pd.Series:
+    """By arm: the p-value of its differences, adjusted for all arms that have some (Holm), in words."""
+    ps = groups.agg(p_value)
+    return holm(ps[groups.count() > 0]).map(p_text).reindex(ps.index, fill_value="–")
+
+
 NORM = "largest gradient norm after step 1000"
+COLLAPSED, LOSS, TIME = {"collapsed": ("collapsed", counted)}, {"final loss": ("loss", said)}, {"time": ("time", said)}
+FELL = COLLAPSED | {"at lr multiple": ("lr_multiple", said, 1)}
 OVERVIEW = COLLAPSED | {
-    "at step": extent("fell_at", 0),
-    "at lr multiple": extent("lr_multiple", 1),
-    "final loss": extent("loss"),
-    "below attention-off": extent("below_floor"),
-    NORM: extent("max_grad_norm", 1),
-}
-FINDING = FELL | {
-    NORM: ("max_grad_norm", lambda norms: f"{stats.gmean(norms):.3g} [{norms.min():.3g}, {norms.max():.3g}]"),
-    **LOSS,
-}
-COSTS = {"time": mean("time"), "peak memory, GiB": mean("memory")}
+    "at step": ("fell_at", spread, 0), "at lr multiple": ("lr_multiple", spread, 1), "final loss": ("loss", spread),
+    "below attention-off": ("below_floor", spread), NORM: ("max_grad_norm", spread, 1),
+}  # fmt: skip
+FINDING = (
+    FELL
+    | {NORM: ("max_grad_norm", norms)}
+    | LOSS
+    | {
+        "against AdamW": ("against AdamW", said),
+        "p": ("against AdamW", adjusted),
+        f"against {OFF}": (f"against {OFF}", said),
+        "time": ("time", said),
+        "peak memory, GiB": ("memory", said),
+    }
+)
 CALM = {
-    "std of log gradient norm in 100 steps": mean("fluctuation"),
-    "spikes in 1000 steps": mean("spikes", 1),
-    "loss after an application": mean("application_cost", 3),
-}
-MOVED_FIRST = {  # in how many runs each signal was the first to move
-    name: ("first", lambda first, name=name: str(sum(name in names for names in first) or "–"))
-    for name in (*SIGNALS, "none")
-}
-TEXTS = {"training loss": mean("loss"), "validation loss": mean("val"), "difference": mean("gap"),
-         "stable rank": mean("srank", 1)}  # fmt: skip
-# medians of the chain's quantities, and the rank correlation of every link's two sides over the measurements of one run
+    "std of log gradient norm in 100 steps": ("fluctuation", said), "p": ("calmer", adjusted),
+    "spikes in 1000 steps": ("spikes", said, 1), "loss after an application": ("application_cost", said, 3),
+}  # fmt: skip
+PERIODS = FELL | LOSS | {"time": ("time", said)}
+THRESHOLDS = {"matrices replaced in 1000 steps": ("applications", said, 0)} | COLLAPSED | LOSS | {
+    "fixed P of nearly as many": ("fixed", "first"), "its collapses": ("collapsed_fixed", counted),
+    "against it": ("difference", said), "p": ("difference", lambda differences: p_text(p_value(differences))),
+}  # fmt: skip
+# in how many runs each signal was the first to move (collapse.find_onsets)
+MOVED_FIRST = {name: ("first", lambda first, name=name: str(sum(name in names for names in first) or "–"))
+               for name in (*SIGNALS, "none")}  # fmt: skip
+TEXTS = {"training loss": ("loss", said), "validation loss": ("val", said), "difference": ("gap", said),
+         "stable rank": ("srank", said, 1)}  # fmt: skip
 LEDGER = COLLAPSED | {
-    "stable rank": mean("srank/attention", 1),
-    "‖J(ℓ)‖₂": mean("jacobian/sigma1", 1),
-    "alignment": mean("jacobian/alignment", 3),
-    "log₁₀ product": mean("log10_product", 1),
-    **{f"ρ({name})": mean(name) for name in LINKS},
-}
+    "stable rank": ("srank/attention", said, 1), "‖J(ℓ)‖₂": ("jacobian/sigma1", said, 1),
+    "alignment": ("jacobian/alignment", said, 3), "log₁₀ product": ("log10_product", said, 1),
+} | {f"ρ({name})": (name, said) for name in LINKS}  # fmt: skip
 
 
 def markdown(table: pd.DataFrame) -> str:
     return table.to_markdown(index=False, disable_numparse=True) + "\n"
 
 
-def by_arm(runs: pd.DataFrame, columns: Mapping[str, Column], *by: str) -> pd.DataFrame:
-    """A row per arm, or per values of the columns `by` and arm, in order of appearance: number of runs, columns."""
+def by_arm(runs: pd.DataFrame, columns: Mapping[str, tuple], *by: str) -> pd.DataFrame:
+    """A row per arm, or per values of `by` and arm, in order of appearance: number of runs, and the columns {heading:
+    (column of the frame, what makes an arm's values one text, its arguments)}, without those that the frame lacks."""
     groups = runs.groupby([*by, "arm"], sort=False)
-    cells = {heading: groups[column].agg(words) for heading, (column, words) in columns.items()}
-    return pd.DataFrame({"n": groups.size().map(str)} | cells).reset_index()
+    cells = {"n": groups.size().map(str)}
+    for heading, (column, words, *digits) in columns.items():
+        if column in runs:
+            cells[heading] = adjusted(groups[column]) if words is adjusted else groups[column].agg(words, *digits)
+    return pd.DataFrame(cells).reset_index()
 
 
 def overview_table(runs: pd.DataFrame) -> pd.DataFrame:
@@ -112,21 +126,13 @@ def overview_table(runs: pd.DataFrame) -> pd.DataFrame:
     return by_arm(runs, OVERVIEW).rename(columns={"n": "seeds"})
 
 
-def adjusted(runs: pd.DataFrame, column: str) -> pd.Series:
-    """The p-value of every arm's differences in this column, adjusted for all that have some (Holm), in words."""
-    return holm(runs.dropna(subset=column).groupby("arm")[column].agg(p_value)).map(p_text)
-
-
-def arms_table(runs: pd.DataFrame, baseline: str = "AdamW") -> pd.DataFrame:
-    """A row per arm: collapses (with Fisher's exact test against the baseline), where, largest gradient norm, final
-    loss, its differences from the baseline's and attention-off's, and p-values of the first; costs if there are."""
-    floor = OFF in set(runs["arm"])
-    runs = runs.assign(base=differences(runs, baseline), off=differences(runs, OFF) if floor else math.nan)
-    columns = FINDING | {f"against {baseline}": mean("base")} | ({f"against {OFF}": mean("off")} if floor else {})
-    table = by_arm(runs, columns | (COSTS if "time" in runs else {}))
-    table.insert(7, "p", table["arm"].map(adjusted(runs, "base")).fillna("–"))
+def arms_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row per arm: collapses (with Fisher's exact test against AdamW), where, largest gradient norm, final loss, its
+    differences from AdamW's and attention-off's, and p-values of the first; costs of runs that are `timed`."""
+    others = ["AdamW", *({OFF} & set(runs["arm"]))]
+    table = by_arm(runs.assign(**{f"against {other}": differences(runs, other) for other in others}), FINDING)
     counts = pd.crosstab(runs["arm"], runs["collapsed"]).reindex(columns=[True, False], fill_value=0)
-    ps = counts.apply(lambda of: stats.fisher_exact([of, counts.loc[baseline]]).pvalue, axis=1).drop(baseline)
+    ps = counts.apply(lambda of: stats.fisher_exact([of, counts.loc["AdamW"]]).pvalue, axis=1).drop("AdamW")
     table["collapsed"] += table["arm"].map(ps.map(lambda p: f" (p {p_text(p)})")).fillna("")
     return table
 
@@ -134,7 +140,7 @@ def arms_table(runs: pd.DataFrame, baseline: str = "AdamW") -> pd.DataFrame:
 def timed(runs: pd.DataFrame, among: pd.Series, base: pd.Series) -> pd.DataFrame:
     """The runs with their time relative to the median of those that `base` marks; times and memory only of `among`."""
     rates = runs["tokens_per_second"].where(among)
-    return runs.assign(time=rates[base].median() / rates, memory=runs["memory"].where(among))
+    return runs.assign(time=rates[base].median() / rates, memory=runs["peak_memory_gib"].where(among))
 
 
 def timed_by_period(runs: pd.DataFrame) -> pd.DataFrame:
@@ -153,29 +159,18 @@ def fitted_r(runs: pd.DataFrame) -> float:
 def period_table(runs: pd.DataFrame) -> pd.DataFrame:
     """A row per period P: collapses, final loss, and time relative to that of the longest period."""
     runs = timed_by_period(runs).assign(arm=runs["msign_period"].map(str))
-    return by_arm(runs, FELL | LOSS | {"time": COSTS["time"]}).rename(columns={"arm": "P"})
+    return by_arm(runs, PERIODS).rename(columns={"arm": "P"})
 
 
-def threshold_table(numbers: pd.DataFrame) -> pd.DataFrame:
-    """A row per threshold of `numbered`: how many matrices it replaced, its collapses and final loss, and the difference
-    from that period which replaced nearly as many (the least ratio), with its p-value as it is."""
-    below = numbers["line"] == "only below a stable rank"
-    runs, periods = numbers[below], numbers[~below]
+def threshold_table(runs: pd.DataFrame, periods: pd.DataFrame) -> pd.DataFrame:
+    """A row per arm of `runs`: how many matrices it replaced, its collapses and final loss, and the difference from
+    that arm of `periods` which replaced nearly as many (the least ratio), with its p-value as it is."""
     counts = periods.groupby("arm")["applications"].mean().clip(lower=1e-9)
-    near = runs.groupby("arm")["applications"].mean().map(lambda count: np.log(counts / count).abs().idxmin())
-    runs = runs.assign(near=runs["arm"].map(near)).merge(
-        periods[["arm", "seed", "loss", "collapsed", "applications"]], left_on=["near", "seed"],
-        right_on=["arm", "seed"], suffixes=("", "_near"))  # fmt: skip
-    columns = LOSS | {
-        "fixed P of nearly as many": ("near", "first"),
-        "its collapses": ("collapsed_near", COLLAPSED["collapsed"][1]),
-        "against it": mean("difference"),
-        "p": ("difference", lambda values: p_text(p_value(values))),
-    }
-    runs = runs.assign(
-        difference=runs["loss"] - runs["loss_near"], near=runs["near"] + runs["near"].map(counts).map(": {:.0f}".format)
-    )
-    return by_arm(runs, {"matrices replaced in 1000 steps": mean("applications", 0)} | COLLAPSED | columns)
+    means = runs.groupby("arm")["applications"].transform("mean").clip(lower=1e-9)
+    near = means.map(lambda mean: np.log(counts / mean).abs().idxmin())
+    runs = runs.assign(near=near, fixed=near + near.map(counts).map(": {:.0f}".format))
+    runs = runs.merge(periods, left_on=["near", "seed"], right_on=["arm", "seed"], suffixes=("", "_fixed"))
+    return by_arm(runs.assign(difference=runs["loss"] - runs["loss_fixed"]), THRESHOLDS)
 
 
 def onsets_table(runs: pd.DataFrame) -> pd.DataFrame:
@@ -222,15 +217,17 @@ def late_table(runs: pd.DataFrame) -> pd.DataFrame:
     } for row in runs.itertuples())  # fmt: skip
 
 
-def calm_table(runs: pd.DataFrame, baseline: str = "AdamW") -> pd.DataFrame:
-    """A row per arm: how much gradient norms fluctuate, with the p-value of the difference from the baseline's, how
-    often they spike, and what an application costs."""
+def calm_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row per arm: how much gradient norms fluctuate, with the p-value of the difference from AdamW's, how often they
+    spike, and what an application costs."""
     measures = (statistics.fluctuation, statistics.spikes, statistics.application_cost)
     runs = runs.assign(**{measure.__name__: runs["run"].map(measure) for measure in measures})
-    runs["difference"] = differences(runs, baseline, "fluctuation")
-    table = by_arm(runs, CALM)
-    table.insert(3, "p", table["arm"].map(adjusted(runs, "difference")).fillna("–"))
-    return table
+    return by_arm(runs.assign(calmer=differences(runs, "AdamW", "fluctuation")), CALM)
+
+
+def texts_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row per text and arm: training and validation loss, their difference, the stable rank at the end."""
+    return by_arm(runs.assign(text=runs["dataset"]).sort_values("text", key=lambda text: pd.factorize(text)[0], kind="stable"), TEXTS, "text")
 
 
 def ranks_table(runs: pd.DataFrame) -> pd.DataFrame:
@@ -299,12 +296,11 @@ def finding(name: str, folder: Path = RESULTS) -> pd.DataFrame:
     return runs.sort_values("arm", key=lambda arms: arms.map(order), kind="stable", ignore_index=True)
 
 
-def numbered() -> pd.DataFrame:
-    """MSign at every period, and below every threshold of the stable rank, the arms named by that number."""
-    every, below = (frame(grid, off="attention_off") for grid in ("table3_small", "adaptive"))
-    every = every.assign(line="MSign every P steps", arm=every["msign_period"].map("P = {}".format))
-    below = below.assign(line="only below a stable rank", arm=below["msign_below"].map("below {:g}".format))
-    return pd.concat([every, below], ignore_index=True)
+def numbered(line: str) -> pd.DataFrame:
+    """MSign at every period, or below every threshold of the stable rank, the arms named by that number."""
+    grid, field, words = LINES[line]
+    runs = frame(grid, off="attention_off")
+    return runs.assign(line=line, arm=runs[field].map(words.format))
 
 
 def regimes() -> pd.DataFrame:
@@ -323,24 +319,14 @@ def costs(name: str) -> pd.DataFrame:
     return arms_table(timed(runs, runs["wandb_group"] == name, runs["arm"] == "AdamW"))
 
 
-def texts(name: str) -> pd.DataFrame:
-    runs = frame(name).sort_values("dataset", kind="stable")
-    return by_arm(runs.assign(text=runs["dataset"]), TEXTS, "text")
-
-
 def file(name: str) -> str:
     return (RESULTS / f"{name}.md").read_text()
-
-
-def verdicts(name: str) -> str:
-    runs = recorded(name)
-    return "".join(f"    {verdict}\n" for verdict in runs.loc[runs["seed"] == 0, "verdict"])
 
 
 # kind of a block -> what it shows of the experiment, grid, finding or file of results/ that the block names
 BLOCKS: dict[str, Callable[[str], str | pd.DataFrame]] = {
     "table": lambda name: overview_table(recorded(name)),
-    "verdicts": verdicts,
+    "verdicts": lambda name: "".join(f"    {verdict}\n" for verdict in recorded(name).query("seed == 0")["verdict"]),
     "onsets": lambda name: onsets_table(recorded(name)),
     "theorems": lambda name: theory_table(recorded(name)["run"][0]),
     "finding": lambda name: arms_table(finding(name)),
@@ -350,8 +336,8 @@ BLOCKS: dict[str, Callable[[str], str | pd.DataFrame]] = {
     "periods": periods,
     "margin": lambda name: margin_table(frame(name)),
     "late": lambda name: late_table(frame(name)),
-    "texts": texts,
-    "thresholds": lambda name: threshold_table(numbered()),
+    "texts": lambda name: texts_table(frame(name)),
+    "thresholds": lambda name: threshold_table(*map(numbered, reversed(LINES))),
     "ranks": lambda name: ranks_table(pd.concat([frame(grid) for grid in GRIDS if grid != "attention_off"])),
     "ledger": lambda name: ledger_table(regimes()),
     "cost": lambda name: paper_table() + "\n",
@@ -377,24 +363,21 @@ def drawn() -> Iterator[tuple[str, Figure]]:
     """Every figure under results/ by its name."""
     for name in FINDINGS:
         yield name, figures.strips(finding(name))
-    numbers, margin, texts = numbered(), frame("margin"), frame("texts")
+    every, below, margin, texts = *map(numbered, LINES), frame("margin"), frame("texts")
+    both = pd.concat([every, below]).query("applications > 0")
+    margin = margin.assign(line=margin["arm"], arm=margin["lr_scale"])
     for name, runs, x, xlabel in (
-        ("table3_small", numbers[numbers["line"] == "MSign every P steps"], "msign_period", "period P of MSign, steps"),
-        ("margin", margin.assign(line=margin["arm"], arm=margin["lr_scale"]), "lr_scale", "constant learning rate, multiples of the paper's"),
-        ("adaptive", numbers[numbers["applications"] > 0], "applications", "matrices replaced in 1000 steps"),
-    ):  # fmt: skip
-        yield (
-            name,
-            figures.against(runs.assign(panel=""), x, "capped_loss", xlabel=xlabel, ylabel=figures.LOSS, xscale="log"),
-        )
+        ("table3_small", every.assign(line="MSign (attention)"), "msign_period", "period P of MSign, steps"),
+        ("margin", margin, "lr_scale", "constant learning rate, multiples of the paper's"),
+        ("adaptive", both, "applications", "matrices replaced in 1000 steps"),
+    ):
+        words = {"xlabel": xlabel, "ylabel": figures.LOSS, "xscale": "log"}
+        yield name, figures.against(runs.assign(panel=""), x, "capped_loss", **words)
+    panels = texts["dataset"].map({"stdlib-bytes": "a text of megabytes", "stdlib-small": "a text of 8192 bytes"})
     words = {"xlabel": "stable rank of attention at the end", "ylabel": "validation − training loss, nats"}
-    panel = texts["dataset"].map({"stdlib-bytes": "a text of megabytes", "stdlib-small": "a text of 8192 bytes"})
-    yield "texts", figures.against(texts.assign(panel=panel, line=texts["arm"]), "srank", "gap", 3.6, **words)
-    table2 = frame("table2_small")
-    yield "calm", figures.fig3(table2[table2["arm"].isin(FIRST)])
+    yield "texts", figures.against(texts.assign(line=texts["arm"], panel=panels), "srank", "gap", 3.6, **words)
+    yield "calm", figures.fig3(frame("table2_small").query("arm in @FIRST"))
     yield "late_seeds", figures.fig3(frame("late_seeds"))
-    for name in sorted({path.parents[1].name for path in RESULTS.glob("*/*/record.json")}):
-        runs = recorded(name)
-        yield name, figures.overview(runs)
-        if any("jacobian/sigma1/0" in run.layers for run in runs.loc[runs["seed"] == 0, "run"]):
-            yield f"{name}_heatmaps", figures.heatmaps(runs[runs["seed"] == 0])
+    for name in ("constant", "ramp"):
+        yield name, figures.overview(recorded(name))
+        yield f"{name}_heatmaps", figures.heatmaps(recorded(name).query("seed == 0"))

@@ -64,7 +64,7 @@ def measured(run: Run, floor: float = math.nan) -> dict:
             "late": bool(collapse) and end > steps // 3 and early_peak < SPIKE,
             "applications": 1000 * run.series("msign/matrices").sum() / steps,  # matrices replaced in 1000 steps
             "tokens_per_second": run.summary.get("tokens_per_second", math.nan),
-            "memory": run.summary.get("peak_memory_gib", math.nan),
+            "peak_memory_gib": run.summary.get("peak_memory_gib", math.nan),
         }
     )
 

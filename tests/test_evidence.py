@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import statistics, tables
-from analysis.runs import Run, frames, judged, load_run, load_runs, record_grid
-from analysis.statistics import Arm, arms
+from analysis import report, statistics
+from analysis.runs import Run, frames, load_run, load_runs, record_grid
+from analysis.statistics import judged, said
 from config import UserError
 from tests.conftest import ROOT
 from tests.test_runs import made_up
@@ -59,7 +59,7 @@ def test_a_packed_grid_is_small_and_says_the_same(tmp_path):
         for key in ("train/loss", "grad_norm", "srank/attention"):
             pd.testing.assert_series_equal(again.series(key), run.series(key), rtol=1e-3)
         assert again.summary == pytest.approx(run.summary, rel=1e-3) and again.summary["peak_memory_gib"] == 0.5
-    assert [str(run.collapse) for run in judged(packed)] == [str(run.collapse) for run in judged(runs)]
+    assert judged(packed).collapse.map(str).tolist() == judged(runs).collapse.map(str).tolist()
     record_grid(tmp_path / "again", runs)
     record_grid(tmp_path / "again", packed[::-1])  # in the place of those of the same names
     for path in target.iterdir():
@@ -77,9 +77,7 @@ def test_a_long_grid_is_several_files(tmp_path, monkeypatch):
     rows = {path.name: len(pd.read_parquet(path)) for path in (tmp_path / "grid").glob("steps-*")}
     assert rows == {"steps-0.parquet": 20, "steps-1.parquet": 40, "steps-2.parquet": 10}
     again = load_runs(tmp_path / "grid")
-    assert [(run.name, run.final_loss(), len(run.steps)) for run in again] == [
-        (r.name, r.final_loss(), len(r.steps)) for r in runs
-    ]
+    pd.testing.assert_frame_equal(*(judged(of)[["name", "loss", "steps"]] for of in (again, runs)))
     monkeypatch.setattr("analysis.runs.ROWS", 100)
     record_grid(tmp_path / "grid", [])
     assert [path.name for path in (tmp_path / "grid").glob("steps-*")] == ["steps-0.parquet"]
@@ -104,33 +102,40 @@ def test_values_that_are_not_finite_stay_so(tmp_path):
 
 
 def test_intervals_are_students():
-    mean, half = statistics.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    mean, half = map(float, said(pd.Series([1.0, 2.0, 3.0, 4.0, 5.0]), 9).split(" ± "))
     assert mean == 3.0
     assert half == pytest.approx(2.776445 * math.sqrt(2.5) / math.sqrt(5), rel=1e-6)  # t(0.975, 4) from a table
-    assert math.isnan(statistics.interval([1.0])[1])
-    assert statistics.said([1.0]) == "1.00" and statistics.said([]) == "–"
+    assert said(pd.Series([1.0])) == "1.00" and said(pd.Series([math.nan])) == "–"
 
 
 def test_holms_adjustment():
-    assert statistics.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
-    assert statistics.holm({"a": 0.5, "b": math.nan}) == pytest.approx({"a": 1.0, "b": 1.0})
+    def holm(**ps):
+        return statistics.holm(pd.Series(ps)).to_dict()
+
+    assert holm(a=0.01, b=0.04, c=0.03) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+    assert holm(a=0.5, b=math.nan) == pytest.approx({"a": 1.0, "b": 1.0})
 
 
-def test_fishers_exact_test():
-    assert statistics.fisher(0, 5, 5, 5) == pytest.approx(2 / 252)
-    assert statistics.fisher(3, 3, 5, 5) == 1.0
+def test_fishers_exact_test_counts_collapses_against_adamws():
+    fell = {"AdamW": [True] * 5, "none": [False] * 5, "all": [True] * 3}
+    runs = [(arm, seed, 1.0, 1.0, 1.0, of) for arm, all_of in fell.items() for seed, of in enumerate(all_of)]
+    columns = ["arm", "seed", "loss", "lr_multiple", "max_grad_norm", "collapsed"]
+    table = report.arms_table(pd.DataFrame(runs, columns=columns))
+    assert table.collapsed.tolist() == ["5 of 5", "0 of 5 (p 0.008)", "3 of 3 (p 1.00)"]  # 2 / 252 is 0.008
 
 
 def test_pairs_are_taken_by_seed():
-    differences, p = statistics.paired({0: 1.0, 1: 2.1, 2: 3.0, 9: 0.0}, {2: 2.0, 0: 0.1, 1: 1.0, 8: 5.0})
-    assert differences == pytest.approx([0.9, 1.1, 1.0])
-    assert p == pytest.approx(0.00332, rel=1e-2)  # t = 17.3 at 2 degrees of freedom
+    a, b = {0: 1.0, 1: 2.1, 2: 3.0, 9: 0.0}, {2: 2.0, 0: 0.1, 1: 1.0, 8: 5.0}
+    runs = [(arm, seed, loss) for arm, of in (("a", a), ("b", b)) for seed, loss in of.items()]
+    differences = statistics.differences(pd.DataFrame(runs, columns=["arm", "seed", "loss"]), "b")
+    assert differences.dropna().tolist() == pytest.approx([0.9, 1.1, 1.0])
+    assert statistics.p_value(differences) == pytest.approx(0.00332, rel=1e-2)  # t = 17.3 at 2 degrees of freedom
 
 
 def test_an_arm_that_is_better_is_told_from_one_that_is_not(tmp_path):
     target, _ = grid(tmp_path, ARMS)
-    found = arms(load_runs(target))
-    rows = tables.arms_table(found).set_index("arm").T
+    runs = judged(load_runs(target))
+    rows = report.arms_table(runs).set_index("arm").T
     against, floor = "against AdamW", "against attention off"
     assert rows["MSign"]["p"] == "< 0.001" and rows["MSign"][against].startswith("-0.30")
     assert rows["MSign"][floor].startswith("-0.20")
@@ -138,16 +143,16 @@ def test_an_arm_that_is_better_is_told_from_one_that_is_not(tmp_path):
     assert rows["AdamW"]["p"] == rows["AdamW"][against] == "–"
     assert rows["AdamW"]["n"] == "5"
     with pytest.raises(UserError, match="Muon: no such arm"):
-        tables.arms_table(found, "Muon")
+        statistics.differences(runs, "Muon")
 
 
 def test_r_of_eq_18_is_fitted(tmp_path):
     """The runs take 1 + 2 / P of the time that none takes."""
     periods = {f"P{p}": (2.2, {"msign_period": p}) for p in (1, 10, 100, 1_000_000)}
     target, _ = grid(tmp_path, periods, seeds=range(2), steps=300)
-    runs = load_runs(target)
-    assert tables.fitted_r(runs) == pytest.approx(2.0, rel=1e-3)
-    first = tables.period_table(runs).iloc[0]
+    runs = judged(load_runs(target))
+    assert report.fitted_r(runs) == pytest.approx(2.0, rel=1e-3)
+    first = report.period_table(runs).iloc[0]
     assert first[["P", "n", "collapsed", "at lr multiple", "time"]].tolist() == ["1", "2", "0 of 2", "–", "3.00 ± 0.00"]
 
 
@@ -166,7 +171,7 @@ def test_sensitivity_is_the_mean_loss_above_the_best(tmp_path):
             stamp(folder)
             runs.append(replace(load_run(folder), axes={"arm": "AdamW"}))
     record_grid(tmp_path / "grid", runs)
-    (cells,) = tables.margin_table(arms(load_runs(tmp_path / "grid"))).to_numpy().tolist()
+    (cells,) = report.margin_table(judged(load_runs(tmp_path / "grid"), same="lr_scale")).to_numpy().tolist()
     mean = ((0 + 0.5 + 2.0) / 3 + (0.1 + 0 + 1.9) / 3) / 2
     assert cells[:2] == ["AdamW", "3 × 2"] and cells[2].startswith(f"{mean:.3f} ±")
     assert cells[3].startswith("2.05 ±") and cells[4:] == ["1", "2"]
@@ -215,8 +220,8 @@ def test_an_application_costs_what_the_loss_rises_by():
 
 def test_columns_of_ones_own(tmp_path):
     target, _ = grid(tmp_path, {"AdamW": (2.5, {}), "MSign": (2.2, {"msign_period": 100})}, seeds=range(2))
-    runs = load_runs(target)
-    table = tables.arms_table(arms(runs), more=tables.costs(runs))
+    runs = judged(load_runs(target))
+    table = report.arms_table(report.timed(runs, runs["wandb_group"] == "e", runs["arm"] == "AdamW"))
     assert table.columns[-3:].tolist() == ["p", "time", "peak memory, GiB"]
     assert table.iloc[1, -2:].tolist() == ["1.02 ± 0.00", "0.50 ± 0.00"]
 
@@ -234,12 +239,12 @@ def test_texts_are_told_apart_and_ranks_correlated(tmp_path):
             stamp(folder)
             runs.append(replace(load_run(folder), axes={"arm": "AdamW"}))
     record_grid(tmp_path / "grid", runs)
-    runs = load_runs(tmp_path / "grid")
+    runs = judged(load_runs(tmp_path / "grid"))
     text = "small AdamW 5 2.00 ± 0.00 2.80 ± 0.20 0.80 ± 0.20 4.0 ± 2.0"
-    assert " ".join(tables.texts_table(runs).iloc[0]) == text
-    small, large = tables.ranks_table({"grid": runs}).to_numpy().tolist()
-    assert small == ["grid", "small", "5", "-1.00", "< 0.001", "-1.00", "< 0.001"]
-    assert large == ["grid", "large", "5", "1.00", "< 0.001", "1.00", "< 0.001"]
+    assert " ".join(report.texts_table(runs).iloc[0]) == text
+    small, large = report.ranks_table(runs).to_numpy().tolist()
+    assert small == ["e", "small", "5", "-1.00", "< 0.001", "-1.00", "< 0.001"]
+    assert large == ["e", "large", "5", "1.00", "< 0.001", "1.00", "< 0.001"]
 
 
 def test_thresholds_are_held_against_the_period_that_replaces_as_many():
@@ -258,10 +263,10 @@ def test_thresholds_are_held_against_the_period_that_replaces_as_many():
             run.steps["train/loss"] = loss + seed / 10 + seed * every / 1e5
             run.steps["msign/matrices"] = np.where(run.steps.index % every == 0, replaced, np.nan)
             runs.append(run)
-        return Arm(name, judged(runs))
+        return judged(runs).assign(arm=name)
 
-    periods = [arm("P = 10", 2.0, 8, 10), arm("P = 100", 2.5, 8, 100), arm("never", 3.0, 0, 100)]
-    table = tables.threshold_table([arm("below 4", 2.25, 1, 10), arm("below 1", 3.0, 0, 10)], periods)
+    periods = pd.concat([arm("P = 10", 2.0, 8, 10), arm("P = 100", 2.5, 8, 100), arm("never", 3.0, 0, 100)])
+    table = report.threshold_table(pd.concat([arm("below 4", 2.25, 1, 10), arm("below 1", 3.0, 0, 10)]), periods)
     four, one = (" | ".join(cells) for cells in table.to_numpy().tolist())
     assert four.startswith("below 4 | 3 | 100 ± 0 | 0 of 3 | 2.35 ± 0.25 | P = 100: 80 | 0 of 3 | -0.25 ± 0.00 |")
     assert one.startswith("below 1 | 3 | 0 ± 0 | 0 of 3 | 3.10 ± 0.25 | never: 0 | 0 of 3 |")
@@ -274,8 +279,7 @@ def test_the_floor_may_come_from_another_grid(tmp_path):
     (run,), off = load_runs(target), load_runs(off)
     off = [replace(other, axes={}) for other in off]
     run.steps.loc[501, "grad_norm"] = 50.0
-    (alone,), (held,) = arms([run]), arms([run], off=off)
-    assert (len(alone.collapsed), len(held.collapsed)) == (0, 1)
+    assert (judged([run]).collapsed[0], judged([run], off, "lr_scale").collapsed[0]) == (False, True)
 
 
 def test_a_late_collapse_is_smooth_first():
@@ -286,16 +290,16 @@ def test_a_late_collapse_is_smooth_first():
             run.steps.loc[spike_at + 1, "grad_norm"] = 20.0
         return run
 
-    assert statistics.late(run(2000)) and statistics.late(run(2000, 1500))
-    assert not any(map(statistics.late, (run(500), run(2000, 900), run(3000))))
-    (row,) = tables.late_table([Arm("a", [run(2000)])]).to_numpy().tolist()
+    found = judged([run(2000), run(2000, 1500), run(500), run(2000, 900), run(3000)])
+    assert found.late.tolist() == [True, True, False, False, False]
+    (row,) = report.late_table(found[:1].assign(arm="a")).to_numpy().tolist()
     assert (
         row[:4] == ["a", "0", "3000", "3.00"] and row[4].startswith("20") and row[5:] == ["1.0", "nothing moved", "yes"]
     )
 
 
 def test_gap_is_validation_minus_training():
-    assert statistics.gap(a_run([1.0] * 200, **{"val/loss": 2.25})) == pytest.approx(0.25)
+    assert judged([a_run([1.0] * 200, **{"val/loss": 2.25})]).gap[0] == pytest.approx(0.25)
 
 
 def test_a_link_is_a_rank_correlation_after_the_first_quarter():
@@ -303,5 +307,6 @@ def test_a_link_is_a_rank_correlation_after_the_first_quarter():
     for step in range(50, 1001, 50):
         run.steps.loc[step, "jacobian/alignment"] = step if step > 250 else -step
         run.steps.loc[step, "jacobian/product"] = 1 / step
-    assert statistics.link(run, "jacobian/alignment", "jacobian/product") == pytest.approx(-1.0)
-    assert math.isnan(statistics.link(run, "jacobian/alignment", "jacobian/product", least=16))
+    (row,) = judged([run]).itertuples()
+    assert statistics.chain(row)["alignment, product"] == pytest.approx(-1.0)
+    assert math.isnan(statistics.chain(row, least=16)["alignment, product"])

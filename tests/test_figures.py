@@ -14,14 +14,15 @@ from analysis.figures import (
     fig4,
     heatmaps,
     overview,
+    geometric_mean,
+    mean_loss,
     peaks,
     save,
-    smooth,
     strips,
     theorems,
 )
-from analysis.runs import judged, load_run
-from analysis.statistics import Arm, capped_loss, grouped
+from analysis.runs import load_run, load_runs
+from analysis.statistics import judged
 from config import UserError
 from tests.conftest import ROOT
 from tests.test_runs import logged_theory, made_up
@@ -68,7 +69,11 @@ def arms(tmp_path):
         made_up(tmp_path / "mlp", [2.6] * 1000, spikes=(700, 800), **on, msign_targets="mlp"),
         made_up(tmp_path / "off", [2.4] * 1000, **on, msign_map="zero"),
     ]
-    return [load_run(folder) for folder in folders]
+    return judged(map(load_run, folders))
+
+
+def with_more(arms, *folders):
+    return judged([*arms.run, *map(load_run, folders)])
 
 
 def lines(ax, label):
@@ -92,7 +97,7 @@ def test_overview_is_drawn_and_repeatable(arms, tmp_path):
 
 def test_fig1_shows_stable_rank_and_alignment_against_gradient_norm(arms):
     fig = fig1(arms)
-    srank, srank_msign, alignment, alignment_msign, *twins = fig.axes
+    srank, srank_msign, alignment, alignment_msign, *norms = fig.axes
     assert [ax.get_title() for ax in fig.axes[:2]] == [
         "AdamW, seed 0",
         "MSign (attention), seed 0",
@@ -101,15 +106,13 @@ def test_fig1_shows_stable_rank_and_alignment_against_gradient_norm(arms):
     assert lines(alignment, "alignment") == [[[50, 100, 200], pytest.approx([0.2, 0.4, 0.6])]]
     assert srank.get_ylabel().startswith("(a) stable rank")
     assert alignment.get_ylabel().startswith("(b) adjacent alignment")
-    assert alignment.get_xlabel() == alignment_msign.get_xlabel() == "step"
-    assert len(twins) == 4
-    for twin in twins:
-        assert twin.get_yscale() == "log"
-        (((first, *_), norms),) = lines(twin, "gradient norm, largest of 10 steps")
+    for ax in norms:
+        assert (ax.get_yscale(), ax.get_xlabel()) == ("log", "step")
+        (((first, *_), values),) = lines(ax, "gradient norm, largest of 10 steps")
         assert first == 1
-        assert set(norms) == {1.0}
-    assert [twin.get_ylabel() for twin in twins] == ["", "gradient norm ‖∇‖₂"] * 2
-    assert [collapses(ax) for ax in (srank, alignment, srank_msign)] == [[150], [150], []]
+        assert set(values) == {1.0}
+    assert [ax.get_ylabel() for ax in norms] == ["gradient norm ‖∇‖₂", ""]
+    assert [collapses(ax) for ax in (srank, alignment, norms[0], srank_msign)] == [[150], [150], [150], []]
 
 
 def test_fig1_shades_the_share_of_ill_conditioned_pairs(arms):
@@ -121,16 +124,16 @@ def test_fig1_shades_the_share_of_ill_conditioned_pairs(arms):
 
 
 def test_beyond_four_runs_the_first_of_each_arm_gets_a_column(arms, tmp_path):
-    more = [load_run(made_up(tmp_path / f"s{i}", [2.5] * 200, probes=probes(), seed=i)) for i in (1, 2, 3)]
-    assert [ax.get_title() for ax in fig1([*arms, *more[:2]]).axes[:4]] == [
+    more = [made_up(tmp_path / f"s{i}", [2.5] * 200, probes=probes(), seed=i) for i in (1, 2, 3)]
+    assert [ax.get_title() for ax in fig1(with_more(arms, *more[:2])).axes[:4]] == [
         "AdamW, seed 0", "MSign (attention), seed 0", "AdamW, seed 1", "AdamW, seed 2"]  # fmt: skip
-    assert [ax.get_title() for ax in fig1([*arms, *more]).axes[:3]] == [
+    assert [ax.get_title() for ax in fig1(with_more(arms, *more)).axes[:3]] == [
         "AdamW, seed 0",
         "MSign (attention), seed 0",
         "",
     ]
-    twice = load_run(made_up(tmp_path / "twice", [2.5] * 200, probes=probes()))
-    assert [ax.get_title() for ax in fig1([*arms[:2], twice]).axes[:3]] == [
+    twice = made_up(tmp_path / "twice", [2.5] * 200, probes=probes())
+    assert [ax.get_title() for ax in fig1(with_more(arms[:2], twice)).axes[:3]] == [
         "adamw",
         "MSign (attention), seed 0",
         "twice",
@@ -156,8 +159,7 @@ def test_fig2_gives_the_bounds_an_axis_and_says_what_lies_below_it(arms):
 
 
 def test_fig3_has_a_line_per_run_and_a_colour_per_arm(arms, tmp_path):
-    second = load_run(made_up(tmp_path / "second", [2.3] * 1000, seed=1, msign_period=100))
-    fig = fig3([*arms, second])
+    fig = fig3(with_more(arms, made_up(tmp_path / "second", [2.3] * 1000, seed=1, msign_period=100)))
     loss, grad = fig.axes
     curves = [line for line in loss.lines if len(line.get_xdata()) > 1]
     colors = [
@@ -167,7 +169,7 @@ def test_fig3_has_a_line_per_run_and_a_colour_per_arm(arms, tmp_path):
     assert [to_hex(line.get_color()).upper() for line in grad.lines] == colors
     assert curves[4].get_ydata()[-1] == pytest.approx(2.3)
     assert grad.lines[2].get_ydata().max() == 50  # the spikes of the MLP arm
-    assert [text.get_text() for text in loss.get_legend().get_texts()] == list(dict.fromkeys(r.arm for r in arms))
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == arms.arm.tolist()
     assert (loss.get_ylabel(), grad.get_ylabel(), grad.get_xlabel()) == ("nats per token", "‖∇‖₂", "step")
     assert grad.get_yscale() == "log"
     crosses = [line.get_xdata()[0] for line in loss.lines if line.get_marker() == "x"]
@@ -175,8 +177,8 @@ def test_fig3_has_a_line_per_run_and_a_colour_per_arm(arms, tmp_path):
 
 
 def test_fig4_has_a_colour_per_period(arms, tmp_path):
-    ten = [load_run(made_up(tmp_path / f"ten{i}", [2.0] * 300, msign_period=10, seed=i)) for i in (0, 1)]
-    loss, grad = fig4([*arms, *ten]).axes
+    ten = [made_up(tmp_path / f"ten{i}", [2.0] * 300, msign_period=10, seed=i) for i in (0, 1)]
+    loss, grad = fig4(with_more(arms, *ten)).axes
     labels = [text.get_text() for text in loss.get_legend().get_texts()]
     assert labels == ["P = 10, MSign (attention)", "P = 100, MSign (attention)", "P = ∞ (AdamW)"]
     colors = [to_hex(line.get_color()) for line in grad.lines]
@@ -231,7 +233,7 @@ def test_heatmaps_of_what_is_partly_there(tmp_path):
     few = {
         10: {"jacobian/sigma1/0": 2.0, "jacobian/alignment/0": 0.5},  # a single step, an older run without flags
     }
-    fig = heatmaps([load_run(made_up(tmp_path / "r", [2.0] * 20, probes=few))])
+    fig = heatmaps(judged([load_run(made_up(tmp_path / "r", [2.0] * 20, probes=few))]))
     said = [[text.get_text() for text in ax.texts] for ax in fig.axes[:4]]
     assert said == [["not logged"], [], [], ["not logged"]]
     assert fig.axes[1].collections[0].get_array().tolist() == [[2.0]]
@@ -255,18 +257,18 @@ def test_figures_repeat_to_the_byte(arms, tmp_path):
 )
 def test_what_a_figure_lacks_is_said(tmp_path, draw, needs):
     with pytest.raises(UserError, match=needs):
-        draw([load_run(made_up(tmp_path / "r", [2.0] * 200))])
+        draw(judged([load_run(made_up(tmp_path / "r", [2.0] * 200))]))
 
 
 def test_a_mean_loss_needs_a_hundred_steps(tmp_path):
-    short = [load_run(made_up(tmp_path / f"r{p}", [2.0] * 99, msign_period=p)) for p in (0, 10)]
+    short = judged(load_run(made_up(tmp_path / f"r{p}", [2.0] * 99, msign_period=p)) for p in (0, 10))
     for draw in (fig3, fig4):
         with pytest.raises(UserError, match="needs a run of at least 100 steps"):
             draw(short)
 
 
 def test_recorded_runs_are_drawn():
-    runs = [load_run(path.parent) for path in sorted((ROOT / "results/ramp").glob("*/record.json"))]
+    runs = judged(load_runs(ROOT / "results/ramp"))
     loss, grad = fig3(runs).axes
     assert len(grad.lines) == len(runs) == 12
     crosses = [line for line in loss.lines if line.get_marker() == "x"]
@@ -274,7 +276,7 @@ def test_recorded_runs_are_drawn():
     loss, grad = fig4(runs).axes
     assert len(grad.lines) == 6
     assert loss.get_legend().get_texts()[0].get_text() == "P = 100, MSign (attention)"  # whatever the order of the runs
-    np.testing.assert_array_equal(fig3(runs).axes[0].lines[0].get_ydata(), smooth(runs[0].steps["train/loss"])[::5])
+    np.testing.assert_array_equal(fig3(runs).axes[0].lines[0].get_ydata(), mean_loss(runs.run[0])[::5])
 
 
 def test_edges_lie_halfway():
@@ -287,9 +289,9 @@ def test_peaks_keep_every_spike():
     assert peaks(norms).to_dict() == {1: 90.0, 11: 2.0, 21: 2.0}
 
 
-def test_smooth():
-    assert smooth(pd.Series([1.0] * 3), 4).isna().all()
-    assert smooth(pd.Series([1.0, 2.0, 3.0, np.inf]), 2).iloc[1:3].tolist() == [1.5, 2.5]
+def test_geometric_mean_leaves_out_what_has_no_logarithm():
+    assert geometric_mean(pd.Series([2.0, 8.0, 0.0, np.nan])) == pytest.approx(4.0)
+    assert np.isnan(geometric_mean(pd.Series([0.0, np.nan])))
 
 
 def test_theorems_show_both_sides_of_the_last_measurement(tmp_path):
@@ -314,13 +316,11 @@ def test_theorems_show_both_sides_of_the_last_measurement(tmp_path):
 
 
 def test_strips_tell_collapsed_runs_from_the_others(arms):
-    found = grouped(judged(arms))
-    fig = strips(found)
-    (ax,) = fig.axes
-    points = [line for line in ax.lines if line.get_linestyle() == "None"]
-    assert [line.get_marker() for line in points] == ["x", "o", "x", "o"]
-    assert [float(line.get_xdata()[0]) for line in points[1:]] == pytest.approx([2.1, 2.6, 2.4])
-    assert [label.get_text() for label in ax.get_yticklabels()] == [arm.name for arm in found]
+    (ax,) = strips(arms).axes
+    points = {line.get_marker(): line.get_xydata() for line in ax.lines if line.get_linestyle() == "None"}
+    np.testing.assert_allclose(points["o"], [[2.1, 1], [2.4, 3]])
+    np.testing.assert_allclose(points["x"], [[2.5, 0], [2.6, 2]])
+    assert [label.get_text() for label in ax.get_yticklabels()] == arms.arm.tolist()
     (floor,) = [line for line in ax.lines if line.get_linestyle() == "--"]
     assert floor.get_xdata()[0] == pytest.approx(2.4)
 
@@ -332,26 +332,21 @@ def test_losses_are_drawn_against_a_value_of_the_configuration(tmp_path):
         for rate, start, end in ((1.0, [], 2.0), (8.0, [3.0] * 300, 5.0))
         for seed in range(2)
     ]
-    by_rate = grouped(judged(runs), lambda run: run.config["lr_scale"])
-    x = {"x": lambda run: run.config["lr_scale"], "xscale": "log", "xlabel": "rate"}
-    (ax,) = against({"": {"AdamW": by_rate}}, y=capped_loss, **x).axes
+    frame = judged(runs).assign(panel="", line="AdamW", arm=lambda frame: frame.lr_scale)
+    (ax,) = against(frame, "lr_scale", "capped_loss", xscale="log", xlabel="rate").axes
     line, *dots = ax.lines
-    assert [(*dot.get_xdata(), *dot.get_ydata(), dot.get_marker()) for dot in dots] == [
-        (1.0, 2.0, "o"), (1.0, 3.0, "o"), (8.0, 4.0, "x"), (8.0, 4.0, "x"),
-    ]  # fmt: skip
+    drawn = {dot.get_marker(): dot.get_xydata().tolist() for dot in dots}
+    assert drawn == {"o": [[1.0, 2.0], [1.0, 3.0]], "x": [[8.0, 4.0], [8.0, 4.0]]}
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([1.0, 8.0], [2.5, 4.0])
     assert ax.get_xscale() == "log" and ax.get_xlabel() == "rate" and ax.get_legend() is None
 
 
 def test_one_value_against_another_a_column_per_panel(arms):
-    panels = {
-        "a": {"AdamW": [Arm("AdamW", arms[:1])], "mine": [Arm("mine", arms[1:])]},
-        "b": {"AdamW": [Arm("AdamW", arms)]},
-    }
-    x, y = (lambda run: run.config["seed"] + 1.0), (lambda run: run.final_loss())
-    left, right = against(panels, x, y, xlabel="one", ylabel="other").axes
+    a = arms.assign(panel="a", line=["AdamW", "mine", "mine", "mine"])
+    frame = pd.concat([a, arms.assign(panel="b", line="AdamW")])
+    left, right = against(frame, "seed", "loss", xlabel="one", ylabel="other").axes
     named = [line.get_label() for line in left.lines if not line.get_label().startswith("_")]
     assert named == ["AdamW", "mine"] and left.get_title() == "a"
-    drawn = [y for line in left.lines if line.get_label().startswith("_") for y in line.get_ydata()]
-    assert drawn == [run.final_loss() for run in arms]
+    drawn = [y for line in left.lines if line.get_linestyle() == "None" for y in line.get_ydata()]
+    assert sorted(drawn) == sorted(arms.loss)
     assert (right.get_xlabel(), right.get_ylabel()) == ("one", "other")

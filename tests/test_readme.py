@@ -10,9 +10,11 @@ import sys
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from analysis.runs import judged, load_run
+from analysis.runs import load_run, load_runs
+from analysis.statistics import judged
 from tests.conftest import ROOT, here, ranks, run, start
 from tests.test_parallel import REDUCED
 
@@ -343,28 +345,27 @@ def test_the_number_of_faults_is_the_recorded_one():
 def test_recorded_runs_say_what_the_pages_say():
     """The claims in words: three seeds an arm, AdamW and MSign (mlp) collapse, MSign (attention) is rescued."""
     for experiment in ("ramp", "constant"):
-        runs = [load_run(path.parent) for path in sorted((ROOT / "results" / experiment).glob("*/record.json"))]
-        assert sorted((r.arm, r.config["seed"]) for r in runs) == sorted(
+        runs = judged(load_runs(ROOT / "results" / experiment))
+        assert sorted(zip(runs.arm, runs.seed, strict=True)) == sorted(
             (arm, seed) for arm in ("AdamW", "MSign (attention)", "MSign (mlp)", "attention off") for seed in (0, 1, 2)
         )
-        for one in judged(runs):
-            assert one.summary["peak_memory_gib"] <= 1.5
-            assert one.code["dirty"] is False
+        for one in runs.itertuples():
+            assert one.peak_memory_gib <= 1.5
+            assert one.run.code["dirty"] is False
             if one.arm == "MSign (attention)":
                 assert one.rescued
             elif one.arm == "attention off":
-                assert one.collapse is None
+                assert not one.collapsed
             else:
-                assert one.final_loss() > one.floor and one.collapse
+                assert one.loss > one.floor and one.collapsed
 
 
 def test_the_recorded_mechanism_is_what_docs_say():
     """The chain in numbers, every seed: what moved first, alignment, Jacobian norms."""
-    runs = [load_run(path.parent) for path in sorted((ROOT / "results" / "ramp").glob("*/record.json"))]
     leads, grown = [], 0
-    for one in judged(runs):
-        onsets = one.onsets
-        if one.collapse:
+    for one in judged(load_runs(ROOT / "results" / "ramp")).itertuples():
+        onsets, run = one.onsets, one.run
+        if one.collapsed:
             assert onsets.first == ["attention logits"]
             assert onsets.signals["first-block gain"] > onsets.signals["attention logits"]
             leads.append(one.end - onsets.signals["attention logits"])
@@ -373,15 +374,14 @@ def test_the_recorded_mechanism_is_what_docs_say():
             assert onsets.signals["attention logits"] is onsets.signals["first-block gain"] is None
         else:
             assert min(onsets.signals["attention logits"], onsets.signals["first-block gain"]) >= 1900
-        steps, alignment = one.by_layer("jacobian/alignment")
-        flagged = one.by_layer("jacobian/ill_conditioned")[1]
-        assert 0.025 < alignment[:, steps >= 1000].mean() < 0.055
-        assert alignment[:, steps <= 400].mean() > 0.3
-        assert flagged[:, steps <= 400].mean() > 0.73
-        norms = one.by_layer("jacobian/sigma1")[1][:, steps >= 1000]
-        product = one.series("jacobian/product").loc[1000:].median()
+        alignment, flagged = (run.by_layer(f"jacobian/{key}") for key in ("alignment", "ill_conditioned"))
+        assert 0.025 < np.mean(alignment.loc[:, 1000:]) < 0.055
+        assert np.mean(alignment.loc[:, :400]) > 0.3
+        assert np.mean(flagged.loc[:, :400]) > 0.73
+        norms = run.by_layer("jacobian/sigma1").loc[:, 1000:].to_numpy()
+        product = run.series("jacobian/product").loc[1000:].median()
         inner, first = np.exp(np.log(norms[1:]).mean()), np.median(norms[0])
-        srank = one.series("srank/attention")
+        srank = run.series("srank/attention")
         if one.arm == "AdamW":
             assert round(inner, 1) == pytest.approx(3.6, abs=0.11)
             assert srank[25] > 7.5 and 2.9 < srank[500] < 3.2
@@ -393,18 +393,13 @@ def test_the_recorded_mechanism_is_what_docs_say():
 
 
 def test_the_first_blocks_gain_and_what_an_application_does_are_what_docs_say():
-    runs = [load_run(path.parent) for path in sorted((ROOT / "results" / "ramp").glob("*/record.json"))]
     gains, norms, read, written = [], [], [], []
-    for one in runs:
-        gain, (steps, sigma), (at, rms) = (
-            one.series("residual/gain"), one.by_layer("jacobian/sigma1"), one.by_layer("residual/rms"))  # fmt: skip
-        pairs = [
-            (gain[step], value) for step, value in zip(steps, sigma[0], strict=True) if step in gain and step >= 100
-        ]
-        gains += [g for g, _ in pairs]
-        norms += [value for _, value in pairs]
-        written += [value for step, value in zip(at, rms[0], strict=True) if step >= 500]
-        read += [value / gain[step] for step, value in zip(at, rms[0], strict=True) if step >= 500]
+    for one in load_runs(ROOT / "results" / "ramp"):
+        gain = one.series("residual/gain")
+        both = pd.concat([gain, one.by_layer("jacobian/sigma1").loc[0]], axis=1, join="inner").loc[100:]
+        gains, norms = [*gains, *both.iloc[:, 0]], [*norms, *both.iloc[:, 1]]
+        rms = one.by_layer("residual/rms").loc[0].loc[500:]
+        written, read = [*written, *rms], [*read, *(rms / gain[rms.index])]
     assert np.corrcoef(np.log(gains), np.log(norms))[0, 1] == pytest.approx(0.89, abs=0.005)
     assert (round(min(read), 2), round(max(read), 2)) == (0.07, 0.36)
     assert (round(min(written)), round(max(written), -1)) == (8, 520)

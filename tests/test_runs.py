@@ -3,9 +3,9 @@ import json
 import numpy as np
 import pytest
 
-from analysis.runs import DEFAULTS, frames, judged, load_run, load_runs, pack_run
-from analysis.statistics import geometric_mean
-from analysis.tables import THEOREMS, onsets_table, overview_table, theory_table
+from analysis.report import THEOREMS, onsets_table, overview_table, theory_table
+from analysis.runs import DEFAULTS, frames, load_run, load_runs, pack_run
+from analysis.statistics import judged
 from config import UserError
 from stability import theory
 from tests.conftest import ROOT
@@ -55,7 +55,7 @@ def arms(tmp_path):
 
 
 def test_verdicts(arms):
-    said = [run.verdict for run in judged(arms)]
+    said = judged(arms).verdict
     assert said[0].startswith("AdamW: collapsed at step 525 (5.2x): mean loss rose from 2.50")
     assert said[1] == "MSign (attention): no collapse, final loss 2.10, 0.30 below attention-off: attention lives"
     assert said[2].startswith("MSign (mlp): collapsed at step 700 (7.0x): 2 gradient norms beyond 10x")
@@ -64,22 +64,20 @@ def test_verdicts(arms):
 
 def test_surviving_without_attention_is_no_rescue(arms, tmp_path):
     harmless = load_run(made_up(tmp_path / "harmless", [2.35] * 1000, msign_period=100))
-    run, _ = judged([harmless, arms[3]])
-    assert run.collapse is None
-    assert not run.rescued
+    run = judged([harmless, arms[3]]).loc[0]
+    assert not run.collapsed and not run.rescued
     assert "attention is of no use" in run.verdict
-    (alone,) = judged([harmless])
-    assert not alone.rescued
+    assert not judged([harmless]).rescued[0]
 
 
 def test_the_floor_is_the_same_experiments_and_seeds(arms, tmp_path):
     other = load_run(made_up(tmp_path / "other", [2.6] * 1000, spikes=(700,), seed=1))
-    assert judged([*arms, other])[-1].collapse is None
+    assert not judged([*arms, other]).collapsed[4]
 
 
 def test_table(arms, tmp_path):
     second = load_run(made_up(tmp_path / "adamw1", [2.5] * 600 + [2.7] * 400, seed=1))
-    rows = overview_table([*arms, second]).to_numpy().tolist()
+    rows = overview_table(judged([*arms, second])).to_numpy().tolist()
     assert len(rows) == 4
     assert rows[0][:6] == ["AdamW", "2", "2 of 2", "588 [525, 650]", "5.9 [5.2, 6.5]", "2.80 [2.70, 2.90]"]
     assert rows[1] == ["MSign (attention)", "1", "0 of 1", "–", "–", "2.10", "0.30", "1.0"]
@@ -87,9 +85,9 @@ def test_table(arms, tmp_path):
 
 def test_values_that_are_not_finite_are_shown_as_such(tmp_path):
     run = load_run(made_up(tmp_path / "bad", [2.5] * 300 + [None], grad=2.0))
-    (run,) = judged([run])
-    assert run.verdict == "AdamW: collapsed at step 301 (3.0x): the loss is not finite"
-    assert overview_table([run])["final loss"].tolist() == ["inf"]
+    runs = judged([run])
+    assert runs.verdict[0] == "AdamW: collapsed at step 301 (3.0x): the loss is not finite"
+    assert overview_table(runs)["final loss"].tolist() == ["inf"]
 
 
 def test_packed_runs_read_the_same(arms, tmp_path):
@@ -147,7 +145,7 @@ def test_an_offline_wandb_run_is_a_run(tmp_path, monkeypatch):
     for path in (tmp_path / "w", tmp_path / "w/a", tmp_path / "w/a/x.wandb"):
         run = load_run(path)
         assert run.steps.equals(frames(lines(1, 2))[0])
-        assert (run.config, run.name) == (DEFAULTS | {"name": "x", "seed": 3}, "x")
+        assert run.config == DEFAULTS | {"name": "x", "seed": 3}
 
 
 def test_the_parts_of_a_resumed_wandb_run_are_one_run(tmp_path, monkeypatch):
@@ -169,18 +167,12 @@ def test_by_layer_gathers_the_roles_of_a_layer(tmp_path):
         5: {"fro/0.W_Q": None, "fro/0.W_up": 2.0, "fro/1.W_Q": 6.0, "fro/10.W_up": 8.0, "sfro/3.W_Q": 9.0},
     }
     run = load_run(made_up(tmp_path / "r", [2.0] * 6, probes=probes))
-    steps, values = run.by_layer("fro", np.linalg.norm)
-    assert steps.tolist() == [2, 5]
+    values = run.by_layer("fro", lambda roles: (roles**2).sum(min_count=1) ** 0.5)
+    assert values.columns.tolist() == [2, 5]
     assert values.shape == (11, 2)
-    np.testing.assert_equal(values[[0, 1, 2, 10]], [[5, np.nan], [np.nan, 6], [1, np.nan], [np.nan, 8]])
-    np.testing.assert_equal(run.by_layer("fro", roles=("W_Q",))[1], [[3, np.nan], [np.nan, 6], [1, np.nan]])
-    steps, values = run.by_layer("jacobian/sigma1")
-    assert (steps.size, values.shape) == (0, (0, 0))
-
-
-def test_geometric_mean_leaves_out_what_has_no_logarithm():
-    assert geometric_mean(np.array([2.0, 8.0, 0.0, np.nan])) == pytest.approx(4.0)
-    assert np.isnan(geometric_mean(np.array([0.0, np.nan])))
+    np.testing.assert_equal(values.loc[[0, 1, 2, 10]].to_numpy(), [[5, np.nan], [np.nan, 6], [1, np.nan], [np.nan, 8]])
+    np.testing.assert_equal(run.by_layer("fro", roles="W_Q").to_numpy(), [[3, np.nan], [np.nan, 6], [1, np.nan]])
+    assert run.by_layer("jacobian/sigma1").empty
 
 
 def test_onsets_table(tmp_path):
@@ -195,7 +187,7 @@ def test_onsets_table(tmp_path):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     fallen = load_run(folder)
     still = load_run(made_up(tmp_path / "still", [2.5] * 1000, probes={s: {"log_z": 5.0} for s in steps}))
-    table = onsets_table([fallen, still])
+    table = onsets_table(judged([fallen, still]))
     assert table.columns[:4].tolist() == ["run", "collapse", "stable rank", "Jacobian alignment"]
     no = "not logged"
     assert table.to_numpy().tolist() == [
