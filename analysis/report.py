@@ -227,7 +227,11 @@ def calm_table(runs: pd.DataFrame) -> pd.DataFrame:
 
 def texts_table(runs: pd.DataFrame) -> pd.DataFrame:
     """A row per text and arm: training and validation loss, their difference, the stable rank at the end."""
-    return by_arm(runs.assign(text=runs["dataset"]).sort_values("text", key=lambda text: pd.factorize(text)[0], kind="stable"), TEXTS, "text")
+    return by_arm(
+        runs.assign(text=runs["dataset"]).sort_values("text", key=lambda text: pd.factorize(text)[0], kind="stable"),
+        TEXTS,
+        "text",
+    )
 
 
 def ranks_table(runs: pd.DataFrame) -> pd.DataFrame:

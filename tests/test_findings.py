@@ -5,26 +5,34 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import gmean
+from scipy.stats import fisher_exact, gmean
 
-from analysis.report import BY_NUMBER, GRIDS, by_number, finding, packed, recorded, regimes
+from analysis.report import (
+    GRIDS,
+    LINES,
+    finding,
+    fitted_r,
+    frame,
+    ledger_table,
+    margin_table,
+    numbered,
+    packed,
+    ranks_table,
+    recorded,
+    regimes,
+    theory_table,
+    threshold_table,
+)  # fmt: skip
 from analysis.statistics import (
     LINKS,
     application_cost,
-    arms,
-    before_the_end,
-    fisher,
+    chain,
     fluctuation,
-    gap,
-    late,
-    loss,
     p_text,
-    paired,
+    p_value,
     said,
     spikes,
-    srank,
-)
-from analysis.tables import fitted_r, ledger_table, margin_table, ranks_table, theory_table, threshold_table
+)  # fmt: skip
 from stability.collapse import CLEARLY
 from tests.conftest import ROOT
 
@@ -36,10 +44,14 @@ README, GRIDS_PAGE, REPORT = (
 
 def reported(a, b, words: str, p: str | None = None, digits: int = 3):
     """Assert that the differences a − b, paired by seed, are `words`; the report has them, and this p-value."""
-    differences, found = paired(a, b)
-    assert said(differences, digits) == words and words.lstrip("-") in REPORT
+    assert said(a - b, digits) == words and words.lstrip("-") in REPORT
     if p is not None:
-        assert p_text(found) == p and re.search(rf"p {p if p[0] == '<' else '= ' + p}(?!\d)", REPORT)
+        assert p_text(p_value(a - b)) == p and re.search(rf"p {p if p[0] == '<' else '= ' + p}(?!\d)", REPORT)
+
+
+def arms(runs):
+    """The runs of every arm, in a frame indexed by the seed."""
+    return {name: of.set_index("seed", drop=False) for name, of in runs.groupby("arm", sort=False)}
 
 
 def range_of(values, digits: int) -> str:
@@ -49,13 +61,13 @@ def range_of(values, digits: int) -> str:
 
 @pytest.fixture(scope="module")
 def layers():
-    return {arm.name: arm for arm in finding("layers")}
+    return arms(finding("layers"))
 
 
 def test_every_run_was_recorded_by_committed_code_and_every_arm_has_its_seeds(layers):
     for arm in layers.values():
-        assert sorted(run.config["seed"] for run in arm.runs) == [0, 1, 2, 3, 4]
-        assert all(run.code["dirty"] is False and run.config["max_steps"] == len(run.steps) for run in arm.runs)
+        assert sorted(arm.seed) == [0, 1, 2, 3, 4]
+        assert all(run.code["dirty"] is False for run in arm.run) and all(arm.max_steps == arm.steps)
 
 
 def test_the_first_two_questions_take_less_than_three_hours_on_two_cores():
@@ -67,26 +79,30 @@ def test_the_first_two_questions_take_less_than_three_hours_on_two_cores():
 
 
 def test_attention_must_be_restored_and_of_it_w_q_and_w_k(layers):
-    fell = {name: len(arm.collapsed) for name, arm in layers.items()}
+    fell = {name: arm.collapsed.sum() for name, arm in layers.items()}
     assert fell == {
         "AdamW": 5, "MSign (attention)": 0, "MSign (mlp)": 5, "MSign (blocks)": 0, "MSign (W_O)": 5,
         "MSign (W_V,W_O)": 3, "MSign (W_Q,W_K)": 0, "attention off": 0,
     }  # fmt: skip
-    off = layers["attention off"].by_seed(loss)
-    clearly = [name for name, arm in layers.items() if sum(paired(arm.by_seed(loss), off)[0]) / 5 < -CLEARLY]
+    off = layers["attention off"].loss
+    clearly = [name for name, arm in layers.items() if (arm.loss - off).mean() < -CLEARLY]
     assert clearly == ["MSign (attention)", "MSign (W_Q,W_K)"]
-    of_all = layers["MSign (attention)"].by_seed(loss)
-    reported(layers["MSign (W_Q,W_K)"].by_seed(loss), of_all, "0.014 ± 0.041", "0.39")
-    reported(layers["MSign (blocks)"].by_seed(loss), of_all, "0.112 ± 0.046", "0.003")
-    fell_at = {name: layers[name].by_seed(lambda run: run.end) for name in ("AdamW", "MSign (mlp)")}
+    of_all = layers["MSign (attention)"].loss
+    reported(layers["MSign (W_Q,W_K)"].loss, of_all, "0.014 ± 0.041", "0.39")
+    reported(layers["MSign (blocks)"].loss, of_all, "0.112 ± 0.046", "0.003")
+    fell_at = {name: layers[name].end for name in ("AdamW", "MSign (mlp)")}
     assert all(step < fell_at["AdamW"][seed] for seed, step in fell_at["MSign (mlp)"].items())
 
 
 def test_the_summary_says_what_the_first_finding_says(layers):
     adamw, msign = layers["AdamW"], layers["MSign (attention)"]
-    differences, p = paired(msign.by_seed(loss), adamw.by_seed(loss))
-    assert said(differences) == "-0.46 ± 0.05" and p_text(7 * p) == "< 0.001"  # one of seven rows; Holm's at most
-    assert (len(adamw.collapsed), len(msign.collapsed)) == (5, 0) and p_text(fisher(0, 5, 5, 5)) == "0.008"
+    differences = msign.loss - adamw.loss
+    assert (
+        said(differences) == "-0.46 ± 0.05" and p_text(7 * p_value(differences)) == "< 0.001"
+    )  # one of seven rows; Holm's at most
+    assert (adamw.collapsed.sum(), msign.collapsed.sum()) == (5, 0) and p_text(
+        fisher_exact([[0, 5], [5, 0]]).pvalue
+    ) == "0.008"
     summary = REPORT.split("## Terms, set-up and statistics")[0]
     assert (
         "AdamW collapses in 5 of 5 runs and MSign on attention's matrices in 0 of 5 (p = 0.008, Fisher's exact test)"
@@ -97,10 +113,9 @@ def test_the_summary_says_what_the_first_finding_says(layers):
 
 def test_the_attention_logits_move_first_and_stay_where_w_q_and_w_k_are_restored(layers):
     def logits(*names):
-        return range_of([run.series("attention/max_logit")[1500] for name in names for run in layers[name].runs], 0)
+        return range_of([run.series("attention/max_logit")[1500] for name in names for run in layers[name].run], 0)
 
-    onsets = [run.onsets for run in layers["AdamW"].runs]
-    assert [o.first for o in onsets] == [["attention logits"]] * 5
+    assert layers["AdamW"]["first"].tolist() == [["attention logits"]] * 5
     assert logits("AdamW") == "904 to 1351"
     assert logits("MSign (W_V,W_O)") == "589 to 1116"
     assert logits("MSign (attention)", "MSign (W_Q,W_K)") == "296 to 568"
@@ -111,7 +126,7 @@ def test_the_attention_logits_move_first_and_stay_where_w_q_and_w_k_are_restored
 
 @pytest.fixture(scope="module")
 def controls():
-    return {arm.name: arm for arm in finding("controls")}
+    return arms(finding("controls"))
 
 
 def test_the_spectral_norm_is_what_must_be_bounded_and_not_the_stable_rank(controls):
@@ -121,65 +136,64 @@ def test_the_spectral_norm_is_what_must_be_bounded_and_not_the_stable_rank(contr
         ("attention's lr ÷ 4", "-0.239 ± 0.085", "0.007"), ("attention's lr ÷ 16", "-0.321 ± 0.085", "0.004"),
         ("MSign, moments reset", "0.029 ± 0.095", "0.32"), ("square-rooted singular values", "0.061 ± 0.058", "0.045"),
     ):  # fmt: skip
-        assert not controls[name].collapsed and len(controls[name].runs) == 3
-        reported(controls[name].by_seed(loss), controls["MSign (attention)"].by_seed(loss), words, text_p)
+        assert not any(controls[name].collapsed) and len(controls[name]) == 3
+        reported(controls[name].loss, controls["MSign (attention)"].loss, words, text_p)
     assert all(
-        len(controls[name].collapsed) == 3
+        controls[name].collapsed.sum() == 3
         for name in ("β₂ 0.95", "weight decay × 10", "decay independent of the rate", "bf16")
     )
-    assert said([run.lr_multiple() for run in controls["β₂ 0.95"].runs], 1) == "5.0 ± 0.1" and "5.0 ± 0.1" in REPORT
-    assert controls["attention in plain math"].by_seed(loss).items() <= controls["AdamW"].by_seed(loss).items()
+    assert said(controls["β₂ 0.95"].lr_multiple, 1) == "5.0 ± 0.1" and "5.0 ± 0.1" in REPORT
+    assert controls["attention in plain math"].loss.to_dict().items() <= controls["AdamW"].loss.to_dict().items()
 
     def ranks(name, step=2550):
-        return range_of([run.series("srank/attention")[step] for run in controls[name].runs], 1)
+        return range_of([run.series("srank/attention")[step] for run in controls[name].run], 1)
 
     assert (ranks(scaled), ranks("AdamW"), ranks("QK-norm")) == ("1.7 to 1.9", "2.3 to 2.6", "4.3")
     assert (
         "1.7 to 1.9 (n = 3), lower than AdamW's 2.3 to 2.6 (n = 5)" in REPORT
         and "stable rank at step 2550 is 4.3" in REPORT
     )
-    off = controls["attention off"].by_seed(loss)
-    assert not controls["random sign"].collapsed
-    assert all(d > 0 for d in paired(controls["random sign"].by_seed(loss), off)[0])
+    off = controls["attention off"].loss
+    assert not any(controls["random sign"].collapsed)
+    assert min((controls["random sign"].loss - off).dropna()) > 0
 
 
 def test_protection_is_lost_between_a_hundred_and_a_thousand_steps(controls):
-    found = {
-        arm.name: arm
-        for arm in arms(packed("table3_small"), lambda run: str(run.config["msign_period"]), packed("attention_off"))
-    }
-    fell = {name: (len(arm.collapsed), len(arm.runs)) for name, arm in found.items()}
+    runs = frame("table3_small", off="attention_off")
+    found = arms(runs.assign(arm=runs.msign_period.map(str)))
+    fell = {name: (arm.collapsed.sum(), len(arm)) for name, arm in found.items()}
     assert fell == dict.fromkeys(("1", "3", "10", "30", "60", "100", "180"), (0, 3)) | {
         "300": (2, 3), "1000": (3, 3), "10000": (3, 3),
     }  # fmt: skip
-    ten = found["10"].by_seed(loss)
-    reported(ten, found["100"].by_seed(loss), "-0.121 ± 0.035", "0.004")
-    reported(ten, controls["QK-norm"].by_seed(loss), "0.009 ± 0.068")
-    reported(ten, controls["attention's lr ÷ 4"].by_seed(loss), "0.118 ± 0.068")
-    assert f"{fitted_r(packed('table3_small')):.2f}" == "0.50" and "r = 0.50 steps an application" in REPORT
+    ten = found["10"].loss
+    reported(ten, found["100"].loss, "-0.121 ± 0.035", "0.004")
+    reported(ten, controls["QK-norm"].loss, "0.009 ± 0.068")
+    reported(ten, controls["attention's lr ÷ 4"].loss, "0.118 ± 0.068")
+    assert f"{fitted_r(runs):.2f}" == "0.50" and "r = 0.50 steps an application" in REPORT
 
 
 def test_how_many_matrices_are_replaced_counts_and_not_which():
-    fixed, below = ({arm.name: arm for arm in by_number(*grid)} for grid in BY_NUMBER.values())
-    table = threshold_table(below.values(), fixed.values()).set_index("arm")
+    runs = [numbered(line) for line in LINES]
+    fixed, below = map(arms, runs)
+    table = threshold_table(*reversed(runs)).set_index("arm")
     for name, other, words, text_p in (
         ("below 8", "P = 60", "-0.024 ± 0.006", "0.003"), ("below 16", "P = 30", "-0.021 ± 0.103", "0.48"),
         ("below 4", "P = 180", "0.087 ± 0.037", "0.010"),
     ):  # fmt: skip
-        reported(below[name].by_seed(loss), fixed[other].by_seed(loss), words, text_p)
+        reported(below[name].loss, fixed[other].loss, words, text_p)
         assert table["fixed P of nearly as many"][name].startswith(f"{other}: ")
-    fell = {name: len(arm.collapsed) for name, arm in below.items()}
+    fell = {name: arm.collapsed.sum() for name, arm in below.items()}
     assert fell == {"below 2": 3, "below 4": 0, "below 8": 0, "below 16": 0}
 
 
 @pytest.fixture(scope="module")
 def late_seeds():
-    return {arm.name: arm for arm in arms(packed("late_seeds"))}
+    return arms(frame("late_seeds"))
 
 
 def test_one_arm_of_twenty_collapses_late_by_the_protocol():
-    found = arms(packed("late_collapse"))
-    assert [arm.name for arm in found if any(map(late, arm.runs))] == ["no decay, lr × 1.5"]
+    found = arms(frame("late_collapse"))
+    assert [name for name, arm in found.items() if any(arm.late)] == ["no decay, lr × 1.5"]
     assert len(found) == 20 and "Of twenty arms one counts" in REPORT
 
 
@@ -190,16 +204,16 @@ def mean_losses(run):
 
 def test_without_decay_adamws_loss_stalls_and_rises_late(late_seeds):
     adamw, msign = late_seeds["AdamW"], late_seeds["MSign (attention)"]
-    assert (len(adamw.collapsed), len(msign.collapsed)) == (3, 0)
-    assert sorted(run.config["seed"] for run in adamw.collapsed) == [3, 4, 5]
-    assert all(run.end > 4000 for run in adamw.collapsed)
-    assert [run.config["seed"] for run in adamw.runs if late(run)] == [5]
-    reported(msign.by_seed(loss), adamw.by_seed(loss), "-0.472 ± 0.095", "< 0.001")
+    assert (adamw.collapsed.sum(), msign.collapsed.sum()) == (3, 0)
+    assert adamw.seed[adamw.collapsed].tolist() == [3, 4, 5]
+    assert all(adamw.end[adamw.collapsed] > 4000)
+    assert adamw.seed[adamw.late].tolist() == [5]
+    reported(msign.loss, adamw.loss, "-0.472 ± 0.095", "< 0.001")
     assert "0.472 ± 0.095 below AdamW (p < 0.001)" in REPORT
-    lowest = adamw.by_seed(lambda run: mean_losses(run).min())
-    assert min(paired(adamw.by_seed(loss), lowest)[0]) > 0 and "0.096 ± 0.039 above its own lowest" in REPORT
-    reported(adamw.by_seed(loss), lowest, "0.096 ± 0.039")
-    means = [mean_losses(run) for run in adamw.runs]
+    lowest = adamw.run.map(lambda run: mean_losses(run).min())
+    assert min(adamw.loss - lowest) > 0 and "0.096 ± 0.039 above its own lowest" in REPORT
+    reported(adamw.loss, lowest, "0.096 ± 0.039")
+    means = [mean_losses(run) for run in adamw.run]
     assert all(of.loc[2000] - of.loc[2000:].min() < 0.1 for of in means)
 
 
@@ -207,16 +221,16 @@ def test_without_decay_logits_and_gradients_grow_and_the_stable_rank_stays(late_
     adamw, msign = late_seeds["AdamW"], late_seeds["MSign (attention)"]
 
     def spread(arm, key, step, digits):
-        return range_of([run.series(key)[step] for run in arm.runs], digits)
+        return range_of([run.series(key)[step] for run in arm.run], digits)
 
     for step, words in ((1000, "441 to 628"), (2000, "889 to 1100"), (4000, "1716 to 2027"), (6000, "2252 to 3394")):
         assert spread(adamw, "attention/max_logit", step, 0) == words and f"{words} at step {step}" in REPORT
     assert spread(msign, "attention/max_logit", 6000, 0) == "263 to 277"
     assert "largest logit of the MSign runs is 263 to 277 at step 6000" in REPORT
     assert spread(adamw, "srank/attention", 1000, 1) == "3.1 to 3.4" and "3.1 to 3.4 at step 1000" in REPORT
-    later = [run.series("srank/attention")[step] for run in adamw.runs for step in range(2000, 6001, 1000)]
+    later = [run.series("srank/attention")[step] for run in adamw.run for step in range(2000, 6001, 1000)]
     assert range_of(later, 1) == "3.2 to 3.8" and "3.2 to 3.8 at every thousandth step from 2000 to 6000" in REPORT
-    norms = {name: np.array([run.steps["grad_norm"] for run in arm.runs]) for name, arm in late_seeds.items()}
+    norms = {name: np.array([run.steps["grad_norm"] for run in arm.run]) for name, arm in late_seeds.items()}
     grown = {name: np.median(of[:, 5500:], 1) / np.median(of[:, 500:1000], 1) for name, of in norms.items()}
     assert range_of(grown["AdamW"], 0) == "5 to 8" and "5 to 8 times that of steps 500 to 1000" in REPORT
     assert range_of(grown["MSign (attention)"], 1) == "1.6 to 2.0" and "with MSign 1.6 to 2.0 times" in REPORT
@@ -224,26 +238,26 @@ def test_without_decay_logits_and_gradients_grow_and_the_stable_rank_stays(late_
     assert f"between {largest.min():.0f} and {largest.max():.0f}" in REPORT
     third = norms["AdamW"].shape[1] // 3
     rough = (norms["AdamW"][:, 100:third] > 10 * np.median(norms["AdamW"], 1, keepdims=True)).sum(1)
-    assert dict(zip(adamw.by_seed(loss), rough, strict=True)) == {1: 0, 2: 0, 3: 1, 4: 1, 5: 0}
-    onsets = [run.onsets for run in adamw.runs]
+    assert dict(zip(adamw.seed, rough, strict=True)) == {1: 0, 2: 0, 3: 1, 4: 1, 5: 0}
+    onsets = adamw.onsets.tolist()
     assert all(o.first == ["attention logits"] for o in onsets)
     assert sum(o.lead("attention logits") < 0 for o in onsets) == 4 and all(o.grad_norm for o in onsets)
 
 
 def test_the_late_collapse_is_prevented_at_adamws_stable_ranks_and_spectral_norms_too(late_seeds):
-    found = {arm.name: arm for arm in finding("late")}
+    found = arms(finding("late"))
     controls = ("W scaled to MSign's spectral norm", "attention's lr ÷ 16", "QK-norm")
-    fell = {name: (len(arm.collapsed), len(arm.runs)) for name, arm in found.items()}
+    fell = {name: (arm.collapsed.sum(), len(arm)) for name, arm in found.items()}
     three = dict.fromkeys(("attention off", *controls), (0, 3))
     assert fell == {"AdamW": (5, 5), "MSign (attention)": (0, 5)} | three
     for name, words, text_p in (
         ("QK-norm", "-0.419 ± 0.036", "< 0.001"), ("attention's lr ÷ 16", "-0.390 ± 0.022", "< 0.001"),
         ("W scaled to MSign's spectral norm", "0.085 ± 0.027", "0.005"),
     ):  # fmt: skip
-        reported(found[name].by_seed(loss), found["MSign (attention)"].by_seed(loss), words, text_p)
-    off = found["attention off"].by_seed(loss)
+        reported(found[name].loss, found["MSign (attention)"].loss, words, text_p)
+    off = found["attention off"].loss
     rescued = [name for name, arm in found.items() if name not in ("AdamW", "attention off")]
-    assert all(d <= -0.18 for name in rescued for d in paired(found[name].by_seed(loss), off)[0])
+    assert all(max((found[name].loss - off).dropna()) <= -0.18 for name in rescued)
     for name, key, digits, words in (
         ("QK-norm", "srank/attention", 1, "4.8 to 5.1"), ("QK-norm", "sigma1/attention", 1, "20.8 to 21.6"),
         ("QK-norm", "attention/max_logit", 0, "8 to 9"), ("AdamW", "srank/attention", 1, "3.2 to 3.7"),
@@ -251,11 +265,11 @@ def test_the_late_collapse_is_prevented_at_adamws_stable_ranks_and_spectral_norm
         ("MSign (attention)", "sigma1/attention", 0, "8"),
         ("W scaled to MSign's spectral norm", "srank/attention", 1, "1.9 to 2.1"),
     ):  # fmt: skip
-        assert range_of([run.series(key).iloc[-1] for run in found[name].runs], digits) == words and words in REPORT
+        assert range_of([run.series(key).iloc[-1] for run in found[name].run], digits) == words and words in REPORT
     for name, words in (
         ("MSign (attention)", "{} against"), ("AdamW", "against {}"), ("QK-norm", "QK-norm ({})"),
     ):  # fmt: skip
-        assert words.format(said(list(found[name].by_seed(loss).values()))) in GRIDS_PAGE
+        assert words.format(said(found[name].loss)) in GRIDS_PAGE
 
 
 def test_the_ledger_says_what_the_report_says():
@@ -280,38 +294,36 @@ def test_the_ledger_says_what_the_report_says():
     products = [[float(of["log₁₀ product"][:3]) for of in arm] for arm in (adamw, msign)]
     decades = np.subtract(*products)
     assert all(3 <= 10**decade <= 5.1 for decade in decades)
-    assert theory_table(recorded("ramp")[0])["looseness, powers of ten"][0] == "91.6 [48.0, 123.2]"
+    assert theory_table(recorded("ramp").run[0])["looseness, powers of ten"][0] == "91.6 [48.0, 123.2]"
     assert "10⁻⁴⁸ to 10⁻¹²³ of the product (60 measurements" in REPORT
 
 
 def test_what_moved_first_and_how_much_msign_lowers_the_product_are_as_reported():
-    by_regime = {regime: {arm.name: arm for arm in arms(runs)} for regime, runs in regimes().items()}
+    by_regime = {regime: arms(runs) for regime, runs in regimes().groupby("regime", sort=False)}
 
     def ratios(regime, key):
         """AdamW's median over MSign's, seed by seed."""
-        of = [
-            by_regime[regime][name].by_seed(lambda run: before_the_end(run, key).median())
-            for name in ("AdamW", "MSign (attention)")
-        ]
-        return pd.Series(of[0]) / pd.Series(of[1])
+        adamw, msign = (by_regime[regime][name] for name in ("AdamW", "MSign (attention)"))
+        of = [pd.Series([chain(row)[key] for row in arm.itertuples()], arm.seed) for arm in (adamw, msign)]
+        return of[0] / of[1]
 
     lower = [round(gmean(ratios(regime, "jacobian/product")), 1) for regime in by_regime]
     assert lower == [3.1, 2.9, 5.8] and "by a factor of three to six" in REPORT
     assert all(1 / 3 < 1 - 1 / ratio < 1 / 2 for ratio in ratios("ramp", "jacobian/sigma1"))
-    onsets = {regime: [run.onsets for run in found["AdamW"].runs] for regime, found in by_regime.items()}
+    onsets = {regime: found["AdamW"].onsets.tolist() for regime, found in by_regime.items()}
     firsts = [o.first for of in onsets.values() for o in of]
     assert firsts.count(["attention logits"]) == 10 and firsts.count(["first-block gain"]) == 1 and len(firsts) == 11
     assert not any(o.grad_norm for regime in ("ramp", "constant 2 ×") for o in onsets[regime])
 
 
 def test_three_rivals_prevent_the_collapse_too(controls):
-    rivals = {arm.name: arm for arm in finding("rivals")}
-    fell = {name: len(arm.collapsed) for name, arm in rivals.items() if len(arm.runs) == 3}
+    rivals = arms(finding("rivals"))
+    fell = {name: arm.collapsed.sum() for name, arm in rivals.items() if len(arm) == 3}
     assert fell == {
         "AdamW": 3, "MSign (attention)": 0, "ZClip": 3, "Muon": 0, "Stable-SPAM": 3, "AdaGC": 0, "SPAM": 3,
         "spectral sphere": 0,
     }  # fmt: skip
-    losses = {name: arm.by_seed(loss) for name, arm in rivals.items()}
+    losses = {name: arm.loss for name, arm in rivals.items()}
     for name, words, text_p in (
         ("Muon", "-0.240 ± 0.092", "0.008"), ("AdaGC", "-0.092 ± 0.071", "0.031"),
         ("spectral sphere", "-0.323 ± 0.094", "0.005"),
@@ -321,23 +333,22 @@ def test_three_rivals_prevent_the_collapse_too(controls):
         ("Muon", "attention's lr ÷ 4", "-0.001 ± 0.018", "0.87"),
         ("spectral sphere", "attention's lr ÷ 16", "-0.001 ± 0.009", "0.57"),
     ):
-        reported(losses[name], controls[other].by_seed(loss), words)
-        assert p_text(paired(losses[name], controls[other].by_seed(loss))[1]) == text_p
+        reported(losses[name], controls[other].loss, words)
+        assert p_text(p_value(losses[name] - controls[other].loss)) == text_p
     timed = ("AdamW", "Muon", "spectral sphere")
-    rate = {name: np.mean([run.summary["tokens_per_second"] for run in rivals[name].runs]) for name in timed}
+    rate = {name: rivals[name].tokens_per_second.mean() for name in timed}
     assert 1.8 < rate["AdamW"] / rate["Muon"] < 2.2 and 7 < rate["AdamW"] / rate["spectral sphere"] < 8
 
 
 def test_larger_rates_are_survivable_with_msign_and_not_better():
-    found = {arm.name: arm for arm in arms(packed("margin"))}
+    found = arms(frame("margin"))
     attention = "attention's lr ÷ 16"
 
     def at(name, rate):
-        return {run.config["seed"]: loss(run) for run in found[name].runs if run.config["lr_scale"] == rate}
+        return found[name].loss[found[name].lr_scale == rate]
 
     def best(name):
-        rates = {run.config["lr_scale"] for run in found[name].runs}
-        return {seed: min(at(name, rate)[seed] for rate in rates) for seed in (0, 1, 2)}
+        return found[name].loss.groupby(level="seed").min()
 
     for a, b, words, text_p in (
         (at("MSign (attention)", 2), at("AdamW", 2), "-0.230 ± 0.106", "0.011"),
@@ -349,13 +360,13 @@ def test_larger_rates_are_survivable_with_msign_and_not_better():
     ):
         reported(a, b, words, text_p)
     assert "has a best loss 0.20 nats lower" in GRIDS_PAGE
-    assert said(list(at("MSign (attention)", 16).values())) == "2.94 ± 0.09" and "2.94 ± 0.09" in REPORT
-    means = [np.mean(list(at(attention, rate).values())) for rate in (2, 1, 4)]
+    assert said(at("MSign (attention)", 16)) == "2.94 ± 0.09" and "2.94 ± 0.09" in REPORT
+    means = [at(attention, rate).mean() for rate in (2, 1, 4)]
     assert max(means) - means[0] < 0.05 and means[0] == min(means)
-    assert not any(run.collapse for run in found["AdamW"].runs if run.config["lr_scale"] == 2)
-    twice = [run for arm in arms(recorded("constant")) if arm.name == "AdamW" for run in arm.runs]
-    assert all("attention-off's" in run.collapse.why for run in twice) and len(twice) == 3
-    table = margin_table(found.values()).set_index("arm")
+    assert not any(found["AdamW"].collapsed[found["AdamW"].lr_scale == 2])
+    twice = arms(recorded("constant"))["AdamW"]
+    assert all("attention-off's" in collapse.why for collapse in twice.collapse) and len(twice) == 3
+    table = margin_table(frame("margin")).set_index("arm")
     assert {name: (row["at × lr"], row["no collapse up to × lr"]) for name, row in table.iterrows()} == {
         "AdamW": ("0.5", "2"), "MSign (attention)": ("0.5", "16"), "QK-norm": ("2", "16"), attention: ("2", "16"),
     }  # fmt: skip
@@ -364,25 +375,25 @@ def test_larger_rates_are_survivable_with_msign_and_not_better():
 
 
 def test_a_higher_stable_rank_generalises_no_better():
-    runs = packed("texts")
+    runs = frame("texts")
     for text, name, words, text_p in (
         ("stdlib-bytes", "MSign (attention)", "0.003 ± 0.035", "0.72"),
         ("stdlib-small", "MSign (attention)", "0.083 ± 0.152", "0.14"),
         ("stdlib-small", "QK-norm", "0.376 ± 0.308", "0.034"),
     ):
-        found = {arm.name: arm for arm in arms([run for run in runs if run.config["dataset"] == text])}
-        reported(found[name].by_seed(gap), found["AdamW"].by_seed(gap), words, text_p)
-        msign = found.pop("MSign (attention)").by_seed(srank).values()
-        others = [rank for arm in found.values() for rank in arm.by_seed(srank).values()]
+        found = arms(runs[runs.dataset == text])
+        reported(found[name].gap, found["AdamW"].gap, words, text_p)
+        msign = found.pop("MSign (attention)").srank
+        others = pd.concat(found.values()).srank
         assert min(msign) > 2.8 * max(others)
-    series = [run.series("val/loss") for run in runs if run.config["dataset"] == "stdlib-small"]
+    series = [run.series("val/loss") for run in runs.run[runs.dataset == "stdlib-small"]]
     assert all(of.index[0] == 500 and of.idxmin() == 500 for of in series)
     assert range_of([of[500] for of in series], 2) == "2.68 to 2.73" and "2.68 to 2.73" in REPORT
 
 
 def test_the_page_on_grids_says_what_they_say(layers, controls):
-    rivals = {arm.name: arm for arm in finding("rivals")}
-    periods = {arm.name: arm for arm in by_number("table3_small", "msign_period")}
+    rivals = arms(finding("rivals"))
+    periods = arms(numbered("MSign every P steps"))
     for arm, says in (
         (controls["attention's lr ÷ 4"], "(`--attn_lr=0.25`) ends at {}"),
         (controls["QK-norm"], "(`--qk_norm`) at {}"),
@@ -390,7 +401,7 @@ def test_the_page_on_grids_says_what_they_say(layers, controls):
         (rivals["Muon"], "Muon ({})"), (rivals["AdaGC"], "AdaGC ({})"),
         (rivals["spectral sphere"], "spectral sphere ({})"),
     ):  # fmt: skip
-        assert says.format(said(list(arm.by_seed(loss).values()))) in GRIDS_PAGE
+        assert says.format(said(arm.loss)) in GRIDS_PAGE
     for name in GRIDS:
         assert re.search(rf"\| `{name}` \| [^|]* \| {len(packed(name))} \|", GRIDS_PAGE), name
 
@@ -402,8 +413,7 @@ def test_gradient_norms_are_calmer(layers):
         ("AdamW", spikes, "6.0", "AdamW 6.0"), ("MSign (attention)", spikes, "0.8", "has 0.8 spikes"),
         ("MSign (attention)", application_cost, "0.045", "0.045 ± 0.021"),
     ):  # fmt: skip
-        values = list(layers[name].by_seed(measure).values())
-        assert said(values, len(words) - 2).split(" ")[0] == words and says in REPORT
+        assert said(layers[name].run.map(measure), len(words) - 2).split(" ")[0] == words and says in REPORT
 
     def after(run, first, last):
         """Mean training loss of these steps after an application above the 20 before it, as application_cost."""
@@ -411,7 +421,7 @@ def test_gradient_norms_are_calmer(layers):
         steps = range(1100, len(losses) - last, run.config["msign_period"])
         return np.mean([losses[s + first : s + last].mean() - losses[s - 20 : s].mean() for s in steps])
 
-    runs = layers["MSign (attention)"].runs
+    runs = layers["MSign (attention)"].run
     raised = [np.mean([after(run, first, first + 10) for run in runs]) for first in (0, 10, 20, 30)]
     assert raised[0] > raised[1] > raised[2] > 0.01 > abs(raised[3])
 
@@ -427,7 +437,7 @@ def test_the_pages_say_how_many_runs_and_questions_there_are():
 
 
 def test_a_high_stable_rank_goes_with_low_losses_in_as_many_grids_as_reported():
-    table = ranks_table({grid: packed(grid) for grid in GRIDS if grid != "attention_off"})
+    table = ranks_table(pd.concat([frame(grid) for grid in GRIDS if grid != "attention_off"]))
     *_, rho_gap, p_gap, rho_loss, p_loss = (table.iloc[:, column] for column in range(table.shape[1]))
 
     def significant(rho, p):
