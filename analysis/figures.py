@@ -27,6 +27,7 @@ plt.style.use(Path(__file__).with_suffix(".mplstyle"))
 GREEN, PURPLE, BLACK, ORANGE, SKY, BLUE, VERMILLION = plt.rcParams["axes.prop_cycle"].by_key()["color"]
 COLORS = {"AdamW": VERMILLION, "MSign (attention)": BLUE, "MSign (mlp)": ORANGE, "MSign (blocks)": SKY, OFF: "#666666"}
 COLUMNS = 4  # that stay legible side by side
+SRANK = "srank/attention"
 LOSS = "final training loss, nats per token (× collapsed)"
 
 
@@ -74,14 +75,10 @@ def mean_loss(run: Run) -> pd.Series:
 
 
 # what the overview draws against the step: a title, a label, and the values of a run
-CURVES: tuple[tuple[str, str, Callable[[Run], pd.Series]], ...] = (
+CURVES = (
     ("Training loss, mean of 100 steps (× collapse)", "nats per token", lambda run: mean_loss(run)[::5]),
     ("Gradient norm before clipping, largest of 10 steps", "‖∇‖₂", lambda run: peaks(run.steps["grad_norm"])),
-    (
-        "Stable rank of the attention matrices, geometric mean",
-        "‖W‖²_F / ‖W‖²₂",
-        lambda run: run.series("srank/attention"),
-    ),
+    ("Stable rank of the attention matrices, geometric mean", "‖W‖²_F / ‖W‖²₂", lambda run: run.series(SRANK)),
     ("Learning rate (before μP's multipliers)", "learning rate", lambda run: run.steps["lr"][::5]),
 )
 
@@ -110,10 +107,9 @@ def curves(runs: pd.DataFrame, columns: int, label: str = "arm", colors: dict | 
 def overview(runs: pd.DataFrame) -> Figure:
     """The headline figure: loss, gradient norm, stable rank and learning rate against step."""
     fig, axes = curves(runs, 2)
-    width = runs["d_model"][0]
+    width = runs["d_model"].iloc[0]
     ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 1000) if tick < width] + [width]
-    axes[1, 0].set(ylim=(1, width * 1.05), yscale="log")
-    axes[1, 0].set_yticks(ticks, ticks)
+    axes[1, 0].set(yscale="log", ylim=(1, width * 1.05), yticks=ticks, yticklabels=ticks)
     axes[1, 0].minorticks_off()
     return fig
 
@@ -304,18 +300,16 @@ def heatmaps(runs: pd.DataFrame) -> Figure:
     return fig
 
 
-# title, label and curves of a theorem's panel, and what is logged of it -> words, style and colour
-PANELS = (
-    ("4.5: attention's Jacobian", "‖∂Y/∂H‖₂", ("bound", "measured")),
-    ("4.6: MLP's Jacobian", "‖∂Y/∂H‖₂", ("bound", "measured")),
-    ("4.8: gradient of W_down", "log₁₀ ‖∂L/∂W‖_F", ("log10_measured", "log10_bound")),
-    ("4.10: what the gradients inherit", "stable rank", ("srank_hidden", "srank_cohidden")),
-)
-SIDES = {
-    "measured": ("measured", "o-", GREEN), "log10_measured": ("measured", "o-", GREEN),
-    "bound": ("upper bound", "v-", VERMILLION), "log10_bound": ("lower bound", "^-", BLUE),
-    "srank_hidden": ("hidden states H", "s-", PURPLE), "srank_cohidden": ("co-hidden states ∂L/∂Y", "D-", BLACK),
+# a theorem's panel -> its label, and what of it is logged, in words; how these are drawn
+PANELS = {
+    "4.5: attention's Jacobian": ("‖∂Y/∂H‖₂", {"bound": "upper bound", "measured": "measured"}),
+    "4.6: MLP's Jacobian": ("‖∂Y/∂H‖₂", {"bound": "upper bound", "measured": "measured"}),
+    "4.8: gradient of W_down": ("log₁₀ ‖∂L/∂W‖_F", {"log10_measured": "measured", "log10_bound": "lower bound"}),
+    "4.10: what the gradients inherit": (
+        "stable rank", {"srank_hidden": "hidden states H", "srank_cohidden": "co-hidden states ∂L/∂Y"}),
 }  # fmt: skip
+SIDES = {"measured": ("o-", GREEN), "upper bound": ("v-", VERMILLION), "lower bound": ("^-", BLUE),
+         "hidden states H": ("s-", PURPLE), "co-hidden states ∂L/∂Y": ("D-", BLACK)}  # fmt: skip
 
 
 def theorems(run: Run) -> Figure:
@@ -324,14 +318,14 @@ def theorems(run: Run) -> Figure:
     if steps.empty:
         raise UserError("needs a run that logs theory/… (theory_every)")
     fig, axes = plt.subplots(2, 2, sharex=True)
-    for ax, (heading, ylabel, sides) in zip(axes.flat, PANELS, strict=True):
-        for side in sides:
-            words, style, color = SIDES[side]
-            values = run.by_layer(f"theory/{heading.split(':')[0]}/{side}")
-            ax.plot(values.iloc[:, -1], style, color=color, ms=4, label=words)
-        ax.set(title=f"Theorem {heading}", ylabel=ylabel, yscale="log" if "Jacobian" in heading else "linear")
+    for ax, (heading, (ylabel, sides)) in zip(axes.flat, PANELS.items(), strict=True):
+        for side, words in sides.items():
+            style, color = SIDES[words]
+            values = run.by_layer(f"theory/{heading.split(':')[0]}/{side}")[steps[-1]]
+            ax.plot(values, style, color=color, ms=4, label=words)
+        ax.set(title=f"Theorem {heading}", xlabel="layer", ylabel=ylabel)
+        ax.set_yscale("log" if "Jacobian" in heading else "linear")
         ax.legend()
-    axes[1, 0].set_xlabel("layer")
-    axes[1, 1].set(xlabel="layer", ylim=(1, None))
+    axes[1, 1].set_ylim(1, None)
     fig.suptitle(f"{run.arm}, seed {run.config['seed']}, step {steps[-1]}")
     return fig

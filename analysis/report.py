@@ -17,7 +17,7 @@ from scipy import stats
 
 from analysis import figures, statistics
 from analysis.runs import OFF, Run, load_runs
-from analysis.statistics import LINKS, differences, holm, judged, p_text, p_value, said, spread
+from analysis.statistics import LINKS, differences, holm, judged, moved, p_text, p_value, said, spread
 from config import ROOT, UserError
 from engine.plan import paper_table
 from stability.collapse import SIGNALS
@@ -57,35 +57,24 @@ def counted(fell: pd.Series) -> str:
     return f"{fell.sum()} of {len(fell)}"
 
 
-def norms(values: pd.Series) -> str:
-    return f"{stats.gmean(values):.3g} [{values.min():.3g}, {values.max():.3g}]"
-
-
 def adjusted(groups) -> pd.Series:
     """By arm: the p-value of its differences, adjusted for all arms that have some (Holm), in words."""
     ps = groups.agg(p_value)
     return holm(ps[groups.count() > 0]).map(p_text).reindex(ps.index, fill_value="–")
 
 
-NORM = "largest gradient norm after step 1000"
-COLLAPSED, LOSS, TIME = {"collapsed": ("collapsed", counted)}, {"final loss": ("loss", said)}, {"time": ("time", said)}
+COLLAPSED, LOSS = {"collapsed": ("collapsed", counted)}, {"final loss": ("loss", said)}
 FELL = COLLAPSED | {"at lr multiple": ("lr_multiple", said, 1)}
+NORM = "largest gradient norm after step 1000"
 OVERVIEW = COLLAPSED | {
     "at step": ("fell_at", spread, 0), "at lr multiple": ("lr_multiple", spread, 1), "final loss": ("loss", spread),
     "below attention-off": ("below_floor", spread), NORM: ("max_grad_norm", spread, 1),
 }  # fmt: skip
-FINDING = (
-    FELL
-    | {NORM: ("max_grad_norm", norms)}
-    | LOSS
-    | {
-        "against AdamW": ("against AdamW", said),
-        "p": ("against AdamW", adjusted),
-        f"against {OFF}": (f"against {OFF}", said),
-        "time": ("time", said),
-        "peak memory, GiB": ("memory", said),
-    }
-)
+FINDING = FELL | {
+    NORM: ("max_grad_norm", lambda norms: f"{stats.gmean(norms):.3g} [{norms.min():.3g}, {norms.max():.3g}]"),
+    "final loss": ("loss", said), "against AdamW": ("against AdamW", said), "p": ("against AdamW", adjusted),
+    f"against {OFF}": (f"against {OFF}", said), "time": ("time", said), "peak memory, GiB": ("memory", said),
+}  # fmt: skip
 CALM = {
     "std of log gradient norm in 100 steps": ("fluctuation", said), "p": ("calmer", adjusted),
     "spikes in 1000 steps": ("spikes", said, 1), "loss after an application": ("application_cost", said, 3),
@@ -146,7 +135,8 @@ def timed(runs: pd.DataFrame, among: pd.Series, base: pd.Series) -> pd.DataFrame
 def timed_by_period(runs: pd.DataFrame) -> pd.DataFrame:
     """Times relative to the longest period's, of the runs of its revision: others were made on a busier machine."""
     longest = runs.loc[runs["msign_period"].idxmax()]
-    return timed(runs, runs["revision"] == longest["revision"], runs["msign_period"] == longest["msign_period"])
+    same = runs["run"].map(lambda run: run.code == longest["run"].code)
+    return timed(runs, same, runs["msign_period"] == longest["msign_period"])
 
 
 def fitted_r(runs: pd.DataFrame) -> float:
@@ -187,7 +177,7 @@ def onsets_table(runs: pd.DataFrame) -> pd.DataFrame:
     table = pd.DataFrame({
         "run": row.name, "collapse": str(row.end) if row.collapsed else "–",
         **{name: cell(row, name) for name in SIGNALS}, "gradient norm": str(row.onsets.grad_norm or "–"),
-    } for row in runs.itertuples())  # fmt: skip
+    } for row in moved(runs).itertuples())  # fmt: skip
     return table[(table[list(SIGNALS)] != "not logged").any(axis=1)]
 
 
@@ -214,7 +204,7 @@ def late_table(runs: pd.DataFrame) -> pd.DataFrame:
         "collapsed at": str(row.end) if row.collapsed else "–",
         "largest gradient norm ÷ median, first third": f"{row.early_peak:.1f}",
         "moved first": str(row.onsets), "late": "yes" if row.late else "no",
-    } for row in runs.itertuples())  # fmt: skip
+    } for row in moved(runs).itertuples())  # fmt: skip
 
 
 def calm_table(runs: pd.DataFrame) -> pd.DataFrame:
@@ -227,11 +217,8 @@ def calm_table(runs: pd.DataFrame) -> pd.DataFrame:
 
 def texts_table(runs: pd.DataFrame) -> pd.DataFrame:
     """A row per text and arm: training and validation loss, their difference, the stable rank at the end."""
-    return by_arm(
-        runs.assign(text=runs["dataset"]).sort_values("text", key=lambda text: pd.factorize(text)[0], kind="stable"),
-        TEXTS,
-        "text",
-    )
+    runs = pd.concat(of for _, of in runs.groupby("dataset", sort=False))
+    return by_arm(runs.assign(text=runs["dataset"]), TEXTS, "text")
 
 
 def ranks_table(runs: pd.DataFrame) -> pd.DataFrame:
@@ -336,7 +323,7 @@ BLOCKS: dict[str, Callable[[str], str | pd.DataFrame]] = {
     "finding": lambda name: arms_table(finding(name)),
     "costs": costs,
     "calm": lambda name: calm_table(finding(name)),
-    "first": lambda name: by_arm(finding(name), MOVED_FIRST),
+    "first": lambda name: by_arm(moved(finding(name)), MOVED_FIRST),
     "periods": periods,
     "margin": lambda name: margin_table(frame(name)),
     "late": lambda name: late_table(frame(name)),

@@ -47,10 +47,6 @@ class Run:
     summary: dict = field(default_factory=dict)
 
     @property
-    def name(self) -> str:
-        return self.config["name"]
-
-    @property
     def arm(self) -> str:
         """What sets this run apart, in words: its name in its grid, or its optimizer and what MSign is applied to."""
         if self.axes.get("arm"):
@@ -64,10 +60,6 @@ class Run:
         """The finite values of `key` by step."""
         values = (self.layers if key in self.layers else self.steps).get(key, pd.Series(dtype=float))
         return values[np.isfinite(values)]
-
-    def at_end(self, key: str) -> float:
-        """The last finite value of `key`, NaN when there is none."""
-        return self.series(key).get(self.series(key).index.max(), math.nan)
 
     def by_layer(self, family: str, combine: str | Callable = "mean", roles: str = r"\w+") -> pd.DataFrame:
         """Values of `family`/<layer> or `family`/<layer>.<role>: a row a layer, a column for each step with one.
@@ -151,7 +143,7 @@ def record_grid(folder: Path, runs: Iterable[Run]):
     """Write runs to a grid's folder, in the place of those of the same names; others that it holds stay."""
     before = load_runs(folder) if (folder / "runs.parquet").is_file() else []
     rows, parts = [], [[]]
-    for name, run in {run.name: run for run in (*before, *runs)}.items():
+    for name, run in {run.config["name"]: run for run in (*before, *runs)}.items():
         summary = {key: short(value) for key, value in run.summary.items() if not isinstance(value, dict)}
         record = {"config": portable(run.config), "axes": run.axes, "code": run.code, "summary": summary}
         rows.append({f"{part}.{key}": value for part, values in record.items() for key, value in values.items()})

@@ -31,9 +31,6 @@ def measured(run: Run, floor: float = math.nan) -> dict:
     losses, norms, steps = run.steps["train/loss"].tolist(), run.steps["grad_norm"], len(run.steps)
     collapse = find_collapse(losses, norms.tolist(), None if math.isnan(floor) else floor)
     end, loss = collapse.step if collapse else steps, final_loss(losses)
-    logged = run.steps.reindex(columns=["grad_norm", *(key for key, _ in SIGNALS.values())])
-    logged = logged.astype(object).where(np.isfinite(logged), None).reset_index(names="iter")
-    onsets = find_onsets(logged.to_dict("records"), end)
     val, srank = (run.series(key).iloc[-1:].sum(min_count=1) for key in ("val/loss", "srank/attention"))
     early_peak = norms.iloc[WINDOW : steps // 3].max() / norms.median()
     return (
@@ -41,7 +38,6 @@ def measured(run: Run, floor: float = math.nan) -> dict:
         | {
             "run": run,
             "arm": run.arm,
-            "revision": str(run.code),
             "steps": steps,
             "floor": floor,
             "collapse": collapse,
@@ -90,6 +86,17 @@ def verdict(row) -> str:
     if row.rescued:
         return f"{text}, {row.below_floor:.2f} below attention-off: attention lives"
     return f"{text}, but not clearly below attention-off ({row.floor:.2f}): attention is of no use"
+
+
+def moved(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs with what moved first up to the collapse, or in the whole run if there is none (find_onsets)."""
+    keys = ["grad_norm", *(key for key, _ in SIGNALS.values())]
+    onsets = []
+    for row in runs.itertuples():
+        logged = row.run.steps.reindex(columns=keys)
+        values = logged.astype(object).where(np.isfinite(logged), None).reset_index().to_numpy().tolist()
+        onsets.append(find_onsets([dict(zip(["iter", *keys], line, strict=True)) for line in values], row.end))
+    return runs.assign(onsets=onsets, first=[of.first or ["none"] for of in onsets])
 
 
 def fluctuation(run: Run, window: int = 100) -> float:

@@ -97,7 +97,7 @@ def test_overview_is_drawn_and_repeatable(arms, tmp_path):
 
 def test_fig1_shows_stable_rank_and_alignment_against_gradient_norm(arms):
     fig = fig1(arms)
-    srank, srank_msign, alignment, alignment_msign, *norms = fig.axes
+    srank, srank_msign, alignment, _, *norms = fig.axes
     assert [ax.get_title() for ax in fig.axes[:2]] == [
         "AdamW, seed 0",
         "MSign (attention), seed 0",

@@ -28,6 +28,7 @@ from analysis.statistics import (
     application_cost,
     chain,
     fluctuation,
+    moved,
     p_text,
     p_value,
     said,
@@ -61,7 +62,7 @@ def range_of(values, digits: int) -> str:
 
 @pytest.fixture(scope="module")
 def layers():
-    return arms(finding("layers"))
+    return arms(moved(finding("layers")))
 
 
 def test_every_run_was_recorded_by_committed_code_and_every_arm_has_its_seeds(layers):
@@ -188,7 +189,7 @@ def test_how_many_matrices_are_replaced_counts_and_not_which():
 
 @pytest.fixture(scope="module")
 def late_seeds():
-    return arms(frame("late_seeds"))
+    return arms(moved(frame("late_seeds")))
 
 
 def test_one_arm_of_twenty_collapses_late_by_the_protocol():
@@ -299,7 +300,7 @@ def test_the_ledger_says_what_the_report_says():
 
 
 def test_what_moved_first_and_how_much_msign_lowers_the_product_are_as_reported():
-    by_regime = {regime: arms(runs) for regime, runs in regimes().groupby("regime", sort=False)}
+    by_regime = {regime: arms(moved(runs)) for regime, runs in regimes().groupby("regime", sort=False)}
 
     def ratios(regime, key):
         """AdamW's median over MSign's, seed by seed."""
@@ -408,8 +409,10 @@ def test_the_page_on_grids_says_what_they_say(layers, controls):
 
 def test_gradient_norms_are_calmer(layers):
     for name, measure, words, says in (
-        ("AdamW", fluctuation, "0.44", "0.44 with AdamW"),
-        ("MSign (attention)", fluctuation, "0.17", "0.17 with MSign on attention"),
+        ("AdamW", fluctuation,
+    moved, "0.44", "0.44 with AdamW"),
+        ("MSign (attention)", fluctuation,
+    moved, "0.17", "0.17 with MSign on attention"),
         ("AdamW", spikes, "6.0", "AdamW 6.0"), ("MSign (attention)", spikes, "0.8", "has 0.8 spikes"),
         ("MSign (attention)", application_cost, "0.045", "0.045 ± 0.021"),
     ):  # fmt: skip

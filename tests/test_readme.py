@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from analysis.runs import load_run, load_runs
-from analysis.statistics import judged
+from analysis.statistics import judged, moved
 from tests.conftest import ROOT, here, ranks, run, start
 from tests.test_parallel import REDUCED
 
@@ -363,7 +363,7 @@ def test_recorded_runs_say_what_the_pages_say():
 def test_the_recorded_mechanism_is_what_docs_say():
     """The chain in numbers, every seed: what moved first, alignment, Jacobian norms."""
     leads, grown = [], 0
-    for one in judged(load_runs(ROOT / "results" / "ramp")).itertuples():
+    for one in moved(judged(load_runs(ROOT / "results" / "ramp"))).itertuples():
         onsets, run = one.onsets, one.run
         if one.collapsed:
             assert onsets.first == ["attention logits"]
