@@ -1,7 +1,6 @@
 """Tables of recorded runs, and the pages and figures of this repository that are made of them.
 
-A table is made of a frame of runs (statistics.judged). Most have a row an arm, and their columns are stated as
-{heading: (column of the frame, what makes an arm's values one text)}.
+A table is made of a frame of runs (statistics.judged); most have a row an arm.
 """
 
 import functools
@@ -54,7 +53,7 @@ THEOREMS = {  # a theorem: what it states, and what else is said of its measurem
 
 
 def counted(fell: pd.Series) -> str:
-    return f"{fell.sum()} of {len(fell)}"
+    return f"{fell.sum()} of {fell.count()}"
 
 
 def adjusted(groups) -> pd.Series:
@@ -63,6 +62,7 @@ def adjusted(groups) -> pd.Series:
     return holm(ps[groups.count() > 0]).map(p_text).reindex(ps.index, fill_value="–")
 
 
+# tables: {heading: (column of the frame, what makes an arm's values one text, its arguments)}
 COLLAPSED, LOSS = {"collapsed": ("collapsed", counted)}, {"final loss": ("loss", said)}
 FELL = COLLAPSED | {"at lr multiple": ("lr_multiple", said, 1)}
 NORM = "largest gradient norm after step 1000"
@@ -100,8 +100,8 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def by_arm(runs: pd.DataFrame, columns: Mapping[str, tuple], *by: str) -> pd.DataFrame:
-    """A row per arm, or per values of `by` and arm, in order of appearance: number of runs, and the columns {heading:
-    (column of the frame, what makes an arm's values one text, its arguments)}, without those that the frame lacks."""
+    """A row per arm, or per values of `by` and arm, in order of appearance: number of runs, and those of the columns
+    that the frame has."""
     groups = runs.groupby([*by, "arm"], sort=False)
     cells = {"n": groups.size().map(str)}
     for heading, (column, words, *digits) in columns.items():
@@ -159,7 +159,7 @@ def threshold_table(runs: pd.DataFrame, periods: pd.DataFrame) -> pd.DataFrame:
     means = runs.groupby("arm")["applications"].transform("mean").clip(lower=1e-9)
     near = means.map(lambda mean: np.log(counts / mean).abs().idxmin())
     runs = runs.assign(near=near, fixed=near + near.map(counts).map(": {:.0f}".format))
-    runs = runs.merge(periods, left_on=["near", "seed"], right_on=["arm", "seed"], suffixes=("", "_fixed"))
+    runs = runs.merge(periods, left_on=["near", "seed"], right_on=["arm", "seed"], how="left", suffixes=("", "_fixed"))
     return by_arm(runs.assign(difference=runs["loss"] - runs["loss_fixed"]), THRESHOLDS)
 
 
@@ -300,6 +300,11 @@ def regimes() -> pd.DataFrame:
     return pd.concat([runs.assign(regime=regime) for regime, runs in of.items()], ignore_index=True)
 
 
+def all_grids() -> pd.DataFrame:
+    """Every grid but that of the floors."""
+    return pd.concat(frame(grid, off="attention_off") for grid in GRIDS if grid != "attention_off")
+
+
 def periods(grid: str) -> str:
     runs = frame(grid, off="attention_off")
     return f"{markdown(period_table(runs))}\nr = {fitted_r(runs):.2f} steps an application.\n"
@@ -329,7 +334,7 @@ BLOCKS: dict[str, Callable[[str], str | pd.DataFrame]] = {
     "late": lambda name: late_table(frame(name)),
     "texts": lambda name: texts_table(frame(name)),
     "thresholds": lambda name: threshold_table(*map(numbered, reversed(LINES))),
-    "ranks": lambda name: ranks_table(pd.concat([frame(grid) for grid in GRIDS if grid != "attention_off"])),
+    "ranks": lambda name: ranks_table(all_grids()),
     "ledger": lambda name: ledger_table(regimes()),
     "cost": lambda name: paper_table() + "\n",
     "file": file,

@@ -33,36 +33,32 @@ def measured(run: Run, floor: float = math.nan) -> dict:
     end, loss = collapse.step if collapse else steps, final_loss(losses)
     val, srank = (run.series(key).iloc[-1:].sum(min_count=1) for key in ("val/loss", "srank/attention"))
     early_peak = norms.iloc[WINDOW : steps // 3].max() / norms.median()
-    return (
-        run.config
-        | {
-            "run": run,
-            "arm": run.arm,
-            "steps": steps,
-            "floor": floor,
-            "collapse": collapse,
-            "collapsed": bool(collapse),
-            "end": end,  # the step of the collapse, or the last one
-            "fell_at": end if collapse else math.nan,
-            "lr_multiple": run.steps["lr"][end] / run.config["lr"] if collapse else math.nan,  # there, of the paper's
-            "onsets": onsets,  # what moved first, up to the collapse, or in the whole run if there is none
-            "first": onsets.first or ["none"],
-            "loss": loss,  # mean of the last 100 training losses; infinity if one of them is not finite
-            "capped_loss": min(loss, losses[0]),  # at most the initial one
-            "below_floor": floor - loss,
-            "rescued": not collapse and floor - loss > CLEARLY,  # better than the same model without attention
-            "val": val,
-            "gap": val - loss,
-            "srank": srank,
-            "max_grad_norm": norms.iloc[1000 if steps > 1000 else 0 :].max(),  # after step 1000, or in a shorter run
-            "early_peak": early_peak,  # largest gradient norm of the first third, over the median of the whole
-            # whether it failed as the paper's do: no gradient norm of ten medians in the first third, a collapse later
-            "late": bool(collapse) and end > steps // 3 and early_peak < SPIKE,
-            "applications": 1000 * run.series("msign/matrices").sum() / steps,  # matrices replaced in 1000 steps
-            "tokens_per_second": run.summary.get("tokens_per_second", math.nan),
-            "peak_memory_gib": run.summary.get("peak_memory_gib", math.nan),
-        }
-    )
+    row = {
+        "run": run,
+        "arm": run.arm,
+        "steps": steps,
+        "floor": floor,
+        "collapse": collapse,
+        "collapsed": bool(collapse),
+        "end": end,  # the step of the collapse, or the last one
+        "fell_at": end if collapse else math.nan,
+        "lr_multiple": run.steps["lr"][end] / run.config["lr"] if collapse else math.nan,  # there, of the paper's
+        "loss": loss,  # mean of the last 100 training losses; infinity if one of them is not finite
+        "capped_loss": min(loss, losses[0]),  # at most the initial one
+        "below_floor": floor - loss,
+        "rescued": not collapse and floor - loss > CLEARLY,  # better than the same model without attention
+        "val": val,
+        "gap": val - loss,
+        "srank": srank,
+        "max_grad_norm": norms.iloc[1000 if steps > 1000 else 0 :].max(),  # after step 1000, or in a shorter run
+        "early_peak": early_peak,  # largest gradient norm of the first third, over the median of the whole
+        # whether it failed as the paper's do: no gradient norm of ten medians in the first third, a collapse later
+        "late": bool(collapse) and end > steps // 3 and early_peak < SPIKE,
+        "applications": 1000 * run.series("msign/matrices").sum() / steps,  # matrices replaced in 1000 steps
+        "tokens_per_second": run.summary.get("tokens_per_second", math.nan),
+        "peak_memory_gib": run.summary.get("peak_memory_gib", math.nan),
+    }
+    return run.config | row
 
 
 def judged(runs: Iterable[Run], off: Iterable[Run] = (), same: str = "wandb_group") -> pd.DataFrame:

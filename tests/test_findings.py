@@ -10,6 +10,7 @@ from scipy.stats import fisher_exact, gmean
 from analysis.report import (
     GRIDS,
     LINES,
+    all_grids,
     finding,
     fitted_r,
     frame,
@@ -440,7 +441,7 @@ def test_the_pages_say_how_many_runs_and_questions_there_are():
 
 
 def test_a_high_stable_rank_goes_with_low_losses_in_as_many_grids_as_reported():
-    table = ranks_table(pd.concat([frame(grid) for grid in GRIDS if grid != "attention_off"]))
+    table = ranks_table(all_grids())
     *_, rho_gap, p_gap, rho_loss, p_loss = (table.iloc[:, column] for column in range(table.shape[1]))
 
     def significant(rho, p):
