@@ -162,6 +162,14 @@ def thinned(values: pd.Series) -> pd.Series:
     return values[sorted({*bins.idxmin(), *bins.idxmax()})]
 
 
+def label(axis: bk.Axis, values: pd.Series, log: bool):
+    """Choose an axis' ticks: the powers of ten, or on a log axis of few decades some values between them."""
+    if not log or values.max() < 100 * values.min():
+        axis.formatter = bk.PrintfTickFormatter(format="%.3g")
+    if log and values.max() < 100 * values.min():
+        axis.ticker = bk.FixedTicker(ticks=[m * 10.0**k for k in range(-12, 12) for m in (1, 2, 3, 5, 7)])
+
+
 class Plots:
     """The plots of a page. They share their range of steps, a crosshair, a toolbar, and a button for each run."""
 
@@ -200,28 +208,22 @@ class Plots:
         if not any(map(len, logged.values())):
             return None
         plot = self.empty(panel.axis, y_axis_type="log" if panel.log else "linear")
-        if panel.log:
-            plot.yaxis.ticker = bk.LogTicker(mantissas=[1, 2, 5])
-        else:
-            plot.yaxis.formatter = bk.BasicTickFormatter(power_limit_low=-6)  # 0.0003 rather than 3.000e-4
+        plot.y_range.only_visible = True
+        finite = {track: values[np.isfinite(values) & (values > 0 if panel.log else True)]
+                  for track, values in logged.items()}  # fmt: skip
+        label(plot.yaxis, pd.concat(finite.values()), panel.log)
         settled = [pd.Series(dtype=float)]
-        for track, values in logged.items():
-            finite = values[np.isfinite(values) & (values > 0 if panel.log else True)]
-            mean = finite.rolling(WINDOW).mean().dropna() if panel.key == "train/loss" else finite[:0]
+        for track, values in finite.items():
+            mean = values.rolling(WINDOW).mean().dropna() if panel.key == "train/loss" else values[:0]
             faint = dict(line_width=0.8, line_alpha=0.2) if len(mean) else dict(line_width=1.6, line_alpha=0.9)
-            curves = self.curve(plot, track, finite, **faint) + self.curve(plot, track, mean, line_width=2)
-            plot.y_range.only_visible = True
+            curves = self.curve(plot, track, values, **faint)
+            curves += self.curve(plot, track, mean, line_width=2) if len(mean) else []
             plot.y_range.renderers = [*plot.y_range.renderers, *curves]
-            settled.append(mean[len(mean) // 5 :])
-            lost = values.index.difference(finite.index)
-            self.lost = self.lost or len(lost) > 0
-            look = dict(marker="inverted_triangle", size=11, color=track.color, fill_color="white", line_width=2)
-            at_top = dict(y=np.full(len(lost), 0.96), y_range_name="frame", name=f"{track.label}: {NO_VALUE}")
-            curves.append(plot.scatter(x=lost, **at_top, **look))
-            self.hover(plot, curves[-1:], "<b>$name</b><br>step @x{0}")
+            self.hover(plot, curves, "<b>$name</b><br>step @x{0}: @y{%.4g}")
+            self.marks(plot, track, logged[track].index.difference(values.index))
             for renderer in curves:
                 self.buttons[track].js_link("active", renderer, "visible")
-            self.marks(plot, track)
+            settled.append(mean[len(mean) // 5 :])
         if len(settled := pd.concat(settled)):  # the fall from ln V would flatten the rest
             plot.y_range = bk.Range1d(settled.min() - 0.15, settled.max() + 0.15)
         return plot
@@ -232,21 +234,27 @@ class Plots:
         drawn = [plot.line(values.index, values, color=track.color, name=track.label, **style)]
         if len(values) <= 40:
             drawn.append(plot.scatter(values.index, values, color=track.color, name=track.label, size=5))
-        self.hover(plot, drawn, "<b>$name</b><br>step @x{0}: @y{%.4g}")
         return drawn
 
-    def marks(self, plot: figure, track: Track):
-        """Vertical lines where something happened to a run."""
+    def marks(self, plot: figure, track: Track, lost: pd.Index):
+        """What happened to a run: vertical lines, triangles at the steps in `lost`, short lines where MSign acted."""
+        drawn = []
         for what, found in track.marks.groupby("what"):
-            look, name = dict(line_color=track.color, line_width=1.5), f"{track.label}: {what}"
+            look = dict(line_color=track.color, line_width=1.5, name=f"{track.label}: {what}")
             if what == APPLIED:
                 low = 0.035 * self.tracks.index(track)
                 y = dict(y0=low, y1=low + 0.03, y_range_name="frame")
-                line = plot.segment(x0=found["step"], x1=found["step"], name=name, **y, **look)
+                drawn.append(plot.segment(x0=found["step"], x1=found["step"], **y, **look))
             else:
-                line = plot.vspan(x=found["step"], line_dash=DASHES[what], name=name, **look)
-                self.hover(plot, [line], "<b>$name</b><br>step @x{0}")
-            self.buttons[track].js_link("active", line, "visible")
+                drawn.append(plot.vspan(x=found["step"], line_dash=DASHES[what], **look))
+        if len(lost):
+            self.lost = True
+            look = dict(marker="inverted_triangle", size=11, color=track.color, fill_color="white", line_width=2)
+            y = dict(y=np.full(len(lost), 0.96), y_range_name="frame")
+            drawn.append(plot.scatter(x=lost, name=f"{track.label}: {NO_VALUE}", **y, **look))
+        self.hover(plot, [line for line in drawn if APPLIED not in line.name], "<b>$name</b><br>step @x{0}")
+        for renderer in drawn:
+            self.buttons[track].js_link("active", renderer, "visible")
 
     def heat(self, heat: HeatMap) -> dict[Track, figure]:
         """The heat map of each run that logged what it needs, with one scale of colours for all."""

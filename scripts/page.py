@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis import page
 from analysis.runs import load_run
-from config import Parser, run_cli
+from config import Parser, output_stem, run_cli
 
 
 def main() -> int:
@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="run folder, or offline W&B run (its folder or .wandb file)"
     )
-    parser.add_argument("--out", type=Path, default=Path("page.html"), help="the file to write [page.html]")
+    parser.add_argument("--out", type=output_stem, default="page.html", help="the file to write [page.html]")
     args = parser.parse_args()
     page.write([load_run(path) for path in args.runs], args.out)
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")
