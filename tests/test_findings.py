@@ -520,7 +520,8 @@ def test_gradient_norms_are_calmer(layers):
     for name, measure, words, says in (
         ("AdamW", fluctuation, "0.44 ± 0.07", "0.44 ± 0.07 with AdamW"),
         ("MSign (attention)", fluctuation, "0.17 ± 0.01", "0.17 ± 0.01 with MSign on attention"),
-        ("AdamW", spikes, "6.0 ± 1.9", "AdamW 6.0 ± 1.9"), ("MSign (attention)", spikes, "0.8 ± 0.3", "has 0.8 ± 0.3 spikes"),
+        ("AdamW", spikes, "6.0 ± 1.9", "AdamW 6.0 ± 1.9"),
+        ("MSign (attention)", spikes, "0.8 ± 0.3", "has 0.8 ± 0.3 spikes"),
         ("MSign (attention)", application_cost, "0.045 ± 0.021", "0.045 ± 0.021"),
     ):  # fmt: skip
         digits = len(words.split(" ")[0]) - 2
