@@ -421,7 +421,7 @@ def test_the_pages_say_how_many_runs_and_questions_there_are():
     others = sum(len(recorded(name)) for name in ("ramp", "constant"))
     assert f"eleven grids behind this report ({grids} runs)" in REPORT and len(GRIDS) == 11
     assert f"The other {others} runs" in REPORT and f"rules {grids + others} times" in REPORT
-    assert f"from {grids} runs" in GRIDS_PAGE and f"{grids} runs, ten questions" in README
+    assert f"from {grids} runs" in GRIDS_PAGE and f"ten questions, answered with {grids + others} runs" in README
     questions = re.findall(r"^### (\d+)\.", (ROOT / "results" / "REPORT.md").read_text(), re.M)
     assert questions == [str(number) for number in range(1, 11)]
 
