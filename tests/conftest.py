@@ -5,11 +5,13 @@ import multiprocessing.util
 import os
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import types
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+import engine.pool
 import mup
 from config import Config
 from model import GPT
@@ -100,20 +103,41 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.conftest", "train", "analysis.figures"])
 
 
-def _as_script(words: list[str], cwd: str, env: dict[str, str], output: tuple[str, str]):
-    """Do in the forked process what `python words` does."""
-    for descriptor, path in zip((1, 2), output, strict=True):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
+def _as_script(words: list[str], cwd: str, env: dict[str, str], output: tuple[str | int, str | int]):
+    """Do in the forked process what `python words` does; output: files, or open descriptors, for stdout and stderr."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # not those of the script that forked this process
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    for descriptor, target in zip((1, 2), output, strict=True):
+        os.dup2(target if isinstance(target, int) else os.open(target, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
-    if ROOT not in Path(words[0]).parents:  # perhaps of a copy of the project, whose modules it brings along
+    if ROOT in Path(words[0]).parents:
+        engine.pool.subprocess = types.SimpleNamespace(Popen=Forked, STDOUT=subprocess.STDOUT)
+    else:  # perhaps of a copy of the project, whose modules it brings along
         ours = {path.stem for path in ROOT.iterdir()}
         for name in [name for name in sys.modules if name.split(".")[0] in ours]:
             del sys.modules[name]
     sys.path.insert(0, str(Path(words[0]).parent))
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
+
+
+class Forked:
+    """What engine/pool.py needs of subprocess.Popen, by a fork: the script need not import PyTorch again."""
+
+    def __init__(self, command: list[str], stdout, stderr, env: dict[str, str], pass_fds: list[int]):
+        assert (command[0], stderr) == (sys.executable, subprocess.STDOUT)
+        out = stdout.fileno()
+        fork = multiprocessing.get_context("fork").Process
+        self.process = fork(target=_as_script, args=(command[1:], os.getcwd(), env, (out, out)))
+        self.process.start()
+        self.terminate, self.kill, self.wait = self.process.terminate, self.process.kill, self.process.join
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    returncode = property(poll)
 
 
 def start(*args, cwd=ROOT, output=(os.devnull, os.devnull), **env) -> multiprocessing.Process:
