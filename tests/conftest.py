@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import types
+from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -100,6 +101,7 @@ def command(*args) -> list[str]:
 
 # importing PyTorch takes longer than most tests: each pytest worker has a server that imports it once and is forked
 FORKS = multiprocessing.get_context("forkserver")
+RUN = subprocess.run
 FORKS.set_forkserver_preload(["tests.conftest", "train", "analysis.figures"])
 
 
@@ -114,6 +116,7 @@ def _as_script(words: list[str], cwd: str, env: dict[str, str], output: tuple[st
     os.chdir(cwd)
     if ROOT in Path(words[0]).parents:
         engine.pool.subprocess = types.SimpleNamespace(Popen=Forked, STDOUT=subprocess.STDOUT)
+        subprocess.run = Forked.run if Path(words[0]).name == "evidence.py" else RUN
     else:  # perhaps of a copy of the project, whose modules it brings along
         ours = {path.stem for path in ROOT.iterdir()}
         for name in [name for name in sys.modules if name.split(".")[0] in ours]:
@@ -124,13 +127,13 @@ def _as_script(words: list[str], cwd: str, env: dict[str, str], output: tuple[st
 
 
 class Forked:
-    """What engine/pool.py needs of subprocess.Popen, by a fork: the script need not import PyTorch again."""
+    """What the scripts need of subprocess.Popen, by a fork: the new process need not import PyTorch again."""
 
-    def __init__(self, command: list[str], stdout, stderr, env: dict[str, str], pass_fds: list[int]):
-        assert (command[0], stderr) == (sys.executable, subprocess.STDOUT)
-        out = stdout.fileno()
+    def __init__(self, command: list[str], stdout=None, stderr=None, env=os.environ, pass_fds: Sequence[int] = ()):
+        assert command[0] == sys.executable
+        output = (stdout.fileno(), stdout.fileno()) if stderr == subprocess.STDOUT else (1, 2)
         fork = multiprocessing.get_context("fork").Process
-        self.process = fork(target=_as_script, args=(command[1:], os.getcwd(), env, (out, out)))
+        self.process = fork(target=_as_script, args=(command[1:], str(Path.cwd()), dict(env), output))
         self.process.start()
         self.terminate, self.kill, self.wait = self.process.terminate, self.process.kill, self.process.join
 
@@ -138,6 +141,13 @@ class Forked:
         return self.process.exitcode
 
     returncode = property(poll)
+
+    @classmethod
+    def run(cls, command: list[str]) -> subprocess.CompletedProcess:
+        sys.stdout.flush()
+        process = cls(command)
+        process.wait()
+        return subprocess.CompletedProcess(command, process.returncode)
 
 
 def start(*args, cwd=ROOT, output=(os.devnull, os.devnull), **env) -> multiprocessing.Process:
