@@ -209,8 +209,8 @@ class Plots:
             return None
         plot = self.empty(panel.axis, y_axis_type="log" if panel.log else "linear")
         plot.y_range.only_visible = True
-        finite = {track: values[np.isfinite(values) & (values > 0 if panel.log else True)]
-                  for track, values in logged.items()}  # fmt: skip
+        least = 0 if panel.log else -math.inf
+        finite = {track: values[np.isfinite(values) & (values > least)] for track, values in logged.items()}
         label(plot.yaxis, pd.concat(finite.values()), panel.log)
         settled = [pd.Series(dtype=float)]
         for track, values in finite.items():
@@ -226,6 +226,8 @@ class Plots:
             settled.append(mean[len(mean) // 5 :])
         if len(settled := pd.concat(settled)):  # the fall from ln V would flatten the rest
             plot.y_range = bk.Range1d(settled.min() - 0.15, settled.max() + 0.15)
+        elif not any(map(len, finite.values())):
+            plot.y_range = bk.Range1d(0.1, 1)  # for the triangles
         return plot
 
     def curve(self, plot: figure, track: Track, values: pd.Series, **style) -> list[bk.GlyphRenderer]:

@@ -179,7 +179,7 @@ class RunLog:
         changed = [k for k in ("code", "versions", "machine") if before.get(k) != record.get(k)]
         if changed:
             print(f"note: {', '.join(changed)} changed since {self.folder} began; the rest may differ in rounding")
-        self.event("resumed", **{k: record.get(k) for k in changed})
+        self._changed = {k: record.get(k) for k in changed}
 
     @property
     def finished(self) -> bool:
@@ -202,6 +202,8 @@ class RunLog:
         if self.metrics_path.stat().st_size < metrics_bytes:
             raise UserError(f"{self.metrics_path}: shorter than when the checkpoint of step {step} was written")
         os.truncate(self.metrics_path, metrics_bytes)
+        if self.resumed:
+            self.event("resumed", step=step, **self._changed)
         lines = read_metrics(self.folder)
         self._metrics = open(self.metrics_path, "a", buffering=1)  # noqa: SIM115 (closed in `close`)
         self._start_wandb()
