@@ -4,7 +4,6 @@
 a network. page.html beside this file is the template, which escapes every text of a record.
 """
 
-import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -67,20 +66,17 @@ def environment(found: Sequence[Track]) -> dict[str, list]:
 
 
 def happened(events: list[dict]) -> Iterator[tuple[str, str, str]]:
-    """(time, what, details in words) of a run's events; equal ones one after another are one line with their number."""
-    lines = []
+    """(time, what, details in words) of a run's events; what could not be measured is said once, with its number."""
+    lines = {}
     for event in events:
         details = {key: value for key, value in event.items() if key not in ("time", "event", "step", "noticed")}
         said = "; ".join(str(value) if key in ("why", "note") else f"{key}: {value}" for key, value in details.items())
-        lines.append((event["event"], said, event["time"], event.get("step")))
-    for (what, said), alike in itertools.groupby(lines, key=lambda line: line[:2]):
-        times, steps = zip(*(line[2:] for line in alike), strict=True)
-        at = f"{what} at step {steps[0]}" if steps[0] else what
-        yield (
-            times[0],
-            at,
-            said + (f" ({len(times)} times, the last one at step {steps[-1]})" if len(times) > 1 else ""),
-        )
+        alike = said if event["event"] == "not measured" else len(lines)
+        lines.setdefault((event["event"], alike), []).append((event["time"], event.get("step"), said))
+    for (what, _), found in lines.items():
+        (time, step, said), last = found[0], found[-1][1]
+        more = f" ({len(found)} times, the last one at step {last})" if len(found) > 1 else ""
+        yield time, what if step is None else f"{what} at step {step}", said + more
 
 
 def write(runs: Sequence[Run], path: Path):
@@ -91,8 +87,11 @@ def write(runs: Sequence[Run], path: Path):
     heats = {heat: plots.heat(heat) for heat in HEATMAPS}
     drawn = {panel: plot for of in panels.values() for panel, plot in of.items()}
     models = {panel.key: plot for panel, plot in drawn.items() if plot}
-    missing = {panel.title: panel.needs for panel, plot in drawn.items() if not plot}
-    missing |= {f"{heat.title}, block by block": heat.needs for heat, maps in heats.items() if not maps}
+    missing = {}
+    for shown, plot in [*drawn.items(), *heats.items()]:
+        if not plot:
+            where = " of every block" if shown in heats else ""
+            missing.setdefault(shown.needs, []).append(shown.title[0].lower() + shown.title[1:] + where)
     for number, track in enumerate(found):
         models |= {f"{heat.key}/{number}": maps[track] for heat, maps in heats.items() if track in maps}
         models |= {f"button/{number}": plots.buttons[track]} if len(found) > 1 else {}

@@ -104,11 +104,11 @@ PANELS = {
 HEATMAPS = (
     HeatMap("Stable rank of attention", "srank", "Dark: few directions. Do all blocks fall at once, or the early ones "
             "first? (‖W‖²_F / ‖W‖²₂, geometric mean over W_Q, W_K, W_V, W_O.)", roles="W_[QKVO]"),
-    HeatMap("Norm of the block's Jacobian", "jacobian/sigma1", "Bright: the block amplifies. Blocks 2 and up set the "
+    HeatMap("Norm of the Jacobian", "jacobian/sigma1", "Bright: the block amplifies. Blocks 2 and up set the "
             "scale (‖J(ℓ)‖₂); block 1 may lie beyond it.", first=1, needs="jacobian_every"),
     HeatMap("Alignment with the next block", "jacobian/alignment", "Bright: the norms of two adjacent blocks multiply "
             "(|v(ℓ+1)ᵀ u(ℓ)|). A dot: uncertain, ill-conditioned.", unit=True, needs="jacobian_every"),
-    HeatMap("Gradient norm of the block", "grad_norm", "Bright: where the gradient is largest. Blocks 2 and up set the "
+    HeatMap("Gradient norm", "grad_norm", "Bright: where the gradient is largest. Blocks 2 and up set the "
             "scale (‖∇‖₂ before clipping).", np.linalg.norm, r"\w+", first=1),
 )  # fmt: skip
 
@@ -212,7 +212,7 @@ class Plots:
         least = 0 if panel.log else -math.inf
         finite = {track: values[np.isfinite(values) & (values > least)] for track, values in logged.items()}
         label(plot.yaxis, pd.concat(finite.values()), panel.log)
-        settled = [pd.Series(dtype=float)]
+        settled = []
         for track, values in finite.items():
             mean = values.rolling(WINDOW).mean().dropna() if panel.key == "train/loss" else values[:0]
             faint = dict(line_width=0.8, line_alpha=0.2) if len(mean) else dict(line_width=1.6, line_alpha=0.9)
@@ -223,8 +223,8 @@ class Plots:
             self.marks(plot, track, logged[track].index.difference(values.index))
             for renderer in curves:
                 self.buttons[track].js_link("active", renderer, "visible")
-            settled.append(mean[len(mean) // 5 :])
-        if len(settled := pd.concat(settled)):  # the fall from ln V would flatten the rest
+            settled.append(mean[len(mean) // 5 :] if len(mean) else values)
+        if panel.key == "train/loss" and len(settled := pd.concat(settled)):  # the fall from ln V would flatten it
             plot.y_range = bk.Range1d(settled.min() - 0.15, settled.max() + 0.15)
         elif not any(map(len, finite.values())):
             plot.y_range = bk.Range1d(0.1, 1)  # for the triangles

@@ -133,7 +133,7 @@ def test_two_runs_that_logged_little(hostile, tmp_path):
         "2 runs compared", "No collapse, final loss 2.50.", "the loss is not finite", "▽ not finite",
         "resumed at step 7",
         "(2 times, the last one at step 2)", "The runs differ in",
-        "Norm of a block's Jacobian (needs --jacobian_every )",
+        "norm of the Jacobian of every block; alignment with the next block of every block (measured every",
         "Not logged by MSign (attention)", "These records do not hold it.", ATTACK,
         "no fallback, no warning, nothing that could not be measured",
     ):  # fmt: skip
