@@ -54,10 +54,9 @@ def build_optimizer(cfg: Config, model: GPT, group=None) -> Optimizer:
     if not cfg.msign_period:
         return base
     update = controls.update_of(cfg.msign_map, cfg.msign_backend, cfg.msign_below)
-    named = model.named_parameters()
     try:
         return MSign(
-            base, named, cfg.msign_period, cfg.msign_targets, update=update, group=group, reset=cfg.msign_reset
+            base, model, cfg.msign_period, cfg.msign_targets, update=update, group=group, reset=cfg.msign_reset
         )
     except ValueError as error:
         raise UserError(f"msign_targets = {cfg.msign_targets!r}: {error}") from error

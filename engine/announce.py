@@ -43,5 +43,5 @@ def intervention(cfg: Config, optimizer) -> str:
         return f"plain {'AdamW' if cfg.optimizer == 'adamw' else cfg.optimizer}"
     what = {"sign": "MSign", "zero": "set to zero"}.get(cfg.msign_map, f"control: {cfg.msign_map}")
     which = f", stable rank below {cfg.msign_below:g}" if cfg.msign_below else ""
-    matrices = f"{len(optimizer.params)} matrices ({cfg.msign_targets}{which})"
+    matrices = f"{len(optimizer.targets)} matrices ({cfg.msign_targets}{which})"
     return f"{what} every {cfg.msign_period} steps on {matrices}"

@@ -52,7 +52,7 @@ def signs() -> dict:
     `budget.msign_bytes` expects.
     """
     alone = weights()
-    msign.apply_(alone)
+    msign.apply_(msign.find(alone.items(), "*"))
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     out = {}
     for kind in ("replicated", "sharded"):
@@ -60,7 +60,7 @@ def signs() -> dict:
         if kind == "sharded":
             several = {n: distribute_tensor(W, mesh, [Shard(0)]) for n, W in several.items()}
         msign.counts.clear()
-        msign.apply_(several, group=dist.group.WORLD)
+        msign.apply_(msign.find(several.items(), "*"), group=dist.group.WORLD)
         got = {n: W.full_tensor() if kind == "sharded" else W for n, W in several.items()}
         counted = [None] * dist.get_world_size()
         dist.all_gather_object(counted, (msign.counts["matrices"], msign.counts["bytes"]))
@@ -88,7 +88,7 @@ def refusals() -> dict:
         several = {n: distribute_tensor(x, mesh, [placement]) for n, x in W.items()}
         before = several["a"].to_local().clone()
         try:
-            msign.apply_(several)
+            msign.apply_(msign.find(several.items(), "*"))
             said = "nothing"
         except ValueError as error:
             said = f"{type(error).__name__}: {error}"
