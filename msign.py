@@ -2,21 +2,22 @@
 
 This file needs PyTorch (2.9 or later) and nothing else, so it can be copied into another project:
 
-    optimizer = MSign(torch.optim.AdamW(model.parameters()), model.named_parameters(), period=100)
+    optimizer = MSign(torch.optim.AdamW(model.parameters()), model, period=100)
+    print(optimizer)  # which matrices it will replace
 
 `msign` is the pure function. `restored_sign` is the paper's update of one matrix or of a stack of matrices. `MSign`
 is a thin wrapper around any `torch.optim.Optimizer`. Three words recur. The *targets* are the matrices that MSign
 replaces. An *application* is one time at which it replaces them. A *stack* (..., m, n) is a batch of matrices (m, n).
 
-Do not use MSign on a weight that fuses W_Q, W_K and W_V, because its sign would mix the three matrices; make them
-three parameters or leave the weight out. Do not use it on embeddings, output heads or 1-D parameters either, which
-the paper leaves alone.
+Many models fuse W_Q, W_K and W_V in one weight. The sign of that weight would mix the three matrices, so MSign splits
+it (`find`) and refuses a weight that it cannot split. Do not use MSign on embeddings, output heads or 1-D parameters,
+which the paper leaves alone.
 """
 
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -309,8 +310,11 @@ KINDS = {
         re.compile("(mlp|ffn|feedforward|experts|moe)$", re.I),
     ),
 }
-FUSED = {"attention": re.compile("kv|c_attn|in_proj|qk", re.I), "mlp": re.compile("gate_?up|up_?gate|in_proj|w1[23]")}
-EQUAL = re.compile("(qkv|query_key_value|c_attn|in_proj|gate_?up|up_?gate|w1[23])(_proj|_weight)?$", re.I)
+FUSED = {
+    "attention": re.compile("kv|c_attn|in_proj|qk|query_key_value", re.I),
+    "mlp": re.compile("gate_?up|up_?gate|in_proj|w1[23]"),
+}
+EQUAL = re.compile("(qkv|c_attn|in_proj|gate_?up|up_?gate|w1[23])(_proj|_weight)?$", re.I)
 ROUTER = re.compile("router|(^|_)w?gate$|^wg$|classifier", re.I)
 # Classes whose fused weight holds W_Q, W_K and W_V one after the other; and those whose weight repeats, for every head
 # of keys: the rows of the queries that share it, of the keys, of the values.
@@ -513,6 +517,18 @@ def find(
     }
 
 
+def describe(targets: Mapping[str, Target]) -> str:
+    """A line for each kind of target: how often it occurs, its name with * for numbers, its shape and its matrices."""
+    kinds: Counter[str] = Counter()
+    for name, target in targets.items():
+        layout = target.layout
+        rows = {role: f"{role} ({layout.groups * n} rows)" for role, n in layout.parts}
+        what = ", ".join(target.roles if target.alone else map(rows.get, target.roles))
+        anywhere = re.sub(r"\b\d+\b", "*", name)
+        kinds[f"{anywhere} {tuple(target.parameter.shape)}: {what}"] += 1
+    return "\n".join(f"  {n} × {kind}" for kind, n in kinds.items())
+
+
 class NonFiniteWeightError(ValueError):
     """A target holds NaN or infinity, so it has no matrix sign."""
 
@@ -704,6 +720,9 @@ class MSign(Optimizer):
                         value.zero_()  # the step count too, because Adam's bias correction assumes moments from 0
             self.observe("after")
         return loss
+
+    def __repr__(self) -> str:
+        return f"MSign every {self.period} steps around {type(self.base).__name__}:\n{describe(self.targets)}"
 
     def due(self, step: int) -> bool:
         """Whether this step, counted from 1, ends with an application."""

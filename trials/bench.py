@@ -486,8 +486,9 @@ class Bench:
         times = alternate({"step": step, "msign": application(step.model)}, rounds)
         steps = ratios(times["msign"], times["step"])
         share = 100 * statistics.median(steps) / PERIOD
+        count = len(msign.find(step.model, "blocks"))
         self.report.row(f"MSign on all block matrices, every {PERIOD} steps, against AdamW alone", **{
-            "model": name, "matrices": len(msign.find(step.model, "blocks")), "ms": ms(times["msign"]), "step, ms": ms(times["step"], 0),
+            "model": name, "matrices": count, "ms": ms(times["msign"]), "step, ms": ms(times["step"], 0),
             "r, steps an application": spread(steps, 4), "share of training": f"{share:.4f} %",
         })  # fmt: skip
         self.report.target(f"MSign, {name}", share, must, 0.1, " %", smaller_is_better=True)
