@@ -152,6 +152,8 @@ def settings_of(cfg: Config, family: Family) -> dict:
 
 # --- out ---
 
+WRITTEN = ("bytes", "gpt2")  # the tokenizers whose files are written with a model
+
 
 @torch.no_grad()
 def weights_of(model: GPT, family: Family) -> dict[str, Tensor]:
@@ -172,7 +174,7 @@ def weights_of(model: GPT, family: Family) -> dict[str, Tensor]:
 
 
 def tokenizer_of(name: str, block_size: int):
-    """Our tokenizer of this name as one of transformers, with the same ids; None for one that has no files here.
+    """Our tokenizer of this name, one of WRITTEN, as one of transformers, with the same ids.
 
     One difference remains: the text "<|endoftext|>" is the end of a text there, and an ordinary text in our corpora.
     The tokenizer of bytes has no token for the end: any token that is declared special takes its own spelling out of
@@ -187,8 +189,6 @@ def tokenizer_of(name: str, block_size: int):
         merges, vocabulary = gpt2_files()
         vocab, merges = models.BPE.read_file(str(vocabulary), str(merges))
         return transformers.GPT2TokenizerFast(vocab=vocab, merges=merges, **common)
-    if name != "bytes":
-        return None
     bpe = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in bytes_to_unicode().items()}, merges=[]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.decoder = decoders.ByteLevel()
@@ -204,20 +204,28 @@ def refuse_full(folder: Path):
 def export(model: GPT, tokenizer_name: str, folder: Path, shard: str = "5GB") -> str:
     """The model type as which the model was written to `folder`, whole or not at all, with the tokenizer's files.
 
-    tokenizer_name: a key of TOKENIZERS, or "" for none. shard: the largest size of one file of weights. Raises
-    UserError, before anything is written, if transformers has no counterpart of the model or the folder is not empty.
+    tokenizer_name: one of WRITTEN; no tokenizer's files are written for any other. shard: the largest size of one file
+    of weights. Raises UserError, before anything is written, if transformers has no counterpart of the model, if the
+    tokenizer has more tokens than the model, or if the folder is not empty.
     """
     import transformers
 
     model_type = counterpart(model.cfg)
     refuse_full(folder)
-    family = FAMILIES[model_type]
-    end = get_tokenizer(tokenizer_name).eot if tokenizer_name else None
+    family, end = FAMILIES[model_type], None
+    if tokenizer_name in WRITTEN:
+        ours = get_tokenizer(tokenizer_name)
+        end = ours.eot
+        if ours.vocab_size > model.cfg.vocab_size:
+            right = f"must have at most vocab_size={model.cfg.vocab_size} tokens"
+            raise UserError(f"tokenizer = {tokenizer_name!r}: {right}, not {ours.vocab_size}")
     config = transformers.AutoConfig.for_model(
         model_type, **settings_of(model.cfg, family), architectures=[family.architecture], dtype="float32",
         tie_word_embeddings=False, bos_token_id=end, eos_token_id=end,
     )  # fmt: skip
-    tokenizer = tokenizer_of(tokenizer_name, model.cfg.block_size)
+    # our model has no dropout, and GPT-2 has some unless told otherwise
+    config.update({key: 0.0 for key in vars(config) if key.endswith("_pdrop")})
+    tokenizer = tokenizer_of(tokenizer_name, model.cfg.block_size) if tokenizer_name in WRITTEN else None
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         written = Path(scratch) / "model"
@@ -268,12 +276,16 @@ def _opened(cfg: Config, folder: Path) -> tuple[Family, bool]:
     """
     if not (folder / "config.json").is_file():
         raise ValueError("must be a folder with a config.json")
-    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+    from transformers import AutoConfig  # takes seconds, and only a run with init_from needs it
+
+    try:
+        model_type = json.loads((folder / "config.json").read_text())["model_type"]
+        if model_type in FAMILIES:
+            theirs, family = AutoConfig.from_pretrained(folder, local_files_only=True), FAMILIES[model_type]
+    except Exception as error:  # of many types, for a file that is no JSON or has wrong values
+        raise ValueError(f"config.json: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
     if model_type not in FAMILIES:
         raise ValueError(f"model_type = {model_type!r} in config.json: must be one of {', '.join(FAMILIES)}")
-    from transformers import AutoConfig  # seconds, which only a run with init_from takes
-
-    theirs, family = AutoConfig.from_pretrained(folder, local_files_only=True), FAMILIES[model_type]
     fields = family.fixed | {name: getattr(theirs, key) for name, key in family.sizes.items()}
     fields["d_ff"] = fields["d_ff"] or 4 * fields["d_model"]  # GPT-2's n_inner may be absent
     if fields["position"] == "rope":

@@ -169,7 +169,7 @@ class RunLog:
             raise UserError(f"name = {self.cfg.name!r}: {self.folder} is not a run (no record.json)")
         before = json.loads(path.read_text())
         for key, value in record["config"].items():
-            was = before["config"].get(key)
+            was = before["config"].get(key, FIELDS[key].default)  # a record may be older than a field
             if key not in FREE_ON_RESUME and was != value:
                 raise UserError(
                     f"{key} = {value!r}: the run {self.folder} was started with {was!r}; a run keeps its config"

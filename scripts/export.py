@@ -23,10 +23,14 @@ def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder, or one of its checkpoints")
     parser.add_argument("out", type=Path, metavar="OUT", help="new or empty folder")
-    parser.add_argument("--tokenizer", default="", help="for a corpus that does not name its own")
+    parser.add_argument("--tokenizer", choices=exchange.WRITTEN, help="for a corpus that does not name its own")
     args = parser.parse_args()
     model, record = open_model(args.run, torch.device("cpu"))
-    print(exchange.export(model, args.tokenizer or record["data"].get("tokenizer", ""), args.out))
+    name = args.tokenizer or record["data"].get("tokenizer", "")
+    model_type = exchange.export(model, name, args.out)
+    print(
+        f"{args.out}: a {model_type}, with {f'the tokenizer of {name}' if name in exchange.WRITTEN else 'no tokenizer'}"
+    )
     return 0
 
 
