@@ -19,7 +19,7 @@ from torch import Tensor
 
 from config import Config, UserError, shown
 from data.tokenizer import get_tokenizer, gpt2_files
-from engine.checkpoint import checkpoints, sha256
+from engine.checkpoint import checkpoints, sha256_of
 from engine.parallel import fill
 from model import GPT, NORM_EPS
 
@@ -250,7 +250,7 @@ def weight_files(folder: Path) -> list[Path]:
 def origin(cfg: Config) -> dict:
     """What record.json says of weights from cfg.init_from: {"init_from": {file: sha256}}; empty without any there."""
     files = weight_files(Path(cfg.init_from)) if cfg.init_from else []
-    return {"init_from": {path.name: sha256(path) for path in files}} if files else {}
+    return {"init_from": {path.name: sha256_of(path) for path in files}} if files else {}
 
 
 def load(cfg: Config, model: GPT):

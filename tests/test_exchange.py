@@ -288,6 +288,10 @@ def test_two_processes_begin_with_the_same_weights(first):
     assert several(2, "trainings", ways[1:]) == [0, 0]
     for how in ("ddp", "fsdp"):
         assert losses(first / "runs" / how) == pytest.approx(losses(first / "runs" / "one"), rel=1e-5)
+    assert (first / "runs/fsdp/ckpt_0000003").is_dir()
+    sharded, _ = open_model(first / "runs/fsdp", torch.device("cpu"))
+    assert here("scripts/export.py", first / "runs/fsdp", first / "sharded").returncode == 0
+    assert_same_logits(sharded, transformers.AutoModelForCausalLM.from_pretrained(first / "sharded"))
 
 
 def test_a_full_folder_and_foreign_tokens_are_refused(first):
