@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 import mup
 from config import Config, UserError, due, load_config, run_cli
 from data import corpora
-from engine import checkpoint, machine, parallel
+from engine import checkpoint, exchange, machine, parallel
 from engine.announce import announce
 from engine.runlog import NoLog, RunLog, read_metrics
 from engine.signals import Signals
@@ -81,6 +81,7 @@ class Run:
         self.sharded = self.how == "fsdp" and self.world.size > 1
         self.notes = notes + announced
         self.model = parallel.build(cfg, self.world, self.sharded)
+        exchange.load(cfg, self.model)
         self.optimizer = build_optimizer(cfg, self.model, self.world.group)
         self.accumulate = cfg.batch_size // cfg.micro_batch // self.world.size
         self.step, self.healthy = 0, 0
@@ -121,8 +122,8 @@ class Run:
         about_data = {"folder": data.folder.name, "fingerprint": data.fingerprint(), "notes": self.notes, **data.meta}
         processes = {"processes": size, "parallel": self.how if size > 1 else None}
         about_machine = machine.describe(self.cfg, self.device) | processes | self.arithmetic
-        parameters = sum(p.numel() for p in self.model.parameters())
-        return {"data": about_data, "machine": about_machine, "parameters": parameters}
+        about_model = {"parameters": sum(p.numel() for p in self.model.parameters())} | exchange.origin(self.cfg)
+        return {"data": about_data, "machine": about_machine, **about_model}
 
     def restore(self):
         """Load the last checkpoint, if there is one, and show the metrics logged until then to `watch`."""

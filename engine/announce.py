@@ -20,6 +20,8 @@ def announce(cfg: Config, model: GPT, optimizer, train: TokenFiles, world: World
     active = f" ({sum(map(model.active, model.parameters())):,} a token)" if cfg.n_experts else ""
     roles = ", ".join(f"{role} {count:,}" for role, count in numel.items())
     print(f"  parameters {sum(numel.values()):,}{active}: {roles}")
+    if cfg.init_from:
+        print(f"  first weights: {cfg.init_from}")
     for group in optimizer.param_groups:
         print(f"  lr × {group['lr_mult']:<4g} decay {group['weight_decay']:<6g} {', '.join(group['roles'])}")
     print(f"  data {cfg.dataset if train.folder.name == cfg.dataset else train.folder}: {len(train):,} tokens")

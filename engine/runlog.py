@@ -169,13 +169,15 @@ class RunLog:
             raise UserError(f"name = {self.cfg.name!r}: {self.folder} is not a run (no record.json)")
         before = json.loads(path.read_text())
         for key, value in record["config"].items():
-            was = before["config"].get(key)
+            was = before["config"].get(key, FIELDS[key].default)  # a record may be older than a field
             if key not in FREE_ON_RESUME and was != value:
                 raise UserError(
                     f"{key} = {value!r}: the run {self.folder} was started with {was!r}; a run keeps its config"
                 )
         if before["data"]["fingerprint"] != record["data"]["fingerprint"]:
             raise UserError(f"dataset = {self.cfg.dataset!r}: not the data that {self.folder} was started with")
+        if "init_from" in record and before["init_from"] != record["init_from"]:
+            raise UserError(f"init_from = {self.cfg.init_from!r}: not the weights that {self.folder} was started with")
         changed = [k for k in ("code", "versions", "machine") if before.get(k) != record.get(k)]
         if changed:
             print(f"note: {', '.join(changed)} changed since {self.folder} began; the rest may differ in rounding")
