@@ -21,6 +21,7 @@ import train
 from config import load_config
 from data.reader import TokenFiles
 from engine import checkpoint
+from engine.signals import Signals
 from model import GPT
 from tests.conftest import ROOT, command, refused, run, small, start
 
@@ -356,6 +357,16 @@ def test_killed_at_any_moment_and_resumed_is_bitwise_the_same(config_file, tmp_p
     whole = tmp_path / "runs" / "whole"
     assert lines_of(whole) == lines_of(folder)
     assert_same_state(final_state(whole), final_state(folder))
+
+
+def test_a_signal_of_the_other_kind_changes_nothing_and_a_second_of_one_kind_kills():
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with Signals() as signals:
+        signal.raise_signal(signal.SIGINT)
+        assert signals.received == signal.SIGINT and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+        signal.raise_signal(signal.SIGTERM)  # as a pool sends it after Ctrl-C
+        assert signals.received == signal.SIGINT and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
