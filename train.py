@@ -8,6 +8,7 @@ Every run is a folder below runs/ (engine/runlog.py says what is in it). `--dry_
 """
 
 import dataclasses
+import math
 import os
 import signal
 import sys
@@ -171,7 +172,7 @@ def loop(run: Run, signals: Signals) -> bool:
     """Train until the last step, a non-finite value or a signal to any process. True if a signal stopped it early."""
     cfg, world, watch = run.cfg, run.world, run.watch
     parameters = list(run.model.parameters())
-    clip_at = cfg.grad_clip if cfg.grad_clip and cfg.optimizer != "zclip" else float("inf")  # ZClip clips by itself
+    clip_at = cfg.grad_clip if cfg.grad_clip and cfg.optimizer != "zclip" else math.inf  # ZClip clips by itself
     batch = run.draw(run.step + 1)
     while run.step < cfg.max_steps:
         run.step += 1
@@ -279,7 +280,7 @@ def end(run: Run) -> int:
         "collapse": fell,
         "train/loss": final_loss([line["train/loss"] for line in lines]),
         "val/loss": next((line["val/loss"] for line in reversed(lines) if "val/loss" in line), None),
-        "max_grad_norm": max(line["grad_norm"] or float("inf") for line in lines),
+        "max_grad_norm": max(math.inf if line["grad_norm"] is None else line["grad_norm"] for line in lines),
         "tokens_per_second": run.log.tokens_per_second(run.step),
         "peak_memory_gib": machine.peak_memory(run.device) / 2**30,
     }

@@ -104,6 +104,15 @@ def test_a_run_leaves_its_whole_record(in_process):
     assert [p.name for p in folder.glob("ckpt*")] == ["ckpt_0000020.pt"]
 
 
+def test_a_gradient_norm_of_zero_is_no_infinity(in_process, corpus):
+    """With one token in the vocabulary the loss is 0 whatever the weights."""
+    for path in corpus.glob("*.bin"):
+        np.zeros(1000, np.uint16).tofile(path)
+    _, folder = in_process("--vocab_size=1", "--max_steps=2", "--probe_every=0")
+    assert [line["grad_norm"] for line in lines(folder)] == [0, 0]
+    assert json.loads((folder / "summary.json").read_text())["max_grad_norm"] == 0
+
+
 def lines(folder):
     return [json.loads(line) for line in lines_of(folder).splitlines()]
 
