@@ -30,7 +30,7 @@ from config import FIELDS, ROOT, Config, UserError, assignments, check_type, par
 from engine import machine
 from engine.plan import duration
 from engine.pool import Job, Pool
-from engine.runlog import FREE_ON_RESUME, first_line, wandb_mode
+from engine.runlog import changes, first_line, wandb_mode
 
 PER_POINT = ("name", "resume", "dry_run")  # fields that this module sets for every point; a grid file must not
 PER_GRID = ("runs_dir", "wandb_project", "wandb_group")  # fields that have one value in a grid
@@ -76,13 +76,11 @@ class Point(Job):
 
     def check(self):
         """Raise UserError if the point's folder holds a run with another configuration: the grid was changed."""
-        recorded = (self.read("record.json") or {"config": {}})["config"]
-        for name, value in dataclasses.asdict(self.cfg).items():
-            if name not in FREE_ON_RESUME and recorded.get(name, value) != value:
-                raise UserError(
-                    f"{name} = {value!r}: {self.folder} was started with {recorded[name]!r}; "
-                    "move it away or choose another --runs_dir"
-                )
+        record = self.read("record.json")
+        for name, value, was in changes(record["config"], self.cfg) if record else ():
+            raise UserError(
+                f"{name} = {value!r}: {self.folder} was started with {was!r}; move it away or choose another --runs_dir"
+            )
 
     def close(self):
         """Set `summary` and `error` to how the run ended."""

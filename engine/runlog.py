@@ -30,12 +30,13 @@ from tqdm import tqdm
 
 from config import FIELDS, ROOT, Config, UserError
 
-# fields that may change when a run is resumed; all others decide what is computed
+# fields that may change when a run is resumed; all others decide what is computed. The validation set has eval_batches
+# · micro_batch sequences, so this product stays
 FREE_ON_RESUME = {
     "resume", "dry_run", "runs_dir", "device", "threads", "ckpt_every", "wandb", "wandb_project", "parallel",
-    "recompute", "micro_batch",
+    "recompute", "micro_batch", "eval_batches",
 }  # fmt: skip
-ROOMS = ("data", "engine", "remedies", "stability")  # folders whose source is hashed, besides the top level's
+HASHED_FOLDERS = ("data", "engine", "remedies", "stability")  # their source is hashed, besides the top level's
 PER_LAYER = re.compile(r"(.+)/(\d+)((?:\.\w+)?)")  # a layer's key in metrics.jsonl, such as srank/3.W_Q
 # for these metrics W&B's table of runs shows an extreme value instead of the last one
 SUMMARY = {
@@ -58,7 +59,7 @@ def code_version() -> dict:
         revision, dirty = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
     except OSError:  # no git on this machine
         revision, dirty = None, None
-    sources = sorted([*ROOT.glob("*.py"), *(p for room in ROOMS for p in (ROOT / room).glob("*.py"))])
+    sources = sorted([*ROOT.glob("*.py"), *(p for name in HASHED_FOLDERS for p in (ROOT / name).glob("*.py"))])
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     return {"git": revision, "dirty": None if revision is None else bool(dirty), "sha256": digest}
 
@@ -74,6 +75,24 @@ def versions() -> dict:
         "numpy": numpy.__version__,
         "platform": platform.platform(),
     }
+
+
+def changes(recorded: dict, cfg: Config) -> list[tuple[str, object, object]]:
+    """(field, value in cfg, recorded value) wherever cfg differs from a run's recorded configuration and must not.
+
+    A field that did not exist when the run was recorded had its default value.
+    """
+    now = dataclasses.asdict(cfg)
+    recorded = {name: field.default for name, field in FIELDS.items()} | recorded
+    differ = [
+        (name, value, recorded[name])
+        for name, value in now.items()
+        if name not in FREE_ON_RESUME and value != recorded[name]
+    ]
+    sequences, before = (c["eval_batches"] * c["micro_batch"] for c in (now, recorded))
+    if cfg.eval_every and sequences != before:
+        differ.append(("eval_batches · micro_batch", sequences, before))
+    return differ
 
 
 def first_line(error: Exception) -> str:
@@ -168,12 +187,10 @@ class RunLog:
         if not path.is_file():
             raise UserError(f"name = {self.cfg.name!r}: {self.folder} is not a run (no record.json)")
         before = json.loads(path.read_text())
-        for key, value in record["config"].items():
-            was = before["config"].get(key)
-            if key not in FREE_ON_RESUME and was != value:
-                raise UserError(
-                    f"{key} = {value!r}: the run {self.folder} was started with {was!r}; a run keeps its config"
-                )
+        for name, value, was in changes(before["config"], self.cfg):
+            raise UserError(
+                f"{name} = {value!r}: the run {self.folder} was started with {was!r}; a run keeps its config"
+            )
         if before["data"]["fingerprint"] != record["data"]["fingerprint"]:
             raise UserError(f"dataset = {self.cfg.dataset!r}: not the data that {self.folder} was started with")
         changed = [k for k in ("code", "versions", "machine") if before.get(k) != record.get(k)]

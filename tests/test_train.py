@@ -18,7 +18,7 @@ import torch
 
 import mup
 import train
-from config import load_config
+from config import UserError, load_config
 from data.reader import TokenFiles
 from engine import checkpoint
 from engine.signals import Signals
@@ -393,6 +393,15 @@ def test_signals_save_first(config_file, tmp_path, number):
     assert final_state(tmp_path / "runs" / "small")["step"] == last
     events = (tmp_path / "runs" / "small" / "events.jsonl").read_text()
     assert signal.Signals(number).name in events
+
+
+def test_a_resumed_run_keeps_its_validation_set(in_process):
+    _, whole = in_process("--max_steps=6")
+    _, split = in_process("--max_steps=6", "--name=split", "--micro_batch=2", "--eval_batches=4")
+    assert lines(split)[-1]["val/loss"] == pytest.approx(lines(whole)[-1]["val/loss"], rel=1e-5)
+    with pytest.raises(UserError, match=r"eval_batches · micro_batch = 4: the run .* was started with 8"):
+        in_process("--max_steps=6", "--resume", "--micro_batch=2")
+    assert in_process("--max_steps=6", "--resume", "--micro_batch=2", "--eval_batches=4")[0] == 0
 
 
 def test_bad_input(config_file, corpus, tmp_path):
