@@ -101,7 +101,7 @@ def first_line(error: Exception) -> str:
 
 
 def wandb_mode(cfg: Config) -> tuple[str, str | None]:
-    """W&B's mode (online, offline or off) for cfg.wandb, and why it is less than cfg.wandb asks for, or None.
+    """W&B's mode (online, offline or off) for cfg.wandb and, if that is not what cfg.wandb asks for, the reason.
 
     With cfg.wandb = "auto" the mode is online if the user is logged in and the server answers, and otherwise offline;
     it is off only where W&B cannot start its service on this machine. The user is never asked for anything. Raises
@@ -195,7 +195,9 @@ class RunLog:
             raise UserError(f"dataset = {self.cfg.dataset!r}: not the data that {self.folder} was started with")
         changed = [k for k in ("code", "versions", "machine") if before.get(k) != record.get(k)]
         if changed:
-            print(f"note: {', '.join(changed)} changed since {self.folder} began; the rest may differ in rounding")
+            print(
+                f"note: {', '.join(changed)} changed since {self.folder} began; from here on the run may differ in rounding"
+            )
         self.event("resumed", **{k: record.get(k) for k in changed})
 
     @property
@@ -213,7 +215,7 @@ class RunLog:
         """The lines of metrics.jsonl up to the checkpoint of `step`; later lines are cut off.
 
         metrics_bytes: the length of metrics.jsonl when the checkpoint was written, 0 for a new run. Opens metrics.jsonl
-        for more lines, and W&B and the progress bar. Raises UserError if metrics.jsonl is shorter than metrics_bytes.
+        to append lines, starts W&B and shows the progress bar. Raises UserError if metrics.jsonl is shorter than metrics_bytes.
         """
         self.metrics_path.touch()
         if self.metrics_path.stat().st_size < metrics_bytes:
@@ -294,7 +296,7 @@ class RunLog:
         shown = {"loss": metrics["train/loss"], "grad_norm": metrics["grad_norm"], "srank": self._srank}
         shown = {k: f"{v:.3g}" for k, v in shown.items()} | {"tokens/s": f"{self.tokens_per_second(step):,.0f}"}
         self._bar.set_postfix(shown, refresh=False)
-        every = max(1, self.cfg.max_steps // 20)
+        every = max(1, self.cfg.max_steps // 20)  # and one line soon after the start, to tell the time that is left
         if self._bar.disable and (step % every == 0 or step == self._first + 3):
             left = (time.perf_counter() - self._began) / (step - self._first) * (self.cfg.max_steps - step)
             print(f"step {step}/{self.cfg.max_steps}", *map(" ".join, shown.items()), f"{left:.0f} s left", flush=True)

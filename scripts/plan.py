@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import Number, Parser, UserError, load_config, run_cli
-from engine.plan import GPUS, Plan, chosen, describe, paper_table
+from engine.plan import GPUS, Plan, needs_sharding, describe, paper_table
 
 
 def main() -> int:
@@ -41,7 +41,7 @@ def main() -> int:
         raise UserError("config: must be given, such as configs/gpt_3b.py (or --paper)")
     cfg = load_config([args.config, *rest])
     try:
-        sharded = chosen(cfg, args.gpus, GPUS[args.gpu])
+        sharded = needs_sharding(cfg, args.gpus, GPUS[args.gpu])
         plan = Plan(cfg, args.gpus, sharded, GPUS[args.gpu], args.mfu, args.targets or cfg.msign_targets)
         print(describe(plan, args.period or cfg.msign_period or 100))
     except ValueError as error:
