@@ -102,7 +102,8 @@ def msign_bytes(shapes: Iterable[tuple[int, ...]], ranks: int, sharded: bool) ->
 
     Replicated matrices: each rank sends the signs that it computed to all others, in a buffer that is as large as that
     of the rank with most signs. Sharded matrices: each rank sends its rows to the rank that computes this matrix's
-    sign, which sends the new rows back; stacks of experts are not sent. During a run, `msign.counts` counts the bytes that are really sent.
+    sign, which sends the new rows back; stacks of experts are not sent. During a run, `msign.counts` counts the bytes
+    that are really sent.
     """
     sent, first = [0] * ranks, 0
     stacks = {}

@@ -195,9 +195,8 @@ class RunLog:
             raise UserError(f"dataset = {self.cfg.dataset!r}: not the data that {self.folder} was started with")
         changed = [k for k in ("code", "versions", "machine") if before.get(k) != record.get(k)]
         if changed:
-            print(
-                f"note: {', '.join(changed)} changed since {self.folder} began; from here on the run may differ in rounding"
-            )
+            what = ", ".join(changed)
+            print(f"note: {what} changed since {self.folder} began; from here on the run may differ in rounding")
         self.event("resumed", **{k: record.get(k) for k in changed})
 
     @property
@@ -215,7 +214,8 @@ class RunLog:
         """The lines of metrics.jsonl up to the checkpoint of `step`; later lines are cut off.
 
         metrics_bytes: the length of metrics.jsonl when the checkpoint was written, 0 for a new run. Opens metrics.jsonl
-        to append lines, starts W&B and shows the progress bar. Raises UserError if metrics.jsonl is shorter than metrics_bytes.
+        to append lines, starts W&B and shows the progress bar. Raises UserError if metrics.jsonl is shorter than
+        metrics_bytes.
         """
         self.metrics_path.touch()
         if self.metrics_path.stat().st_size < metrics_bytes:
