@@ -54,7 +54,9 @@ class Place:
         self, *overrides: str, victim: tuple = (), processes: int = 1, first: Callable | None = None, **environment
     ) -> subprocess.Popen:
         """Start train.py in new processes.
-        victim: arguments of `plan_victim`. first: a function that each new process calls before train.py begins.
+
+        victim: arguments of `plan_victim`. first: a function that the new process calls before it becomes train.py or,
+        with several processes, torchrun.
         """
         script = "scripts/faults.py" if victim else "train.py"
         program = [str(ROOT / script), *(["--victim", *map(str, victim)] if victim else [])]
