@@ -60,6 +60,9 @@ def finish(grid: list[Point], todo: list[Point], workers: int | None):
 def record(grid: list[Point], folder: Path):
     """Pack the runs that are done into Parquet files in this folder; runs packed there before stay."""
     done = [point for point in grid if point.summary]
+    if not done:
+        print(f"nothing to pack into {folder}: none of {len(grid)} points is done")
+        return
     record_grid(folder, (dataclasses.replace(load_run(point.folder), axes=point.axes) for point in done))
     print(f"{len(done)} of {len(grid)} points packed into {folder}, which holds {len(load_runs(folder))}")
 

@@ -176,16 +176,6 @@ def test_reproduce_stops_its_arms_and_goes_on_where_they_were(tmp_path):
     assert "already finished" in (tmp_path / "ramp-adamw-seed0.log").read_text()
 
 
-def test_python_examples_run(tmp_path):
-    examples = [text for kind, text in BLOCKS if kind == "python"]
-    assert examples
-    for text in examples:
-        path = tmp_path / "example.py"
-        path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{text}")
-        done = run(path, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-
-
 @pytest.fixture
 def copy(tmp_path):
     """The project's code in a folder with a space in its name, to be changed; and what changes a file of it."""
