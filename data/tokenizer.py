@@ -19,8 +19,9 @@ from data.reader import token_dtype
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer.
+    """Turns text into tokens and back.
 
+    eot:    the token that ends every text.
     encode: texts -> one array of token ids for each text, of dtype token_dtype(vocab_size), with `eot` at its end.
     decode: token ids -> text.
     """

@@ -1,5 +1,7 @@
 """The plan that is printed before a run: model, parameter groups, data, cost of a step, memory, schedule."""
 
+from dataclasses import asdict
+
 import mup
 from config import Config
 from data.reader import TokenFiles
@@ -30,8 +32,9 @@ def announce(cfg: Config, model: GPT, optimizer, train: TokenFiles, world: World
     batch = f"{ranks}{accumulate} × {cfg.micro_batch} × {cfg.block_size}"
     flops = model.flops_per_token() * cfg.tokens_per_step
     print(f"  a step: {cfg.tokens_per_step:,} tokens = {batch}, {flops:.3g} FLOPs")
-    memory = budget.Memory.of(cfg, world.size, sharded).total / 2**30
-    print(f"  memory ≈ {memory:.2f} GiB (weights, gradients, moments, one micro-batch's activations)")
+    memory = budget.Memory.of(cfg, world.size, sharded)
+    parts = ", ".join(f"{what} {size / 2**30:.2f}" for what, size in asdict(memory).items() if size)
+    print(f"  memory ≈ {memory.total / 2**30:.2f} GiB: {parts}")
     peak = f"peak lr {cfg.peak_lr:g} = {cfg.lr_scale:g} × {cfg.lr:g}"
     print(f"  {cfg.max_steps:,} steps, {cfg.schedule} schedule, {peak}")
     if cfg.warmup_steps >= cfg.max_steps:
