@@ -199,7 +199,7 @@ class RunLog:
         if changed:
             what = ", ".join(changed)
             print(f"note: {what} changed since {self.folder} began; from here on the run may differ in rounding")
-        self.event("resumed", **{k: record.get(k) for k in changed})
+        self._changed = {k: record.get(k) for k in changed}
 
     @property
     def finished(self) -> bool:
@@ -223,6 +223,8 @@ class RunLog:
         if self.metrics_path.stat().st_size < metrics_bytes:
             raise UserError(f"{self.metrics_path}: shorter than when the checkpoint of step {step} was written")
         os.truncate(self.metrics_path, metrics_bytes)
+        if self.resumed:
+            self.event("resumed", step=step, **self._changed)
         lines = read_metrics(self.folder)
         self._metrics = open(self.metrics_path, "a", buffering=1)  # noqa: SIM115 (closed in `close`)
         self._start_wandb()

@@ -5,8 +5,9 @@
     python scripts/reproduce.py --record=results                  # measure more, and pack the logs into results/
 
 An arm is one setting of the experiment: AdamW, MSign on attention, MSign on the MLP, or attention set to zero. A
-verdict says whether its run collapsed. Figure and table go to runs/, as <experiment>.png, .svg and .md. A run that has
-finished before is not trained again; an interrupted one goes on from its checkpoint.
+verdict says whether its run collapsed. Figure and table go to runs/, as <experiment>.png, .svg and .md, and a page to
+zoom into, of the first seed, as <experiment>.html. A run that has finished before is not trained again; an interrupted
+one goes on from its checkpoint.
 """
 
 import argparse
@@ -20,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm
 
+from analysis import page
 from analysis.figures import overview, save
 from analysis.runs import judged, load_run, pack_run
 from analysis.tables import markdown, overview_table
@@ -101,10 +103,12 @@ def main() -> int:
             pack_run(job.folder, args.record / args.experiment / job.name)
     stem = args.runs_dir / args.experiment
     figures = save(overview(runs), stem)
+    page.write(runs[: len(args.arms)], stem.with_suffix(".html"))
     table = markdown(overview_table(runs))
     stem.with_suffix(".md").write_text(table)
     print(f"\n{table}\n" + "\n".join(run.verdict for run in judged(runs)))
-    print(f"\n{time.perf_counter() - began:.0f} s; " + ", ".join(str(p) for p in [*figures, stem.with_suffix(".md")]))
+    written = [*figures, stem.with_suffix(".md"), stem.with_suffix(".html")]
+    print(f"\n{time.perf_counter() - began:.0f} s; {', '.join(map(str, written))}")
     return 0
 
 

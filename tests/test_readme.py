@@ -30,6 +30,7 @@ SHORT = {
     "scripts/reproduce.py": "--max_steps=3 --seeds 0 --runs_dir={} --record={}/results",
     "scripts/bench.py": "--quick --only experts --out={}/bench",
     "scripts/plot.py": "--out={}",
+    "scripts/page.py": "--out={}/page.html",
     "scripts/coord_check.py": "--widths 48 96 --steps=1 --seeds=1 --out={}/check.png",
     "scripts/plan.py": "",
     "scripts/evidence.py": "--help",
