@@ -211,6 +211,8 @@ class Config:
     # run
     name: str = opt("", "run", "folder below runs_dir; default: the config file's name")
     runs_dir: str = opt("runs", "run", "where run folders go")
+    init_from: str = opt(
+        "", "run", "start from the weights in this folder: a GPT-2, Llama, Mistral, Mixtral or Qwen3 of transformers")
     resume: bool = opt(False, "run", "go on from the run's last checkpoint")
     dry_run: bool = opt(False, "run", "print the plan and stop before the first step")
     ckpt_every: int = opt(500, "run", "steps between checkpoints; 0 = only at the end", COUNT)
@@ -282,7 +284,7 @@ class Config:
             yield self.parallel != "fsdp", "parallel", f"ddp or auto with optimizer={self.optimizer!r}"
         a_name = self.name == Path(self.name).name and self.name not in (".", "..")
         yield a_name and len(self.name.encode()) <= 200, "name", "a single folder name of at most 200 bytes"
-        for name in ("dataset", "fallback", "runs_dir"):
+        for name in ("dataset", "fallback", "runs_dir", "init_from"):
             longest = max(len(part.encode()) for part in re.split("[/,]", getattr(self, name)))
             yield longest <= 255, name, "a path whose parts have at most 255 bytes each"
 

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 import mup
 from config import Config, UserError, due, load_config, run_cli
 from data import corpora
-from engine import checkpoint, machine, parallel
+from engine import checkpoint, exchange, machine, parallel
 from engine.announce import announce
 from engine.runlog import NoLog, RunLog, read_metrics
 from engine.signals import Signals
@@ -57,10 +57,10 @@ def build_optimizer(cfg: Config, model: GPT, group=None) -> Optimizer:
     base = rivals.build(cfg, mup.param_groups(model, cfg), model.named_parameters())
     if not cfg.msign_period:
         return base
-    named, update = model.named_parameters(), controls.update_of(cfg.msign_map, cfg.msign_backend, cfg.msign_below)
+    update = controls.update_of(cfg.msign_map, cfg.msign_backend, cfg.msign_below)
     try:
         return MSign(
-            base, named, cfg.msign_period, cfg.msign_targets, update=update, group=group, reset=cfg.msign_reset
+            base, model, cfg.msign_period, cfg.msign_targets, update=update, group=group, reset=cfg.msign_reset
         )
     except ValueError as error:
         raise UserError(f"msign_targets = {cfg.msign_targets!r}: {error}") from error
@@ -85,10 +85,10 @@ class Run:
         self.sharded = self.layout == "fsdp" and self.world.size > 1
         self.notes = notes + announced
         self.model = parallel.build(cfg, self.world, self.sharded)
+        exchange.load(cfg, self.model)
         self.optimizer = build_optimizer(cfg, self.model, self.world.group)
         self.accumulate = cfg.batch_size // cfg.micro_batch // self.world.size
-        self.step, self.healthy = 0, 0
-        self.log, self.watch = NoLog(), Watch()
+        self.step, self.healthy, self.log, self.watch = 0, 0, NoLog(), Watch()
         if self.world.main:
             announce(cfg, self.model, self.optimizer, self.train_data, self.world, self.sharded)
 
@@ -123,8 +123,8 @@ class Run:
         about_data = {"folder": data.folder.name, "fingerprint": data.fingerprint(), "notes": self.notes, **data.meta}
         processes = {"processes": size, "parallel": self.layout if size > 1 else None}
         about_machine = machine.describe(self.cfg, self.device) | processes | self.arithmetic
-        parameters = sum(p.numel() for p in self.model.parameters())
-        return {"data": about_data, "machine": about_machine, "parameters": parameters}
+        about_model = {"parameters": sum(p.numel() for p in self.model.parameters())} | exchange.origin(self.cfg)
+        return {"data": about_data, "machine": about_machine, **about_model}
 
     def restore(self):
         """Load the last checkpoint, if there is one, and show the metrics logged until then to `watch`."""

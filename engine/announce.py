@@ -22,6 +22,8 @@ def announce(cfg: Config, model: GPT, optimizer, train: TokenFiles, world: World
     active = f" ({sum(map(model.active, model.parameters())):,} a token)" if cfg.n_experts else ""
     roles = ", ".join(f"{role} {count:,}" for role, count in numel.items())
     print(f"  parameters {sum(numel.values()):,}{active}: {roles}")
+    if cfg.init_from:
+        print(f"  first weights: {cfg.init_from}")
     for group in optimizer.param_groups:
         print(f"  lr × {group['lr_mult']:<4g} decay {group['weight_decay']:<6g} {', '.join(group['roles'])}")
     print(f"  data {cfg.dataset if train.folder.name == cfg.dataset else train.folder}: {len(train):,} tokens")
@@ -46,5 +48,5 @@ def intervention(cfg: Config, optimizer) -> str:
         return f"plain {'AdamW' if cfg.optimizer == 'adamw' else cfg.optimizer}"
     what = {"sign": "MSign", "zero": "set to zero"}.get(cfg.msign_map, f"control: {cfg.msign_map}")
     which = f", stable rank below {cfg.msign_below:g}" if cfg.msign_below else ""
-    matrices = f"{len(optimizer.params)} matrices ({cfg.msign_targets}{which})"
+    matrices = f"{len(optimizer.targets)} matrices ({cfg.msign_targets}{which})"
     return f"{what} every {cfg.msign_period} steps on {matrices}"

@@ -12,7 +12,7 @@ import torch
 
 from config import Config
 from model import GPT
-from msign import polar_steps, rank_cutoff, select
+from msign import find, polar_steps, rank_cutoff
 
 ROOM = 0.9  # the share of a GPU's memory that a plan may use; the allocator needs the rest
 
@@ -73,7 +73,7 @@ def step_flops(cfg: Config) -> float:
 
 def matrices(cfg: Config, targets: str | None = None) -> list[tuple[int, ...]]:
     """Shapes of the matrices that MSign replaces, (m, n); those of E experts are one stack (E, m, n)."""
-    return [tuple(p.shape) for p in select(on_meta(cfg).named_parameters(), targets or cfg.msign_targets).values()]
+    return [tuple(t.parameter.shape) for t in find(on_meta(cfg), targets or cfg.msign_targets).values()]
 
 
 def svd_flops(m: int, n: int) -> float:

@@ -142,7 +142,7 @@ def _open_file(path: Path) -> dict:
     return state
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     """The sha256 of a file, in hexadecimal. (hashlib.file_digest needs Python 3.11.)"""
     digest = hashlib.sha256()
     with open(path, "rb") as f:
@@ -155,7 +155,7 @@ def _open_folder(path: Path) -> dict:
     """The ABOUT of a sharded checkpoint whose files have the recorded checksums. Raises ValueError otherwise."""
     about = json.loads((path / ABOUT).read_text())
     for name, sha256 in about["files"].items():
-        if Path(name).name != name or _sha256(path / name) != sha256:
+        if Path(name).name != name or sha256_of(path / name) != sha256:
             raise ValueError(f"checksum of {name} is wrong")
     _Reader(path).read_metadata()
     return about
@@ -259,7 +259,7 @@ class Sharded:
         try:
             writing.result()
             if dist.get_rank() == 0:
-                about["files"] = {p.name: _sha256(p) for p in sorted(partial.iterdir())}
+                about["files"] = {p.name: sha256_of(p) for p in sorted(partial.iterdir())}
                 (partial / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
                 partial.rename(path)
                 then()

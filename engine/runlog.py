@@ -193,6 +193,8 @@ class RunLog:
             )
         if before["data"]["fingerprint"] != record["data"]["fingerprint"]:
             raise UserError(f"dataset = {self.cfg.dataset!r}: not the data that {self.folder} was started with")
+        if "init_from" in record and before["init_from"] != record["init_from"]:
+            raise UserError(f"init_from = {self.cfg.init_from!r}: not the weights that {self.folder} was started with")
         changed = [k for k in ("code", "versions", "machine") if before.get(k) != record.get(k)]
         if changed:
             what = ", ".join(changed)

@@ -292,21 +292,22 @@ def race_signs(W: Tensor, rounds: int) -> tuple[dict[str, list[float]], dict[str
     return alternate(work, rounds, 1), found
 
 
-def application(params: dict[str, Tensor], done: Callable = lambda: None, **how) -> Callable[[], float]:
-    """A clock of one application of MSign.
+def application(weights, done: Callable = lambda: None, **how) -> Callable[[], float]:
+    """A clock of one application of MSign to the blocks of a model, or of named parameters.
 
     Before each, the weights are restored: a matrix that is a sign already takes less time.
     """
-    before = {name: p.detach().clone() for name, p in params.items()}
+    targets = msign.find(weights, "blocks")
+    before = [(t.parameter, t.parameter.detach().clone()) for t in targets.values()]
 
     def apply():
-        msign.apply_(params, **how)
+        msign.apply_(targets, **how)
         done()
 
     def clock() -> float:
         with torch.no_grad():
-            for name, p in params.items():
-                p.copy_(before[name])
+            for p, value in before:
+                p.copy_(value)
         done()
         return timed(apply)()
 
@@ -327,9 +328,9 @@ def sharing(rank: int, ranks: int, shapes: dict, rounds: int, folder: str):
         return timed(distributed.barrier)()
 
     work = {
-        "alone": application(whole, distributed.barrier) if rank == 0 else wait,
-        "replicated (DDP)": application(whole, distributed.barrier, group=distributed.group.WORLD),
-        "sharded by rows (FSDP2)": application(rows, distributed.barrier),
+        "alone": application(whole.items(), distributed.barrier) if rank == 0 else wait,
+        "replicated (DDP)": application(whole.items(), distributed.barrier, group=distributed.group.WORLD),
+        "sharded by rows (FSDP2)": application(rows.items(), distributed.barrier),
     }
     times = alternate(work, rounds, 1)
     if rank == 0:
@@ -495,12 +496,12 @@ class Bench:
             self.overhead("GPT-124M", ours(self.large), 3, 0.5)
 
     def overhead(self, name: str, step: Step, rounds: int, must: float):
-        params = msign.select(step.model.named_parameters(), "blocks")
-        times = alternate({"step": step, "msign": application(params)}, rounds)
+        times = alternate({"step": step, "msign": application(step.model)}, rounds)
         steps = ratios(times["msign"], times["step"])
         share = 100 * statistics.median(steps) / PERIOD
+        count = len(msign.find(step.model, "blocks"))
         self.report.row(f"MSign on all block matrices, every {PERIOD} steps, against AdamW alone", **{
-            "model": name, "matrices": len(params), "ms": ms(times["msign"]), "step, ms": ms(times["step"], 0),
+            "model": name, "matrices": count, "ms": ms(times["msign"]), "step, ms": ms(times["step"], 0),
             "r, steps an application": spread(steps, 4), "share of training": f"{share:.4f} %",
         })  # fmt: skip
         self.report.target(f"MSign, {name}", share, must=must, aim=0.1, unit=" %", smaller_is_better=True)
@@ -529,8 +530,8 @@ class Bench:
     def measure_ranks(self, ranks: int = 2):
         """MSign by one process against MSign by `ranks`, each with one thread, for a model of LLaMA-1B's depth."""
         cfg = config("llama_1b_adamw", name="LLaMA-1B", d_model=512, n_head=4, d_ff=1360)
-        params = msign.select(budget.on_meta(cfg).named_parameters(), "blocks")
-        shapes = {name: tuple(p.shape) for name, p in params.items()}
+        found = msign.find(budget.on_meta(cfg), "blocks")
+        shapes = {name: tuple(target.parameter.shape) for name, target in found.items()}
         with tempfile.TemporaryDirectory() as folder:
             torch.multiprocessing.spawn(sharing, (ranks, shapes, self.few, folder), ranks)
             times = json.loads(Path(folder, "times.json").read_text())
