@@ -88,8 +88,7 @@ class Run:
         exchange.load(cfg, self.model)
         self.optimizer = build_optimizer(cfg, self.model, self.world.group)
         self.accumulate = cfg.batch_size // cfg.micro_batch // self.world.size
-        self.step, self.healthy = 0, 0
-        self.log, self.watch = NoLog(), Watch()
+        self.step, self.healthy, self.log, self.watch = 0, 0, NoLog(), Watch()
         if self.world.main:
             announce(cfg, self.model, self.optimizer, self.train_data, self.world, self.sharded)
 

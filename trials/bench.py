@@ -295,7 +295,7 @@ def race_signs(W: Tensor, rounds: int) -> tuple[dict[str, list[float]], dict[str
 def application(weights, done: Callable = lambda: None, **how) -> Callable[[], float]:
     """A clock of one application of MSign to the blocks of a model, or of named parameters.
 
-    It restores the weights first, since a sign's own sign is found sooner.
+    Before each, the weights are restored: a matrix that is a sign already takes less time.
     """
     targets = msign.find(weights, "blocks")
     before = [(t.parameter, t.parameter.detach().clone()) for t in targets.values()]
