@@ -37,7 +37,7 @@ ARMS = {
     "attention-off": [f"--msign_period={PERIOD}", "--msign_targets=attention", "--msign_map=zero"],
 }
 # with --record more is measured; training stays the same to the bit (tests/test_train.py)
-CLOSELY = ["--probe_every=25", "--layers_every=100", "--jacobian_every=50", "--theory_every=500"]
+MEASURE_MORE = ["--probe_every=25", "--layers_every=100", "--jacobian_every=50", "--theory_every=500"]
 
 
 class Arm(Job):
@@ -51,7 +51,7 @@ class Arm(Job):
             f"--name={name}", f"--seed={seed}", f"--runs_dir={args.runs_dir}", f"--wandb={args.wandb}", "--resume",
         ]  # fmt: skip
         if args.record:
-            command += CLOSELY + (["--msign_probe"] if arm == "msign" else [])
+            command += MEASURE_MORE + (["--msign_probe"] if arm == "msign" else [])
         if args.max_steps:
             command.append(f"--max_steps={args.max_steps}")
         super().__init__(name, Path(args.runs_dir) / name, command)
@@ -76,13 +76,18 @@ def run_all(arms: list[Arm], workers: int, max_steps: int):
 
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experiment", choices=["ramp", "constant"], default="ramp")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--seeds", nargs="+", type=Number(int, 0), default=[0])
-    parser.add_argument("--max_steps", type=Number(int, 1), help="shorter (or longer) than the experiment's own")
-    parser.add_argument("--runs_dir", type=output_folder, default="runs")
-    parser.add_argument("--workers", type=Number(int, 1), default=os.cpu_count(), help="arms at a time, one core each")
-    parser.add_argument("--wandb", choices=["auto", "online", "offline", "off"], default="off")
+    parser.add_argument(
+        "--experiment", choices=["ramp", "constant"], default="ramp", help="the stress test to run [%(default)s]"
+    )
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="the arms to train [all]")
+    seeds = "each arm is trained once for each of these seeds %(default)s"
+    parser.add_argument("--seeds", nargs="+", type=Number(int, 0), default=[0], help=seeds)
+    parser.add_argument("--max_steps", type=Number(int, 1), help="steps of each run [those of the experiment]")
+    parser.add_argument("--runs_dir", type=output_folder, default="runs", help="where run folders go [%(default)s]")
+    parser.add_argument("--workers", type=Number(int, 1), default=os.cpu_count(), help="arms at a time [%(default)s]")
+    parser.add_argument(
+        "--wandb", choices=["auto", "online", "offline", "off"], default="off", help="train.py's field [%(default)s]"
+    )
     parser.add_argument("--record", type=output_folder, help="also pack the small logs into this folder")
     args = parser.parse_args()
     stdlib.prepare("stdlib-bytes")

@@ -1,4 +1,4 @@
 """Measurements of a model in training and what they mean: probes, theorems, metrics, collapse rules.
 
-Lives here: measurements and judgements. Does not: training, logging. `probes` and `collapse` need PyTorch alone.
+This package neither trains nor logs. `probes` needs PyTorch alone, `collapse` only the standard library.
 """

@@ -375,7 +375,7 @@ def test_the_ledger_says_what_the_report_says():
     assert float(adamw[0]["log₁₀ product"][:3]) == 4.4 and round(24 * np.log10(float(adamw[0]["‖J(ℓ)‖₂"][:3]))) == 15
     early = [run.series("srank/attention") for runs in regimes().values() for run in runs if run.arm == "AdamW"]
     assert [range_of([of[step] for of in early], 1) for step in (50, 500)] == ["6.8 to 8.3", "2.3 to 3.1"]
-    assert "from 6.8 to 8.3 at step 50 to 2.3 to 3.1 at step 500" in REPORT
+    assert "from 6.8–8.3 at step 50 to 2.3–3.1 at step 500" in REPORT
 
 
 def test_what_moved_first_and_how_much_msign_lowers_the_product_are_as_reported():
@@ -519,7 +519,7 @@ def test_the_page_on_grids_says_what_they_say(layers, controls):
         assert says.format(said(list(arm.by_seed(loss).values()), digits)) in GRIDS_PAGE
     adamw = layers["AdamW"].runs
     ranks, ahead = range_of([run.series("srank/attention")[500] for run in adamw], 1), [run.end - 500 for run in adamw]
-    assert f"stable rank of {ranks} at step 500, {min(ahead)} to {max(ahead)} steps before the collapse" in GRIDS_PAGE
+    assert f"stable rank is {ranks} at step 500, {min(ahead)} to {max(ahead)} steps before the collapse" in GRIDS_PAGE
     for name in GRIDS:
         assert re.search(rf"\| `{name}` \| [^|]* \| {len(packed(name))} \|", GRIDS_PAGE), name
 
