@@ -121,7 +121,7 @@ def test_python_commands_run(line, tmp_path):
     if line.startswith("scripts/reproduce.py"):
         assert said.count("no collapse") == 4
         (experiment,) = re.findall(r"--experiment=(\w+)", line)
-        for ending in ("png", "svg", "md"):
+        for ending in ("png", "svg", "md", "html"):
             assert (tmp_path / f"{experiment}.{ending}").stat().st_size > 100
         assert len(list((tmp_path / "results" / experiment).glob("*/metrics.jsonl.gz"))) == 4
 
@@ -171,7 +171,7 @@ def test_reproduce_stops_its_arms_and_goes_on_where_they_were(tmp_path):
     assert run(*arguments, **UNCOMPILED).returncode == 0
     for log in logs:
         assert [json.loads(line)["iter"] for line in log.read_text().splitlines()] == list(range(1, 101))
-        assert '"resumed"' in (log.parent / "events.jsonl").read_text()
+        assert '"event": "resumed", "step": ' in (log.parent / "events.jsonl").read_text()
     done = run(*arguments, **UNCOMPILED)  # everything is recorded: nothing is trained again
     assert done.returncode == 0
     assert "already finished" in (tmp_path / "ramp-adamw-seed0.log").read_text()
