@@ -6,8 +6,9 @@ This file needs PyTorch (2.9 or later) and nothing else, so it can be copied int
     print(optimizer)  # which matrices it will replace
 
 `msign` is the pure function. `restored_sign` is the paper's update of one matrix or of a stack of matrices. `MSign`
-is a thin wrapper around any `torch.optim.Optimizer`. Three words recur. The *targets* are the matrices that MSign
-replaces. An *application* is one time at which it replaces them. A *stack* (..., m, n) is a batch of matrices (m, n).
+is a thin wrapper around any `torch.optim.Optimizer`. Four words recur. The *targets* are the matrices that MSign
+replaces. An *application* is one replacement of all targets. A *stack* (..., m, n) is a batch of matrices (m, n). A
+*process* is one of the processes of torch.distributed.
 
 Many models fuse W_Q, W_K and W_V in one weight. The sign of that weight would mix the three matrices, so MSign splits
 it (`find`) and refuses a weight that it cannot split. Do not use MSign on embeddings, output heads or 1-D parameters,
@@ -35,8 +36,9 @@ ATTENTION = ("W_Q", "W_K", "W_V", "W_DQ", "W_UQ", "W_DKV", "W_UK", "W_UV", "W_KR
 MLP = ("W_up", "W_gate", "W_down")
 TARGETS = {"attention": ATTENTION, "mlp": MLP, "blocks": ATTENTION + MLP}
 CUSHION = 0.03  # the smallest singular value, as a share of the largest one, that `polar_steps` fits
-STACK_ELEMENTS = 2**26  # a rank stacks matrices of one shape up to this many elements (0.5 GB in fp64)
-# "polar" accepts a result X with ‖XXᵀX − X‖_F / ‖X‖_F up to this; its singular values are then 0 or 1 ± half of this
+STACK_ELEMENTS = 2**26  # a process stacks matrices of one shape up to this many elements (0.5 GB in fp64)
+# "polar" accepts a result X with ‖XXᵀX − X‖_F / ‖X‖_F up to this. In the root mean square, the singular values that
+# are not 0 then differ from 1 by about half of this.
 POLAR_TOLERANCE = 1e-4
 # what this process has done: "matrices" whose sign it took, "fallbacks" among them, "bytes" it sent to other ranks
 counts = Counter()
@@ -48,14 +50,16 @@ def msign(W: Tensor, backend: str = "auto") -> Tensor:
     W: (..., m, n), finite. The result has W's shape and dtype; r of its singular values are 1, the others are 0. So a
     zero matrix stays zero, and a matrix of deficient rank becomes a partial isometry with the same null space.
 
-    The rank r is the number of singular values s > s₁ · 4 · √max(m, n) · eps(fp32). The cut-off lies above rounding:
-    a product of deficient rank, computed in fp32, has singular values of 0.04 · √n · eps in its null directions.
+    The rank r is the number of singular values s > s₁ · 4 · √max(m, n) · eps(fp32). The cut-off exceeds
+    rounding errors: a product of deficient rank, computed in fp32, has singular values of about 0.05 · √n · eps · s₁ in
+    its null directions.
 
     backend "svd":   torch.linalg.svd in fp32 (in fp64 for an fp64 W), as the paper writes it.
     backend "eigh":  eigendecomposition of the smaller Gram matrix in fp64. It is more accurate than an fp32 SVD for
                      condition numbers up to 1e6 and, on a CPU, at least as fast.
     backend "polar": fp32 products alone, for GPUs, where eigensolvers are slow. A matrix whose residual shows that
-                     the iteration did not converge goes to "eigh"; counts["fallbacks"] counts these matrices.
+                     the iteration did not converge goes to "eigh"; counts["fallbacks"] counts these matrices. An fp64 W
+                     goes to "eigh" as well and is not counted.
     backend "auto":  "polar" for CUDA tensors, otherwise "eigh".
 
     Raises ValueError for any other backend.
@@ -74,7 +78,8 @@ def _cutoff(m: int, n: int) -> float:
 
 
 def rank_cutoff(m: int, n: int) -> float:
-    """The same for "polar", relative to its upper bound of s₁, which is at most r^(1/32) times s₁ (see `_scaled`)."""
+    """The cut-off of "polar" for an (m, n) matrix, as a share of the bound of s₁ that `_scaled` computes."""
+    # rounded, so that nearly equal cut-offs share the cached quintics
     return round(_cutoff(m, n) / min(m, n) ** (1 / 32), 8)
 
 
@@ -97,16 +102,16 @@ def _eigh(W: Tensor) -> Tensor:
 
 @lru_cache
 def polar_steps(low: float, accuracy: float = 1e-2) -> tuple[tuple[float, float, float], ...]:
-    """Coefficients (a, b, c) of the quintics x -> ax + bx³ + cx⁵ that "polar" applies to singular values, one by one.
+    """Coefficients (a, b, c) of the quintics x -> ax + bx³ + cx⁵ that "polar" applies, one after another.
 
-    Together they map the interval [low, 1] to [1 − accuracy, 1 + accuracy], times a constant. Each quintic is the best
-    approximation of 1 on the interval that the previous one leaves (arXiv 2505.16932). Its error is −E, +E, −E, +E at
-    the two ends and at the two extrema, which `_nearest_to_one` finds. Each quintic but the last is scaled by
-    1 / (1 + E), so that its interval ends at 1 again.
+    Together they map the interval [low, 1] of singular values into [1 − accuracy, 1 + accuracy]. Each quintic is the
+    best approximation of 1 on the interval that the previous one leaves (arXiv 2505.16932). Its error is −E, +E, −E, +E
+    at the lower end, the two extrema and the upper end, which `_nearest_to_one` makes use of. Each quintic but the last
+    is scaled by 1 / (1 + E), so that its interval ends at 1 again.
 
     A fit never begins below CUSHION. Smaller values are then lifted nearly as fast, and large values keep their
-    digits: a quintic fitted further down would map some large values to the size of the small ones by cancellation,
-    which leaves three digits in fp32.
+    digits. A quintic fitted to smaller values would map some large values close to 0. It would do so by cancellation,
+    and only three fp32 digits would be left.
     """
     steps = []
     while True:
@@ -125,6 +130,7 @@ def _nearest_to_one(low: float) -> list[float]:
     for _ in range(50):
         rows = torch.stack([x, x**3, x**5, torch.tensor([1.0, -1, 1, -1], dtype=torch.float64)], 1)
         a, b, c, E = torch.linalg.solve(rows, torch.ones(4, dtype=torch.float64)).tolist()
+        # the extrema solve a + 3bx² + 5cx⁴ = 0, a quadratic equation for x²
         root = math.sqrt(max(9 * b * b - 20 * a * c, 0))
         extrema = [math.sqrt((-3 * b - sign * root) / (10 * c)) for sign in (1, -1)]
         x = torch.tensor([low, *extrema, 1.0], dtype=torch.float64)
@@ -148,7 +154,7 @@ def _exact_products(device: torch.device):
 def _scaled(X: Tensor) -> Tensor:
     """X (N, m, n) divided, matrix by matrix, by an upper bound of its largest singular value s₁.
 
-    The bound is ‖(XᵀX)⁸‖_F^(1/16) = (Σ s³²)^(1/32), at most r^(1/32) times s₁, and 0.1 % for rounding.
+    The bound is ‖(XᵀX)⁸‖_F^(1/16) = (Σ s³²)^(1/32). It is at most r^(1/32) times s₁. 0.1 % is added for rounding.
     """
     tiny = torch.finfo(torch.float32).tiny
     X = X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(tiny)
@@ -162,10 +168,10 @@ def _scaled(X: Tensor) -> Tensor:
 
 
 def _polar(W: Tensor) -> Tensor:
-    """The sign by a fixed number of quintics, which lift every singular value above the cut-off to 1.
+    """The sign. A fixed number of quintics lifts to 1 all singular values that exceed the cut-off.
 
     Rounding noise in null directions grows with the quintics but stays well below 1 (at most ‖W‖ · eps / cut-off). The
-    last two steps, x -> 2.5x³ − 1.5x⁵, therefore send values below 0.8 to 0 and all others to 1.
+    last two steps, x -> 2.5x³ − 1.5x⁵, therefore send the noise to 0 (0.1 becomes 4e-8) and the others to 1.
     """
     if W.dtype == torch.float64:
         return _eigh(W)
@@ -181,6 +187,7 @@ def _polar(W: Tensor) -> Tensor:
             A = X.mT @ X
             X = X @ (2.5 * A - 1.5 * (A @ A))
         residual = torch.linalg.matrix_norm(X @ (X.mT @ X) - X)
+    # not "residual > …": a NaN is wrong too
     wrong = ~(residual <= POLAR_TOLERANCE * torch.linalg.matrix_norm(X))
     fallbacks = int(wrong.sum())
     if fallbacks:
@@ -369,10 +376,9 @@ class _Weight:
         self.kv_heads = self.number("num_kv_heads num_key_value_heads n_kv_head n_kv_heads kv_heads")
         if self.heads and not self.kv_heads:
             self.kv_heads = self.heads // (self.number("num_key_value_groups") or 1)
-        self.fused = bool(self.kind and FUSED[self.kind].search(self.key))
-        self.plain = (
-            self.key.endswith("bias") or isinstance(self.holder, nn.Embedding | nn.modules.conv._ConvNd) or p.ndim > 3
-        )
+        no_matrix = isinstance(self.holder, nn.Embedding | nn.modules.conv._ConvNd) or p.ndim > 3
+        self.plain = no_matrix or "bias" in self.key  # bias_k of MultiheadAttention, gate_up_proj_bias of experts
+        self.fused = bool(self.kind and not self.plain and FUSED[self.kind].search(self.key))
         self.matters = not self.plain and not (self.kind == "mlp" and ROUTER.search(self.key))
         self.transposed = "Conv1D" in _classes(self.holder) or self.experts_are_transposed()
         self.rows = p.shape[-1 if self.transposed else -2]
@@ -396,7 +402,8 @@ class _Weight:
         if not isinstance(given, Layout):
             roles = {3: ATTENTION[:3], 2: ("W_K", "W_V") if self.kind == "attention" else ("W_gate", "W_up")}
             if len(given) not in roles:
-                raise ValueError(f"split of {self.name} = {given!r}: must be rows of W_Q, W_K, W_V, or a Layout")
+                right = f"rows of W_Q, W_K, W_V, or of {' and '.join(roles[2])}, or a Layout"
+                raise ValueError(f"split of {self.name} = {given!r}: must be {right}")
             turned = self.transposed or sum(given) == self.p.shape[-1] != self.p.shape[-2]
             given = Layout(tuple(zip(roles[len(given)], given, strict=True)), transposed=turned)
         rows = self.p.shape[-1 if given.transposed else -2]
@@ -448,9 +455,10 @@ class _Weight:
         instead = f'pass split={{"{self.key}": {rows}}}'
         if self.fused:
             return f"{said} seems to fuse several matrices; {instead}"
+        roles = "W_Q,W_K,W_V,W_O" if self.kind == "attention" else "W_gate,W_up,W_down"
         return (
             f"{said}: no rule knows this weight of an {self.kind} module; add {self.key!r} to targets if it is one "
-            f"matrix, {instead} if it fuses several, or name the roles to leave it out, as in targets='W_Q,W_K,W_V,W_O'"
+            f"matrix, {instead} if it fuses several, or name the roles to leave it out, as in targets={roles!r}"
         )
 
 
@@ -482,7 +490,7 @@ def find(
              module and W_gate and W_up in an MLP. A Layout in place of the numbers says everything else.
 
     The rules go by the names of parameters and by the classes and attributes of the modules around them. Embeddings,
-    convolutions, routers and parameters of one dimension belong to no role. Raises ValueError for an entry that
+    convolutions, biases, routers and parameters of one dimension have no role. Raises ValueError for an entry that
     matches no matrix, for a weight that seems to fuse several matrices in an unknown way, and, if a target is
     "attention", "mlp" or "blocks", for a weight in such a module that no rule knows.
     """
@@ -490,6 +498,9 @@ def find(
     modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
     parameters = model.named_parameters() if isinstance(model, nn.Module) else model
     weights = [_Weight(name, p, modules, split) for name, p in parameters if p.ndim >= 2]
+    for part in split:
+        if not any(_names(part, w.name) for w in weights):
+            raise ValueError(f"split {part!r} matches no matrix")
     _doubt_large_weights(weights)
     for w in weights:
         named = any(entry not in TARGETS and _names(entry, w.name) for entry in entries)
@@ -509,9 +520,6 @@ def find(
         if not found:
             there = ", ".join([w.name for w in weights][:8])
             raise ValueError(f"MSign target {entry!r} matches no matrix; there are {there}, …")
-    for part in split:
-        if not any(_names(part, w.name) for w in weights):
-            raise ValueError(f"split {part!r} matches no matrix")
     return {
         w.name: w.target(tuple(r for r in w.layout.roles if r in chosen[w.name])) for w in weights if chosen[w.name]
     }
@@ -654,20 +662,22 @@ def _by_rows(matrices: list[Tensor], shape, update, first: int, group):
 class MSign(Optimizer):
     """An optimizer that steps as `base` does and, every `period` steps, applies MSign to the targets.
 
-    base:         the optimizer that does the steps. Its moments are left alone unless `reset` is set.
-    named_params: the parameters among which targets are looked up, usually model.named_parameters().
-    period:       steps between applications; steps are counted from 1, and math.inf means never.
-    targets:      see `select`.
-    backend:      see `msign`.
-    update:       a function from a stack of matrices to their replacements; None means `restored_sign`.
-    group:        the processes that hold the same parameters (DDP) and share the work. DTensors (FSDP2) bring their
-                  own group.
-    reset:        after each application set the targets' state in `base` to 0, both moments and step count.
+    base:   the optimizer that does the steps. Its moments are left alone unless `reset` is set.
+    model:  the module in which targets are looked up, or named parameters. The attribute `targets` holds what `find`
+            returns, and print(optimizer) shows it.
+    period: steps between applications; steps are counted from 1, and math.inf means never.
+    targets, split: see `find`.
+    backend: see `msign`; it has no effect if `update` is given.
+    update: a function from a stack of matrices to their replacements; None means `restored_sign`.
+    group:  the processes that hold the same parameters (DDP) and share the work. DTensors (FSDP2) bring their own.
+    reset:  after each application set the state of the targets' parameters in `base` to 0, both moments and step
+            count. Of a fused weight this is the state of the whole weight.
 
     Learning-rate schedulers, closures, gradient scalers and hooks see an ordinary optimizer with the parameter groups
-    of `base`. state_dict is that of `base` with one more entry, "msign". `step` raises NonFiniteWeightError, after the
-    base's step, when a target is not finite. The attribute `observe`, a function, is called with "before" and "after"
-    around every application.
+    of `base`. state_dict is that of `base` with one more entry, "msign". The constructor raises ValueError for a period
+    below 1, an unknown backend, and what `find` refuses. `step` raises NonFiniteWeightError, after the base's
+    step, when a target is not finite. The attribute `observe`, a function, is called with "before" and "after" around
+    every application.
     """
 
     def __init__(
@@ -738,7 +748,7 @@ class MSign(Optimizer):
         return self.base.state_dict() | {"msign": {"steps": self.steps}}
 
     def load_state_dict(self, state_dict: dict):
-        """Restore what `state_dict` returned. Raises ValueError for the state of a plain optimizer, as of `.base`."""
+        """Restore what `state_dict` returned. Raises ValueError for what a plain optimizer saved, such as `base`."""
         if "msign" not in state_dict:
             raise ValueError("state_dict has no 'msign' entry: a plain optimizer saved it; load it into MSign.base")
         self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "msign"})

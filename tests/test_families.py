@@ -4,6 +4,9 @@ What a model's forward pass makes of its weights is the truth here. One token at
 the queries, keys and values that reach the attention function are W_Q x, W_K x and W_V x for the input x of attention.
 """
 
+import re
+from collections import defaultdict
+
 import pytest
 import timm
 import torch
@@ -145,6 +148,48 @@ def check_latent(model, seen, found, x):
     torch.testing.assert_close(rotary, key[..., 6:].sort().values, rtol=1e-4, atol=1e-4)
 
 
+GPT2 = dict(n_embd=32, n_layer=2, n_head=4, vocab_size=64)
+EXPERTS = dict(num_local_experts=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=20, head_dim=6)
+MLPS = {  # the activation function of a family's MLP
+    "gpt2": (GPT2, "gelu_new"), "gpt_bigcode": (GPT2, "gelu_pytorch_tanh"), "gpt_neox": (SMALL, "gelu"),
+    "codegen": (dict(GPT2, rotary_dim=4), "gelu_new"), "falcon": (SMALL, "gelu"), "phi3": (GROUPED, "silu"),
+    "gemma3_text": (NARROW, "gelu_pytorch_tanh"), "mixtral": (dict(GROUPED, **EXPERTS), "silu"),
+    "qwen3_moe": (dict(GROUPED, **EXPERTS), "silu"), "gpt_oss": (dict(GROUPED, **EXPERTS), "quick_gelu"),
+    "deepseek_v3": (LATENT, "silu"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", MLPS)
+def test_the_found_mlp_matrices_are_those_of_the_forward_pass(family):
+    """GPT-OSS stores a row of W_gate, a row of W_up, and so on, transposed, and adds 1 to W_up x."""
+    torch.manual_seed(0)
+    fields, activation = MLPS[family]
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **fields)).eval()
+    for name, p in model.named_parameters():
+        nn.init.zeros_(p) if "bias" in name else nn.init.normal_(p, std=0.2)
+    mlps, x, act = defaultdict(dict), torch.randn(5, 32), transformers.activations.ACT2FN[activation]
+    for name, target in find(model, "mlp").items():
+        mlps[re.sub(r"\.[^.]+(\.weight)?$", "", name)] |= target.matrices()
+    assert len(mlps) >= 2
+    for name, stacks in mlps.items():
+        mlp = model.get_submodule(name)
+        for expert in range(len(stacks["W_up"])) if stacks["W_up"].ndim == 3 else [None]:
+            W = stacks if expert is None else {role: stack[expert] for role, stack in stacks.items()}
+            up = x @ W["W_up"].T + (family == "gpt_oss")
+            hidden = act(x @ W["W_gate"].T) * up if "W_gate" in W else act(up)
+            everyone = torch.full((5, 1), expert or 0), torch.ones(5, 1)  # all tokens go to this expert, with weight 1
+            got = mlp(x[None])[0] if expert is None else mlp(x, *everyone)
+            assert got.abs().max() > 0.1
+            torch.testing.assert_close(got, hidden @ W["W_down"].T, rtol=1e-4, atol=1e-5)
+    check_one_application(model, "blocks")
+
+
+def test_biases_of_several_dimensions_stay():
+    attention = nn.MultiheadAttention(16, 2, add_bias_kv=True)
+    assert list(find(attention)) == ["in_proj_weight", "out_proj.weight"]
+    check_one_application(attention)
+
+
 def test_torchs_own_attention():
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     (fused, out) = find(layer).values()
@@ -224,6 +269,10 @@ def test_split_says_what_the_names_do_not():
     torch.testing.assert_close(torch.cat([W_Q, W_K, W_V]), model.attn.qkv.weight)
     with pytest.raises(ValueError, match=r"split of attn.qkv.weight \(40, 16\) has 28 rows; it must have 40"):
         find(model, split={"qkv": (16, 12)})
+    with pytest.raises(ValueError, match=r"= \(40,\): must be rows of W_Q, W_K, W_V, or of W_K and W_V, or a Layout"):
+        find(model, split={"qkv": (40,)})
+    with pytest.raises(ValueError, match="split 'qkvs' matches no matrix"):
+        find(model, split={"qkvs": (16, 12, 12)})
     with pytest.raises(ValueError, match="seems to fuse several"):  # how heads lie is said by the module alone
         find(language_model("gpt_neox").named_parameters())
 
