@@ -256,5 +256,5 @@ class Monitor:
 
 def _number(x: float | Tensor) -> float | None:
     """x as metrics.jsonl holds it, where None stands for not finite."""
-    x = float(x)
+    x = float(x.detach() if isinstance(x, Tensor) else x)
     return x if math.isfinite(x) else None

@@ -21,7 +21,7 @@ TOKENS = torch.randint(0, 64, (4, 8), generator=torch.Generator().manual_seed(0)
 
 
 def gpt() -> nn.Module:
-    return noisy_model(n_head=4, n_kv_head=2, attn_kernel="sdpa")
+    return noisy_model(n_head=4, n_kv_head=2, attn_kernel="flash")
 
 
 def llama(attention: str) -> nn.Module:
@@ -169,7 +169,7 @@ def logits_of_llama(model):
     [
         (gpt, logits_of_gpt),
         (lambda: noisy_model(attn_kernel="chunked"), logits_of_gpt),
-        (lambda: noisy_model(attention="mla"), logits_of_gpt),
+        (lambda: noisy_model(attention="mla", mla_rank=8), logits_of_gpt),
         (Encoder, logits_of_encoder),
         (lambda: llama("eager"), logits_of_llama),
         (lambda: llama("sdpa"), logits_of_llama),
