@@ -10,3 +10,7 @@ def __getattr__(name: str):
 
         return Monitor
     raise AttributeError(f"module 'stability' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), "Monitor"])
