@@ -64,6 +64,18 @@ def test_what_can_be_copied_needs_pytorch_and_nothing_else(path):
     assert {name.split(".")[0] for name in imported(ROOT / path)} <= {"torch", *sys.stdlib_module_names}
 
 
+@pytest.mark.parametrize("path", ["stability/monitor.py", "stability/attached.py"])
+def test_the_monitor_needs_pytorch_and_what_can_be_copied(path):
+    ours = {"msign", "stability.collapse", "stability.probes", "stability.attached", "stability"}
+    names = {name for name in imported(ROOT / path) if name.split(".")[0] not in {"torch", *sys.stdlib_module_names}}
+    assert {name.rpartition(".")[0] if name.rpartition(".")[0] in ours else name for name in names} <= ours
+
+
+def test_the_monitor_is_exported_without_pytorch():
+    code = "import sys, stability; sys.exit('torch' in sys.modules or 'Monitor' not in dir(stability))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_a_configuration_is_read_without_pytorch():
     code = "import sys, config; config.load_config(['configs/gpt_3b.py']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

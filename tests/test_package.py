@@ -72,7 +72,7 @@ def python(wheel, tmp_path_factory) -> Path:
 
 def test_only_msign_and_what_needs_no_gpt_of_ours_is_packed(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    modules = {"__init__.py", "probes.py", "collapse.py", "py.typed"}
+    modules = {"__init__.py", "probes.py", "collapse.py", "attached.py", "monitor.py", "adapters.py", "py.typed"}
     assert {name for name in names if "dist-info" not in name} == {
         "msign/__init__.py", "msign/py.typed", *(f"stability/{name}" for name in modules)
     }  # fmt: skip
