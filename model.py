@@ -414,9 +414,8 @@ class GPT(nn.Module):
         The attention weights and the padding of experts are not counted.
         """
         cfg = self.cfg
-        mlp = (
-            4 if cfg.mlp == "swiglu" else 2
-        ) * cfg.d_ff  # W_up x and its GELU; or W_gate x, its SiLU, W_up x, product
+        # W_up x and its GELU; or W_gate x, its SiLU, W_up x and their product
+        mlp = (4 if cfg.mlp == "swiglu" else 2) * cfg.d_ff
         if cfg.n_experts:
             mlp = cfg.top_k * (mlp + 5 * cfg.d_model)  # tokens are copied into the order of the experts and back
         # values kept for each token, in units of d_model: inputs and outputs of 2 norms (4), q, k, v (3), attention's

@@ -432,9 +432,6 @@ class _Weight:
             parts = (("W_DKV", latent), ("W_KR", rope))
         elif self.key == "kv_b_proj" and h and nope and v:
             parts, groups = (("W_UK", nope), ("W_UV", v)), h
-        elif self.key == "qkv_proj" and "CodeGenAttention" in classes:
-            groups = self.number("mp_num")
-            parts = tuple((role, m // 3 // groups) for role in ("W_Q", "W_V", "W_K"))
         elif h and kv and self.key == "c_attn" and getattr(self.places[0], "is_cross_attention", False):
             parts = (("W_K", m // 2), ("W_V", m // 2))
         elif h and kv and any({**CONSECUTIVE, **INTERLEAVED}.get(name) == self.key for name in classes):

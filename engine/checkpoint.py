@@ -230,9 +230,9 @@ class Sharded:
     """Writes sharded checkpoints while training goes on, one at a time.
 
     All ranks call `save`. When all have written, rank 0 adds checksums and gives the folder its final name. `wait`
-    returns after that on rank 0, but perhaps before it on the others. This does no
-    harm: the next `save`, a resumption and the end of the process wait for rank 0 before anything else. A failure is
-    raised as UserError by `wait` or by the next `save`.
+    returns after that on rank 0, but perhaps before it on the others. This does no harm: the next `save`, a resumption
+    and the end of the process wait for rank 0 before anything else. A failure is raised as UserError by `wait` or by
+    the next `save`.
     """
 
     def __init__(self):
