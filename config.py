@@ -50,7 +50,10 @@ def run_cli(main: Callable[[], int], prog: str, leave: Callable[[int], None] = s
 
 @dataclass(frozen=True)
 class Number:
-    """The numbers of type `kind` from `low` to `high`: the range of a Config field, or an argparse option's `type`."""
+    """The numbers of type `kind` from `low` to `high`.
+
+    `value in number` checks a field of Config; number(text) parses an option of argparse.
+    """
 
     kind: type
     low: float
@@ -65,7 +68,7 @@ class Number:
         """Whether value has this kind (an int may stand for a float) and lies in the range."""
         return type(value) in (int, self.kind) and self.low <= value <= self.top
 
-    def right(self, value) -> str:
+    def allowed(self, value) -> str:
         """The allowed values in words, for a message that refuses `value`: "a whole number of 1 to 8"."""
         kind = "a whole number" if self.kind is int else "a number"
         if self.high < math.inf or (type(value) in (int, float) and self.top < value):
@@ -75,15 +78,14 @@ class Number:
     def __call__(self, text: str) -> int | float:
         value = number_in(text, self.kind)
         if value not in self:
-            raise argparse.ArgumentTypeError(f"{shown(text)}: must be {self.right(value)}")
+            raise argparse.ArgumentTypeError(f"{shown(text)}: must be {self.allowed(value)}")
         return value
 
 
 FLOAT32 = (2.0**-126, 3.4028234663852886e38)  # the smallest normal float32 and the largest
 SIZE, COUNT, POWER = Number(int, 1), Number(int, 0), Number(float, -100, 100)
-POSITIVE, NOT_NEGATIVE, SHARE, MEMORY = (
-    Number(float, FLOAT32[0]), Number(float, 0), Number(float, 0, 1), Number(float, 0, 0.999999999)
-)  # fmt: skip
+POSITIVE, NOT_NEGATIVE, SHARE = Number(float, FLOAT32[0]), Number(float, 0), Number(float, 0, 1)
+BETA = Number(float, 0, 0.999999999)  # the β of a moving average, which is below 1
 
 
 def opt(default, group: str, help: str, range: Number | None = None):
@@ -124,11 +126,12 @@ class Config:
     d_ff: int = opt(192, "model", "hidden width of the MLP, or of each expert's", SIZE)
     vocab_size: int = opt(50304, "model", "rows of the embedding and of the untied head", SIZE)
     block_size: int = opt(256, "model", "context length in tokens", SIZE)
-    norm: Literal["layernorm", "rmsnorm"] = opt("layernorm", "model", "of every block and of the output, with gains")
+    norm: Literal["layernorm", "rmsnorm"] = opt(
+        "layernorm", "model", "norm in every block and before the head, with gains")
     mlp: Literal["gelu", "swiglu"] = opt("gelu", "model", "plain MLP with GELU | gated with SiLU, three matrices")
     position: Literal["learned", "rope", "none"] = opt(
         "learned", "model", "embedding | rotated queries and keys | none")
-    rope_theta: float = opt(10_000.0, "model", "base of RoPE's wavelengths", POSITIVE)
+    rope_theta: float = opt(10_000.0, "model", "θ of RoPE, whose angles are position · θ^(−2i/width)", POSITIVE)
     attention: Literal["mha", "mla", "alternating"] = opt(
         "mha", "model", "multi-head | latent | MHA in even blocks, MLA in odd ones")
     qk_norm: bool = opt(False, "model", "normalise every head's queries and keys, with gains")
@@ -142,13 +145,14 @@ class Config:
     base_width: int = opt(
         768, "parameterisation", "width at which μP's multipliers are 1; 0 = standard parameterisation", COUNT)
     embed_lr_power: float = opt(
-        0.5, "parameterisation", "embedding lr × (base_width/d_model)^this; paper 0.5, practice 0", POWER)
-    logit_power: float = opt(0.0, "parameterisation", "logits × (base_width/d_model)^this; paper 0, practice 1", POWER)
-    attn_scale_power: float = opt(0.5, "parameterisation", "attention logits ÷ d_head^this; paper 0.5, practice 1",
-        POWER)
+        0.5, "parameterisation", "embedding's lr × (base_width/d_model)^this; paper 0.5, nanoGPT-mup 0", POWER)
+    logit_power: float = opt(
+        0.0, "parameterisation", "logits × (base_width/d_model)^this; paper 0, nanoGPT-mup 1", POWER)
+    attn_scale_power: float = opt(
+        0.5, "parameterisation", "attention logits ÷ (width of a head's queries)^this; paper 0.5, nanoGPT-mup 1", POWER)
     attn_lr: float = opt(1.0, "parameterisation", "learning rate of attention's matrices × this", POSITIVE)
     norm_lr: float = opt(1.0, "parameterisation", "learning rate of the norms' gains × this", POSITIVE)
-    head_lr: float = opt(1.0, "parameterisation", "learning rate of the read-out × this", POSITIVE)
+    head_lr: float = opt(1.0, "parameterisation", "learning rate of the head × this", POSITIVE)
     # data
     dataset: str = opt("openwebtext", "data", "a folder below data/, or a path to a folder of .bin files")
     fallback: str = opt(
@@ -157,22 +161,26 @@ class Config:
     micro_batch: int = opt(12, "data", "sequences a forward pass; must divide batch_size", SIZE)
     # optimizer
     optimizer: Literal["adamw", "spam", "stable_spam", "adagc", "muon", "spectral_sphere", "zclip"] = opt(
-        "adamw", "optimizer", "AdamW | a rival with AdamW's rates and decays (rivals.py); one process or DDP")
+        "adamw", "optimizer",
+        "AdamW, or a rival that uses AdamW's rates and decays (remedies/rivals.py), on one process or with DDP")
     lr: float = opt(6e-4, "optimizer", "learning rate of parameters whose multiplier is 1", POSITIVE)
     lr_scale: float = opt(1.0, "optimizer", "peak of the schedule as a multiple of lr", POSITIVE)
     schedule: Literal["linear", "constant"] = opt("linear", "optimizer", "after warm-up: linear decay | constant")
-    warmup_steps: int = opt(2000, "optimizer", "linear warm-up", COUNT)
+    warmup_steps: int = opt(2000, "optimizer", "steps of the linear warm-up", COUNT)
     min_lr_ratio: float = opt(0.1, "optimizer", "end of the linear decay as a share of the peak", SHARE)
     max_steps: int = opt(50_000, "optimizer", "steps of the run, and horizon of the schedule", SIZE)
-    beta1: float = opt(0.9, "optimizer", "AdamW β₁", MEMORY)
-    beta2: float = opt(0.95, "optimizer", "AdamW β₂", MEMORY)
+    beta1: float = opt(0.9, "optimizer", "AdamW β₁", BETA)
+    beta2: float = opt(0.95, "optimizer", "AdamW β₂", BETA)
     eps: float = opt(1e-8, "optimizer", "AdamW ε", POSITIVE)
     weight_decay: float = opt(
-        0.1, "optimizer", "AdamW's λ; independent: the share of a weight lost a step at the peak rate", NOT_NEGATIVE)
+        0.1, "optimizer",
+        "AdamW's λ; with decay_coupling = independent, the share that a weight loses in a step at the peak rate",
+        NOT_NEGATIVE)
     decay_coupling: Literal["coupled", "independent"] = opt(
         "coupled", "optimizer", "decay a step: coupled lr·λ as in PyTorch | independent λ·lr/peak")
     grad_clip: float = opt(
-        1.0, "optimizer", "largest global gradient norm (ZClip takes it over); 0 = off", NOT_NEGATIVE)
+        1.0, "optimizer", "largest global gradient norm; 0 = off; with optimizer = zclip, ZClip clips at it",
+        NOT_NEGATIVE)
     balance_coef: float = opt(0.01, "optimizer", "weight of the experts' load-balancing loss", NOT_NEGATIVE)
     # MSign
     msign_period: int = opt(0, "MSign", "steps between two applications of MSign; 0 = never (plain AdamW)", COUNT)
@@ -183,29 +191,32 @@ class Config:
         "auto = polar on CUDA, else eigh | eigh = fp64 Gram matrix | svd = fp32, the paper's | polar = fp32 products")
     msign_map: Literal["sign", "zero", "scale", "clip", "soft", "random"] = opt(
         "sign", "MSign",
-        "replace W by its norm-restored sign | a control (controls.py): 0, W at the sign's spectral norm, "
-        "singular values clipped at it, square-rooted singular values, a random sign")
+        "sign = MSign; the others are controls (remedies/controls.py): zero = 0 | scale = W at MSign's spectral norm | "
+        "clip = singular values limited to it | soft = their square roots | random = a random orthogonal matrix; "
+        "the last two keep ‖W‖_F")
     msign_below: float = opt(0.0, "MSign", "only the matrices whose stable rank is below this; 0 = all", NOT_NEGATIVE)
-    msign_reset: bool = opt(False, "MSign", "also start its targets' moments anew")
+    msign_reset: bool = opt(False, "MSign", "after each application also set the targets' moments and step counts to 0")
     # measurements
     probe_every: int = opt(
         50, "measurements", "steps between spectra, norms of gradients and updates, activations; 0 = never", COUNT)
     layers_every: int = opt(
-        250, "measurements", "steps between every layer's own values, a multiple of probe_every; 0 = never", COUNT)
+        250, "measurements", "steps between records of every single layer, a multiple of probe_every; 0 = never", COUNT)
     jacobian_every: int = opt(1000, "measurements", "steps between layer Jacobians; 0 = never", COUNT)
     jacobian_positions: int = opt(0, "measurements", "single tokens measured together with layer Jacobians", COUNT)
-    theory_every: int = opt(0, "measurements", "steps between both sides of the paper's theorems; 0 = never", COUNT)
+    theory_every: int = opt(0, "measurements", "steps between measurements of the paper's theorems; 0 = never", COUNT)
     msign_probe: bool = opt(False, "measurements", "also measure right before and after every MSign application")
-    probe_batch: int = opt(2, "measurements", "sequences that are measured on, always the same", SIZE)
+    probe_batch: int = opt(2, "measurements", "sequences in the probe batch, which is always the same", SIZE)
     eval_every: int = opt(500, "measurements", "steps between validation losses; 0 = never", COUNT)
     eval_batches: int = opt(8, "measurements", "micro-batches of the fixed validation set", SIZE)
     # run
     name: str = opt("", "run", "folder below runs_dir; default: the config file's name")
     runs_dir: str = opt("runs", "run", "where run folders go")
+    init_from: str = opt(
+        "", "run", "start from the weights in this folder: a GPT-2, Llama, Mistral, Mixtral or Qwen3 of transformers")
     resume: bool = opt(False, "run", "go on from the run's last checkpoint")
     dry_run: bool = opt(False, "run", "print the plan and stop before the first step")
     ckpt_every: int = opt(500, "run", "steps between checkpoints; 0 = only at the end", COUNT)
-    seed: int = opt(0, "run", "of the initial weights and of the batches", COUNT)
+    seed: int = opt(0, "run", "random seed of the initial weights and of the batches", COUNT)
     device: str = opt("auto", "run", "auto | cpu | cuda | cuda:N | mps")
     dtype: Literal["float32", "bfloat16"] = opt("float32", "run", "bfloat16 = autocast")
     attn_kernel: Literal["auto", "chunked", "math", "flash", "efficient", "cudnn"] = opt(
@@ -230,20 +241,20 @@ class Config:
 
     def _model_rules(self):
         """Rules between fields that concern the model: (whether it holds, the field to blame, what would be right)."""
-        near = range(min(self.n_head, self.d_model), 0, -1)[:10_000]
-        near = next((n for n in near if self.d_model % n == 0), 1)
+        below = range(min(self.n_head, self.d_model), 0, -1)[:10_000]  # a search that ends soon for any number
+        near = next((n for n in below if self.d_model % n == 0), 1)
         yield self.d_model % self.n_head == 0, "n_head", f"a divisor of d_model={self.d_model}, such as {near}"
         d_head = max(1, self.d_model // self.n_head)
         kv_fits = not self.n_kv_head or self.n_head % self.n_kv_head == 0
         yield kv_fits, "n_kv_head", f"a divisor of n_head={self.n_head}"
         mla = self.attention != "mha"
-        yield not mla or self.mla_rank > 0, "mla_rank", f"above 0 with attention={self.attention!r}"
-        yield not mla or self.mla_rope_dim % 2 == 0, "mla_rope_dim", "even"
-        rotates = self.position == "rope" and self.attention != "mla"
-        even = f"such that heads have an even width for RoPE, not {d_head}"
-        yield not rotates or d_head % 2 == 0, "n_head", even
-        enough = not self.n_experts or self.n_experts >= self.top_k
-        yield enough, "n_experts", f"at least top_k={self.top_k}, or 0"
+        if mla:
+            yield self.mla_rank > 0, "mla_rank", f"above 0 with attention={self.attention!r}"
+            yield self.mla_rope_dim % 2 == 0, "mla_rope_dim", "even"
+        if self.position == "rope" and self.attention != "mla":
+            yield d_head % 2 == 0, "n_head", f"such that heads have an even width for RoPE, not {d_head}"
+        if self.n_experts:
+            yield self.n_experts >= self.top_k, "n_experts", f"at least top_k={self.top_k}, or 0"
         # every factor that the model multiplies with has to be a number that float32 holds
         d_qk = d_head + (self.mla_rope_dim if mla and self.position == "rope" else 0)
         for base, name in ((self.width_mult, "embed_lr_power"), (self.width_mult, "logit_power"),
@@ -254,29 +265,32 @@ class Config:
     def _run_rules(self):
         """Rules between fields that concern training and measuring, in the form of `_model_rules`."""
         yield self.batch_size % self.micro_batch == 0, "micro_batch", f"a divisor of batch_size={self.batch_size}"
-        whole = not (self.layers_every and self.probe_every) or self.layers_every % self.probe_every == 0
-        yield whole, "layers_every", f"a multiple of probe_every={self.probe_every}"
+        if self.layers_every and self.probe_every:
+            multiple = self.layers_every % self.probe_every == 0
+            yield multiple, "layers_every", f"a multiple of probe_every={self.probe_every}"
         inside = self.jacobian_positions < self.block_size
         yield inside, "jacobian_positions", f"0 or more, and below block_size={self.block_size}"
-        # the paper's theorems are about this architecture
-        as_stated = (self.norm, self.mlp, self.attention, self.n_experts) == ("layernorm", "gelu", "mha", 0)
-        as_stated = as_stated and self.position != "rope" and not self.n_kv_head and not self.qk_norm
-        right = "0 for anything but the dense model with LayerNorm, GELU, MHA, no RoPE, no QK-norm"
-        yield as_stated or not self.theory_every, "theory_every", right
-        yield self.msign_period or not self.msign_probe, "msign_probe", "False when msign_period = 0"
-        independent = self.decay_coupling == "independent"
-        yield not independent or self.weight_decay < 0.01, "weight_decay", "a share lost per step, such as 1e-4"
-        one_copy = self.optimizer == "adamw" or self.parallel != "fsdp"
-        yield one_copy, "parallel", f"ddp or auto with optimizer={self.optimizer!r}"
+        if self.theory_every:  # the paper's theorems are about this architecture
+            as_stated = (self.norm, self.mlp, self.attention, self.n_experts) == ("layernorm", "gelu", "mha", 0)
+            as_stated = as_stated and self.position != "rope" and not self.n_kv_head and not self.qk_norm
+            right = "0 for anything but the dense model with LayerNorm, GELU, MHA, no RoPE, no QK-norm"
+            yield as_stated, "theory_every", right
+        if self.msign_probe:
+            yield self.msign_period > 0, "msign_probe", "False when msign_period = 0"
+        if self.decay_coupling == "independent":
+            right = "below 0.01, such as 1e-4, with decay_coupling='independent': the share lost in a step"
+            yield self.weight_decay < 0.01, "weight_decay", right
+        if self.optimizer != "adamw":
+            yield self.parallel != "fsdp", "parallel", f"ddp or auto with optimizer={self.optimizer!r}"
         a_name = self.name == Path(self.name).name and self.name not in (".", "..")
         yield a_name and len(self.name.encode()) <= 200, "name", "a single folder name of at most 200 bytes"
-        for name in ("dataset", "fallback", "runs_dir"):
+        for name in ("dataset", "fallback", "runs_dir", "init_from"):
             longest = max(len(part.encode()) for part in re.split("[/,]", getattr(self, name)))
             yield longest <= 255, name, "a path whose parts have at most 255 bytes each"
 
     @property
     def architecture(self) -> dict:
-        """{field: value} of the fields that decide the shape of the model: those of the group "model"."""
+        """{field: value} of the fields that a checkpoint must agree with: those of the group "model"."""
         return {name: getattr(self, name) for name, f in FIELDS.items() if f.metadata["group"] == "model"}
 
     @property
@@ -324,7 +338,7 @@ def check_type(f: dataclasses.Field, value):
     if choices := choices_of(f):
         holds, right = value in choices, f"one of {', '.join(choices)}"
     elif limits:
-        holds, right = value in limits, limits.right(value)
+        holds, right = value in limits, limits.allowed(value)
     elif f.type is bool:
         holds, right = type(value) is bool, "True or False"
     else:  # no path, record or message of one line can hold control characters and surrogates
@@ -336,7 +350,7 @@ def check_type(f: dataclasses.Field, value):
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """The one of names that is most like name."""
+    """The entry of `names` that is most like `name`."""
     return difflib.get_close_matches(name[:100], names, n=1, cutoff=0)[0]
 
 
@@ -373,7 +387,10 @@ def assignments(path: Path) -> dict:
 
 
 def read_config_file(path: str | Path) -> dict:
-    """The assignments of a config file as a dict. Raises UserError on an unknown field or a wrong value."""
+    """The assignments of a config file as a dict.
+
+    Raises UserError for a missing file, an unknown field or a wrong value.
+    """
     path = Path(path)
     if not path.is_file():
         near = nearest(path.stem, [p.stem for p in sorted((ROOT / "configs").glob("*.py"))])

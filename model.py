@@ -1,11 +1,14 @@
-"""Every model of the paper's Table 4 in one file, built from one set of blocks: pre-norm, no biases, untied head.
+"""Every model of Table 4 of the MSign paper (arXiv 2602.01734) in one file.
+
+All models share their parts: pre-norm blocks, no biases, an untied head.
 
 Shapes: B sequences, T tokens, d = d_model, h = n_head, k = d // h (width of one head), V = vocab_size,
 E = n_experts, L = n_layer. H(ℓ) is the residual stream after block ℓ, (B, T, d); H(0) is the embedding.
 
-Every weight matrix is a parameter of its own and is named as in the paper: W_Q, W_K, W_V, W_O, W_up, W_down, and
-W_gate in a gated MLP. One fused matrix for W_Q, W_K and W_V would change what the matrix sign does. `mup.py` sets the
-initial values.
+Every weight matrix is a parameter of its own, except that E experts keep a matrix each in one parameter (E, m, n).
+The names are the paper's: W_Q, W_K, W_V, W_O, W_up, W_down, and W_gate in a gated MLP. `MLA` adds W_DKV, W_UK, W_UV
+and W_KR. MSign takes the matrix sign of each matrix (see `msign.py`); the sign of one fused matrix [W_Q W_K W_V] would
+mix the three. `mup.py` sets the initial values.
 """
 
 import math
@@ -30,25 +33,26 @@ def uses_chunked(kernel: str, d_head: int, device: torch.device) -> bool:
 
 
 class _Scores(torch.autograd.Function):
-    """Attention logits AᵀB + bias, (G, M, N), of queries A (G, k, M) and keys B (G, k, N), G = B · h heads in all.
+    """Attention logits S = QᵀK + bias, (B · h, M, N), of M queries Q (B · h, k, M) and N keys K (B · h, k, N).
 
-    `_Scores` and `_Weigh` are each other's derivatives, so gradients of every order need only three products. With
-    k ≪ T a CPU runs these three up to four times as fast as the products PV and PᵀG, which autograd would choose.
+    `_Scores` and `_Weigh` are each other's derivatives, so gradients of every order are made of three products:
+    QᵀK, VPᵀ and Q dS. With k ≪ T a CPU runs them up to four times as fast as the products of autograd, whose factors
+    are stored as (T, k): PV and its derivatives.
     """
 
     @staticmethod
-    def forward(ctx, A, B, bias):
-        ctx.save_for_backward(A, B)
-        return A.mT @ B if bias is None else torch.baddbmm(bias, A.mT, B)
+    def forward(ctx, Q, K, bias):
+        ctx.save_for_backward(Q, K)
+        return Q.mT @ K if bias is None else torch.baddbmm(bias, Q.mT, K)
 
     @staticmethod
-    def backward(ctx, G):
-        A, B = ctx.saved_tensors
-        return _Weigh.apply(B, G), A @ G, None
+    def backward(ctx, dS):
+        Q, K = ctx.saved_tensors
+        return _Weigh.apply(K, dS), Q @ dS, None
 
 
 class _Weigh(torch.autograd.Function):
-    """Weighted values VPᵀ, (G, k, M), of values V (G, k, N) and attention weights P (G, M, N)."""
+    """Weighted values Y = VPᵀ, (B · h, k, M), of values V (B · h, k, N) and attention weights P (B · h, M, N)."""
 
     @staticmethod
     def forward(ctx, V, P):
@@ -56,17 +60,17 @@ class _Weigh(torch.autograd.Function):
         return V @ P.mT
 
     @staticmethod
-    def backward(ctx, G):
+    def backward(ctx, dY):
         V, P = ctx.saved_tensors
-        return G @ P, _Scores.apply(G, V, None)
+        return dY @ P, _Scores.apply(dY, V, None)
 
 
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention for a CPU, (B, T, h·k'), of queries and keys q, k (B, h, T, k) and values v (B, h, T, k').
+    """Causal attention for a CPU, (B, T, h·w'), of queries and keys (B, h, T, w) and values (B, h, T, w').
 
-    The queries are already multiplied by the scale of the logits. They are split into chunks of ROWS. A chunk meets
-    only the keys that it may see, so almost half of the T × T logits are never computed. The attention weights are
-    stored for the backward pass.
+    w and w' are widths of one head. The queries are already multiplied by the scale of the logits. They are split into
+    chunks of ROWS. A chunk meets only the keys that it may see, so almost half of the T × T logits are never computed.
+    The attention weights are stored for the backward pass.
     """
     B, h, T, _ = q.shape
     q, k, v = (x.mT.reshape(B * h, -1, T) for x in (q, k, v))
@@ -80,12 +84,12 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, theta: float) -> Tensor:
-    """RoPE (arXiv 2104.09864) of x (..., T, k), in the same shape.
+    """RoPE (arXiv 2104.09864) of x (..., T, w), in the same shape.
 
-    At position t the pair of components (i, i + k/2) is rotated by the angle t · theta^(−2i/k).
+    At position t the pair of components (i, i + w/2) is rotated by the angle t · theta^(−2i/w).
     """
-    T, k = x.shape[-2:]
-    frequency = theta ** (-torch.arange(0, k, 2, dtype=torch.float32, device=x.device) / k)
+    T, w = x.shape[-2:]
+    frequency = theta ** (-torch.arange(0, w, 2, dtype=torch.float32, device=x.device) / w)
     angle = torch.arange(T, device=x.device)[:, None] * frequency
     cos, sin = angle.cos(), angle.sin()
     a, b = x.chunk(2, -1)
@@ -102,23 +106,24 @@ class Attention(nn.Module):
         self.d_v = d // cfg.n_head
         self.theta = cfg.rope_theta if cfg.position == "rope" else None
         self.kernel = cfg.attn_kernel
-        self.W_Q = nn.Linear(d, d, bias=False)
-        self.make_keys_and_values(cfg)
+        self.make_qkv(cfg)
         self.W_O = nn.Linear(d, d, bias=False)
         self.scale = self.d_qk**-cfg.attn_scale_power
         if cfg.qk_norm:
             self.q_norm, self.k_norm = norm(cfg, self.d_qk), norm(cfg, self.d_qk)
 
-    def make_keys_and_values(self, cfg: Config):
-        """Create the matrices for keys and values, and set d_qk, the width of one head's queries and keys."""
+    def make_qkv(self, cfg: Config):
+        """Create the matrices for queries, keys and values. Set d_qk, the width of one head's queries and keys."""
         self.d_qk = self.d_v
+        self.W_Q = nn.Linear(cfg.d_model, self.n_head * self.d_qk, bias=False)
         self.W_K = nn.Linear(cfg.d_model, self.n_kv_head * self.d_qk, bias=False)
         self.W_V = nn.Linear(cfg.d_model, self.n_kv_head * self.d_v, bias=False)
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (already multiplied by the scale of the logits), keys and values, each (B, heads, T, k)."""
-        # one product for the three parameters: small models spend their time on the number of calls
+        """Queries, keys and values, each (B, heads, T, width of a head). The scale of the logits is in the queries."""
+        # one product for all three: in a small model the number of calls takes the time, not the arithmetic
         normed = hasattr(self, "q_norm")
+        # W_Q has fewer entries than the queries, so scaling it is cheaper; but QK-norm would undo a scale in W_Q
         W_Q = self.W_Q.weight if normed else self.W_Q.weight * self.scale
         qkv = F.linear(x, torch.cat([W_Q, self.W_K.weight, self.W_V.weight]))
         qkv = qkv.unflatten(-1, (-1, self.d_v)).transpose(1, 2)
@@ -154,14 +159,15 @@ class MLA(Attention):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), (B, T, d) -> (B, T, d).
 
     Keys and values are made from one latent vector of mla_rank dimensions: W_UK n(W_DKV x) and W_UV n(W_DKV x), where
-    n is a norm. Positions enter through mla_rope_dim further dimensions of every query and of one key W_KR x that all
-    heads share; with mla_rope_dim = 0 there are no positions. Queries are not compressed. The paper states neither
-    mla_rank nor mla_rope_dim; both are our choice. With cfg.qk_norm all d_qk dimensions of a head's queries, and of its
-    keys after W_UK, are normalised before the rotation.
+    n is a norm. Every query has mla_rope_dim further dimensions that carry its position. All heads share one such part
+    of the key, W_KR x. With mla_rope_dim = 0 MLA itself adds no positions. Queries are not compressed. The MSign paper
+    states neither mla_rank nor mla_rope_dim; both are our choice. With cfg.qk_norm all d_qk dimensions of a head's
+    queries, and of its keys after W_UK, are normalised before the rotation.
     """
 
-    def make_keys_and_values(self, cfg: Config):
-        d, self.d_rope = cfg.d_model, cfg.mla_rope_dim if self.theta is not None else 0
+    def make_qkv(self, cfg: Config):
+        d = cfg.d_model
+        self.d_rope = cfg.mla_rope_dim if self.theta is not None else 0
         self.d_qk = self.d_v + self.d_rope
         self.W_Q = nn.Linear(d, self.n_head * self.d_qk, bias=False)
         self.W_DKV = nn.Linear(d, cfg.mla_rank, bias=False)
@@ -210,8 +216,10 @@ class MLP(nn.Module):
 class Stack(nn.Module):
     """One matrix (m, n) for each of E experts, stored as weight (E, m, n).
 
-    Inputs are sorted by expert. Padded, they are (E, C, n) and the result is (E, C, m). Without padding (on a GPU in
-    bf16) they are (M, n) and the result is (M, m); `ends` (E,) then holds the row at which each expert's inputs end.
+    Stack(E, n, m) names the inputs n before the outputs m, as nn.Linear does.
+    Inputs are sorted by expert. Padded to C inputs for every expert, they are (E, C, n) and the result is (E, C, m).
+    Without padding (on a GPU in bf16) M inputs in all are (M, n) and the result is (M, m); `ends` (E,) then holds the
+    row at which each expert's inputs end.
     """
 
     def __init__(self, E: int, n: int, m: int):
@@ -228,8 +236,8 @@ class MoE(nn.Module):
     """Mixture of experts, each of them a gated or a plain MLP; (B, T, d) -> (B, T, d).
 
     The router takes a softmax over all experts. A token goes to the top_k experts with the largest shares, and these
-    shares are rescaled to sum to 1, as in Mixtral (arXiv 2401.04088). No token is dropped. On a GPU in bf16 the groups
-    of tokens may differ in length; elsewhere every group is padded to the longest.
+    shares are rescaled to sum to 1, as in Mixtral (arXiv 2401.04088). No token is dropped. On a GPU in bf16 the experts
+    may get different numbers of tokens; elsewhere each is padded to the largest number.
 
     `balance` is the load-balancing loss of the last forward pass, E Σₑ fₑ Pₑ (Switch, arXiv 2101.03961). fₑ is the
     fraction of tokens that go to expert e, and Pₑ is the mean over tokens of its softmax share. The loss equals top_k
@@ -246,7 +254,7 @@ class MoE(nn.Module):
         self.W_down = Stack(cfg.n_experts, cfg.d_ff, cfg.d_model)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The weights and the indices of the experts that the tokens x (N, d) go to, each (N, top_k)."""
+        """The weights and indices of the experts that the tokens x (N, d) go to, each (N, top_k). Sets `balance`."""
         share = torch.softmax(self.router(x), -1, torch.promote_types(x.dtype, torch.float32))
         weight, expert = share.topk(self.top_k, -1)
         load = F.one_hot(expert, share.shape[-1]).sum(1).to(share.dtype).mean(0)
@@ -264,12 +272,13 @@ class MoE(nn.Module):
             y = self.experts(gathered.to(torch.get_autocast_dtype("cuda")), ends.int())
             slot = order.argsort()  # the row of y for each pair, with the pairs in the order of the tokens again
         else:
-            begins = F.pad(ends, (1, -1))
+            begins = F.pad(ends, (1, -1))  # where each expert's inputs begin: `ends` shifted by one, 0 in front
             longest = int((ends - begins).max())
+            # the padded row of each pair: its place among its expert's pairs, after all rows of the experts before
             slot = torch.arange(len(order), device=x.device) - begins[expert] + expert * longest
             padded = gathered.new_zeros(E * longest, x.shape[-1]).index_copy(0, slot, gathered)
             y = self.experts(padded.view(E, longest, -1), None).flatten(0, 1)
-            slot = slot[order.argsort()]
+            slot = slot[order.argsort()]  # as above
         y = y.index_select(0, slot).view(N, self.top_k, -1)
         return (y * weight.unsqueeze(-1).to(y.dtype)).sum(1).view(x.shape)
 
@@ -360,8 +369,9 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, V); with targets (B, T), the mean cross-entropy in nats instead.
 
-        targets[:, t] is the token that follows tokens[:, t]. With experts, the value is still the cross-entropy alone,
-        but its gradient also holds that of balance_coef times the load-balancing loss, averaged over the blocks.
+        targets[:, t] is the token that follows tokens[:, t]. With experts, the value is still the cross-entropy alone.
+        Its gradient is that of the cross-entropy plus balance_coef times the load-balancing loss, averaged over the
+        blocks.
         """
         x = self.hidden(tokens)
         if targets is None:
@@ -380,18 +390,19 @@ class GPT(nn.Module):
         rows = max(1, LOGITS // self.cfg.vocab_size)
         if x.device.type == "cpu":  # a chunk's logits are then no larger than the head, and both stay in the cache
             rows = min(rows, self.cfg.d_model)
+        # chunking_method=None: chunks have `rows` rows, not a size that PyTorch chooses
         options = LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
         return F.linear_cross_entropy(x, self.head.weight, targets.flatten(), options=options)
 
     def active(self, p: Tensor) -> int:
-        """The number of entries of parameter p that one token uses: all, but only those of top_k experts in a stack."""
+        """The number of entries of parameter p that one token uses; of a stack of experts it uses top_k matrices."""
         return p.numel() * self.cfg.top_k // self.cfg.n_experts if p.ndim == 3 else p.numel()
 
     def flops_per_token(self) -> int:
         """FLOPs per token of a forward and a backward pass (PaLM, arXiv 2204.02311, app. B).
 
-        They are 6 for each matrix entry that the token uses, and 6 · T · h · (k + k') in each layer for attention,
-        where k and k' are the widths of one head's keys and values. With k = k' = d/h the latter is 12 · T · d.
+        They are 6 for each matrix entry that the token uses, and 6 · T · h · (w + w') in each layer for attention,
+        where w and w' are the widths of one head's keys and values. With w = w' = d/h the latter is 12 · T · d.
         """
         matmul = sum(self.active(p) for n, p in self.named_parameters() if p.ndim >= 2 and "_emb" not in n)
         heads = sum(block.attn.n_head * (block.attn.d_qk + block.attn.d_v) for block in self.blocks)
@@ -403,13 +414,15 @@ class GPT(nn.Module):
         The attention weights and the padding of experts are not counted.
         """
         cfg = self.cfg
+        # W_up x and its GELU; or W_gate x, its SiLU, W_up x and their product
         mlp = (4 if cfg.mlp == "swiglu" else 2) * cfg.d_ff
         if cfg.n_experts:
             mlp = cfg.top_k * (mlp + 5 * cfg.d_model)  # tokens are copied into the order of the experts and back
-        # values kept for each token: norms, q, k, v, attention and residuals; with RoPE the rotated halves of q and k
+        # values kept for each token, in units of d_model: inputs and outputs of 2 norms (4), q, k, v (3), attention's
+        # output (1) and copies (2); RoPE: q and k before, during and after the rotation (6 at most)
         values = (10 + 6 * (cfg.position == "rope")) * cfg.d_model + mlp
-        kept_in_fp32 = 4 * cfg.d_model  # autocast does not convert these
-        block = values * bytes_per_value + kept_in_fp32 * (4 - bytes_per_value)
+        kept_in_fp32 = 4 * cfg.d_model  # of these values: inputs and outputs of norms, which autocast does not convert
+        block = (values - kept_in_fp32) * bytes_per_value + kept_in_fp32 * 4
         # recomputation keeps the fp32 input of every block, and all of one block at a time
         blocks = cfg.n_layer * 4 * cfg.d_model + block if cfg.recompute else cfg.n_layer * block
         tokens = cfg.micro_batch * cfg.block_size

@@ -2,35 +2,43 @@
 
 This file needs PyTorch (2.9 or later) and nothing else, so it can be copied into another project:
 
-    optimizer = MSign(torch.optim.AdamW(model.parameters()), model.named_parameters(), period=100)
+    optimizer = MSign(torch.optim.AdamW(model.parameters()), model, period=100)
+    print(optimizer)  # which matrices it will replace
 
 `msign` is the pure function. `restored_sign` is the paper's update of one matrix or of a stack of matrices. `MSign`
-is a thin wrapper around any `torch.optim.Optimizer`. Three words recur. The *targets* are the matrices that MSign
-replaces. An *application* is one time at which it replaces them. A *stack* (..., m, n) is a batch of matrices (m, n).
+is a thin wrapper around any `torch.optim.Optimizer`. Four words recur. The *targets* are the matrices that MSign
+replaces. An *application* is one replacement of all targets. A *stack* (..., m, n) is a batch of matrices (m, n). A
+*process* is one of the processes of torch.distributed.
 
-Do not use MSign on a weight that fuses W_Q, W_K and W_V, because its sign would mix the three matrices; make them
-three parameters or leave the weight out. Do not use it on embeddings, output heads or 1-D parameters either, which
-the paper leaves alone.
+Many models fuse W_Q, W_K and W_V in one weight. The sign of that weight would mix the three matrices, so MSign splits
+it (`find`) and refuses a weight that it cannot split. Do not use MSign on embeddings, output heads or 1-D parameters,
+which the paper leaves alone.
 """
 
 import math
+import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import lru_cache, partial
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from torch import Tensor
 from torch.optim import Optimizer
 
-ATTENTION = ("W_Q", "W_K", "W_V", "W_DKV", "W_UK", "W_UV", "W_KR", "W_O")
+# roles of matrices. Multi-head latent attention (MLA, arXiv 2405.04434) makes queries as W_UQ W_DQ x, and keys and
+# values as W_UK W_DKV x and W_UV W_DKV x; W_KR x is the part of the keys that carries positions
+ATTENTION = ("W_Q", "W_K", "W_V", "W_DQ", "W_UQ", "W_DKV", "W_UK", "W_UV", "W_KR", "W_O")
 MLP = ("W_up", "W_gate", "W_down")
 TARGETS = {"attention": ATTENTION, "mlp": MLP, "blocks": ATTENTION + MLP}
 CUSHION = 0.03  # the smallest singular value, as a share of the largest one, that `polar_steps` fits
-STACK_ELEMENTS = 2**26  # a rank stacks matrices of one shape up to this many elements (0.5 GB in fp64)
-# "polar" accepts a result X with ‖XXᵀX − X‖_F / ‖X‖_F up to this; its singular values are then 0 or 1 ± half of this
+STACK_ELEMENTS = 2**26  # a process stacks matrices of one shape up to this many elements (0.5 GB in fp64)
+# "polar" accepts a result X with ‖XXᵀX − X‖_F / ‖X‖_F up to this. In the root mean square, the singular values that
+# are not 0 then differ from 1 by about half of this.
 POLAR_TOLERANCE = 1e-4
 # what this process has done: "matrices" whose sign it took, "fallbacks" among them, "bytes" it sent to other ranks
 counts = Counter()
@@ -42,14 +50,16 @@ def msign(W: Tensor, backend: str = "auto") -> Tensor:
     W: (..., m, n), finite. The result has W's shape and dtype; r of its singular values are 1, the others are 0. So a
     zero matrix stays zero, and a matrix of deficient rank becomes a partial isometry with the same null space.
 
-    The rank r is the number of singular values s > s₁ · 4 · √max(m, n) · eps(fp32). The cut-off lies above rounding:
-    a product of deficient rank, computed in fp32, has singular values of 0.04 · √n · eps in its null directions.
+    The rank r is the number of singular values s > s₁ · 4 · √max(m, n) · eps(fp32). The cut-off exceeds
+    rounding errors: a product of deficient rank, computed in fp32, has singular values of about 0.05 · √n · eps · s₁ in
+    its null directions.
 
     backend "svd":   torch.linalg.svd in fp32 (in fp64 for an fp64 W), as the paper writes it.
     backend "eigh":  eigendecomposition of the smaller Gram matrix in fp64. It is more accurate than an fp32 SVD for
                      condition numbers up to 1e6 and, on a CPU, at least as fast.
     backend "polar": fp32 products alone, for GPUs, where eigensolvers are slow. A matrix whose residual shows that
-                     the iteration did not converge goes to "eigh"; counts["fallbacks"] counts these matrices.
+                     the iteration did not converge goes to "eigh"; counts["fallbacks"] counts these matrices. An fp64 W
+                     goes to "eigh" as well and is not counted.
     backend "auto":  "polar" for CUDA tensors, otherwise "eigh".
 
     Raises ValueError for any other backend.
@@ -68,7 +78,8 @@ def _cutoff(m: int, n: int) -> float:
 
 
 def rank_cutoff(m: int, n: int) -> float:
-    """The same for "polar", relative to its upper bound of s₁, which is at most r^(1/32) times s₁ (see `_scaled`)."""
+    """The cut-off of "polar" for an (m, n) matrix, as a share of the bound of s₁ that `_scaled` computes."""
+    # rounded, so that nearly equal cut-offs share the cached quintics
     return round(_cutoff(m, n) / min(m, n) ** (1 / 32), 8)
 
 
@@ -91,16 +102,16 @@ def _eigh(W: Tensor) -> Tensor:
 
 @lru_cache
 def polar_steps(low: float, accuracy: float = 1e-2) -> tuple[tuple[float, float, float], ...]:
-    """Coefficients (a, b, c) of the quintics x -> ax + bx³ + cx⁵ that "polar" applies to singular values, one by one.
+    """Coefficients (a, b, c) of the quintics x -> ax + bx³ + cx⁵ that "polar" applies, one after another.
 
-    Together they map the interval [low, 1] to [1 − accuracy, 1 + accuracy], times a constant. Each quintic is the best
-    approximation of 1 on the interval that the previous one leaves (arXiv 2505.16932). Its error is −E, +E, −E, +E at
-    the two ends and at the two extrema, which `_nearest_to_one` finds. Each quintic but the last is scaled by
-    1 / (1 + E), so that its interval ends at 1 again.
+    Together they map the interval [low, 1] of singular values into [1 − accuracy, 1 + accuracy]. Each quintic is the
+    best approximation of 1 on the interval that the previous one leaves (arXiv 2505.16932). Its error is −E, +E, −E, +E
+    at the lower end, the two extrema and the upper end, which `_nearest_to_one` makes use of. Each quintic but the last
+    is scaled by 1 / (1 + E), so that its interval ends at 1 again.
 
     A fit never begins below CUSHION. Smaller values are then lifted nearly as fast, and large values keep their
-    digits: a quintic fitted further down would map some large values to the size of the small ones by cancellation,
-    which leaves three digits in fp32.
+    digits. A quintic fitted to smaller values would map some large values close to 0. It would do so by cancellation,
+    and only three fp32 digits would be left.
     """
     steps = []
     while True:
@@ -119,6 +130,7 @@ def _nearest_to_one(low: float) -> list[float]:
     for _ in range(50):
         rows = torch.stack([x, x**3, x**5, torch.tensor([1.0, -1, 1, -1], dtype=torch.float64)], 1)
         a, b, c, E = torch.linalg.solve(rows, torch.ones(4, dtype=torch.float64)).tolist()
+        # the extrema solve a + 3bx² + 5cx⁴ = 0, a quadratic equation for x²
         root = math.sqrt(max(9 * b * b - 20 * a * c, 0))
         extrema = [math.sqrt((-3 * b - sign * root) / (10 * c)) for sign in (1, -1)]
         x = torch.tensor([low, *extrema, 1.0], dtype=torch.float64)
@@ -142,7 +154,7 @@ def _exact_products(device: torch.device):
 def _scaled(X: Tensor) -> Tensor:
     """X (N, m, n) divided, matrix by matrix, by an upper bound of its largest singular value s₁.
 
-    The bound is ‖(XᵀX)⁸‖_F^(1/16) = (Σ s³²)^(1/32), at most r^(1/32) times s₁, and 0.1 % for rounding.
+    The bound is ‖(XᵀX)⁸‖_F^(1/16) = (Σ s³²)^(1/32). It is at most r^(1/32) times s₁. 0.1 % is added for rounding.
     """
     tiny = torch.finfo(torch.float32).tiny
     X = X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(tiny)
@@ -156,10 +168,10 @@ def _scaled(X: Tensor) -> Tensor:
 
 
 def _polar(W: Tensor) -> Tensor:
-    """The sign by a fixed number of quintics, which lift every singular value above the cut-off to 1.
+    """The sign. A fixed number of quintics lifts to 1 all singular values that exceed the cut-off.
 
     Rounding noise in null directions grows with the quintics but stays well below 1 (at most ‖W‖ · eps / cut-off). The
-    last two steps, x -> 2.5x³ − 1.5x⁵, therefore send values below 0.8 to 0 and all others to 1.
+    last two steps, x -> 2.5x³ − 1.5x⁵, therefore send the noise to 0 (0.1 becomes 4e-8) and the others to 1.
     """
     if W.dtype == torch.float64:
         return _eigh(W)
@@ -175,6 +187,7 @@ def _polar(W: Tensor) -> Tensor:
             A = X.mT @ X
             X = X @ (2.5 * A - 1.5 * (A @ A))
         residual = torch.linalg.matrix_norm(X @ (X.mT @ X) - X)
+    # not "residual > …": a NaN is wrong too
     wrong = ~(residual <= POLAR_TOLERANCE * torch.linalg.matrix_norm(X))
     fallbacks = int(wrong.sum())
     if fallbacks:
@@ -199,23 +212,326 @@ def restored_sign(W: Tensor, backend: str = "auto") -> Tensor:
     return (sign * ratio.to(torch.promote_types(W.dtype, torch.float32))).to(W.dtype)
 
 
-def select(named_params: Iterable[tuple[str, Tensor]], targets: str = "attention") -> dict[str, Tensor]:
-    """The parameters that `targets` names, as {name: parameter}; parameters of less than two dimensions are left out.
+@dataclass(frozen=True)
+class Layout:
+    """Which rows of a weight (..., m, n) belong to which matrix.
 
-    targets: comma-separated entries. An entry is "attention", "mlp" or "blocks" (both); or a part of a parameter's
-    dotted name ("W_V"); or a pattern for the whole name ("layers.*.attn.*.weight"). Raises ValueError for an entry
-    that matches no matrix.
+    parts:      (role, rows) of every matrix, in their order within a group of rows.
+    groups:     how often this order repeats: once if W_Q, W_K, W_V follow one another, as many times as there are heads
+                if the weight holds head after head. A matrix has groups · rows rows.
+    transposed: whether the weight is stored as (..., n, m), as in GPT-2's Conv1D.
     """
-    matrices = {name: p for name, p in named_params if p.ndim >= 2}
-    chosen = set()
-    for target in (t.strip() for t in targets.split(",")):
-        found = set()
-        for part in TARGETS.get(target, (target,)):
-            found |= {n for n in matrices if part in n.split(".") or fnmatch(n, part)}
+
+    parts: tuple[tuple[str, int], ...]
+    groups: int = 1
+    transposed: bool = False
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return tuple(role for role, _ in self.parts)
+
+    @property
+    def rows(self) -> int:
+        return self.groups * sum(rows for _, rows in self.parts)
+
+    def split(self, W: Tensor) -> dict[str, Tensor]:
+        """{role: matrix (..., groups · rows, n)}: views of W if there is one group, otherwise copies."""
+        grouped = (W.mT if self.transposed else W).unflatten(-2, (self.groups, -1))
+        pieces = grouped.split([rows for _, rows in self.parts], -2)
+        return {role: piece.flatten(-3, -2) for role, piece in zip(self.roles, pieces, strict=True)}
+
+    def join(self, matrices: dict[str, Tensor]) -> Tensor:
+        """The weight that `split` takes apart into these matrices."""
+        W = torch.cat([matrices[role].unflatten(-2, (self.groups, -1)) for role in self.roles], -2).flatten(-3, -2)
+        return W.mT if self.transposed else W
+
+    def apply(self, update: Callable[[Tensor], Tensor], roles: tuple[str, ...], W: Tensor) -> Tensor:
+        """A stack W (N, ...) of weights with the matrices of these roles updated; those of one shape share a stack."""
+        matrices, same_shape = self.split(W), defaultdict(list)
+        for role in roles:
+            same_shape[matrices[role].shape].append(role)
+        for alike in same_shape.values():
+            new = update(torch.cat([matrices[role] for role in alike]))
+            matrices |= zip(alike, new.chunk(len(alike)), strict=True)
+        return self.join(matrices)
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A parameter and the matrices in it that are chosen.
+
+    parameter: the tensor. Of three dimensions, the first one counts matrices, such as those of experts.
+    layout:    all its matrices.
+    roles:     the roles of the chosen ones, in the layout's order.
+    module:    dotted name of the attention or MLP module around the parameter; "" is the model itself.
+    block:     index of the block: the first number in the parameter's name, or None.
+    heads, kv_heads: how many heads of queries and of keys and values an attention module has; None if unknown.
+    """
+
+    parameter: Tensor
+    layout: Layout
+    roles: tuple[str, ...]
+    module: str = ""
+    block: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether the parameter is one matrix, as it stands."""
+        return len(self.layout.parts) == 1 and not self.layout.transposed
+
+    def matrices(self) -> dict[str, Tensor]:
+        """{role: W (..., m, n)} of the chosen matrices, detached, with n inputs and m outputs: y = Wx.
+
+        They are views of the parameter if `Layout.split` makes views. A sharded parameter is gathered, so all processes
+        must call this together.
+        """
+        W = self.parameter.detach()
+        found = self.layout.split(W.full_tensor() if hasattr(W, "full_tensor") else W)
+        return {role: found[role] for role in self.roles}
+
+
+# names of weights in PyTorch, transformers, timm and nanoGPT, by the kind of module that holds them
+NAMES = {
+    "attention": {
+        "W_Q": "q_proj q_proj_weight query wq q_lin to_q q_attn q",
+        "W_K": "k_proj k_proj_weight key wk k_lin to_k k",
+        "W_V": "v_proj v_proj_weight value wv v_lin to_v v",
+        "W_O": "o_proj out_proj c_proj proj dense wo out_lin o",
+        "W_DQ": "q_a_proj",
+        "W_UQ": "q_b_proj",
+    },
+    "mlp": {
+        "W_gate": "gate_proj w1 wi_0",
+        "W_up": "up_proj fc1 c_fc fc_in linear1 lin1 dense_h_to_4h w3 wi wi_1",
+        "W_down": "down_proj fc2 c_proj fc_out linear2 lin2 dense_4h_to_h w2 wo",
+    },
+}
+ROLES = {kind: {name: role for role, names in table.items() for name in names.split()} for kind, table in NAMES.items()}
+# what part of a dotted name, or the end of a class's name, shows that a module is attention or an MLP
+KINDS = {
+    "attention": (re.compile("attn|attention", re.I), re.compile("(attention|attn)2?$", re.I)),
+    "mlp": (
+        re.compile("mlp|ffn|feed_?forward|expert|moe$", re.I),
+        re.compile("(mlp|ffn|feedforward|experts|moe)$", re.I),
+    ),
+}
+FUSED = {
+    "attention": re.compile("kv|c_attn|in_proj|qk|query_key_value", re.I),
+    "mlp": re.compile("gate_?up|up_?gate|in_proj|w1[23]"),
+}
+EQUAL = re.compile("(qkv|c_attn|in_proj|gate_?up|up_?gate|w1[23])(_proj|_weight)?$", re.I)
+ROUTER = re.compile("router|(^|_)w?gate$|^wg$|classifier", re.I)
+# Classes whose fused weight holds W_Q, W_K and W_V one after the other; and those whose weight repeats, for every head
+# of keys: the rows of the queries that share it, of the keys, of the values.
+CONSECUTIVE = {
+    "MultiheadAttention": "in_proj_weight", "GPT2Attention": "c_attn", "CausalSelfAttention": "c_attn",
+    "Phi3Attention": "qkv_proj", "MptAttention": "Wqkv", "DbrxAttention": "Wqkv", "timm.Attention": "qkv",
+}  # fmt: skip
+INTERLEAVED = {
+    "GPTNeoXAttention": "query_key_value", "BloomAttention": "query_key_value", "FalconAttention": "query_key_value",
+    "GPTBigCodeAttention": "c_attn",
+}  # fmt: skip
+
+
+def _classes(module: nn.Module | None) -> list[str]:
+    """The names of a module's class and of its bases (FSDP2 derives a class), each also behind its package's name."""
+    bases = type(module).__mro__ if module is not None else ()
+    return [name for c in bases for name in (c.__name__, f"{c.__module__.split('.')[0]}.{c.__name__}")]
+
+
+def _kind(part: str, module: nn.Module | None) -> str | None:
+    """Whether a module of this name is "attention", "mlp" or neither."""
+    for kind, (in_name, of_class) in KINDS.items():
+        if in_name.search(part) or any(map(of_class.search, _classes(module))):
+            return kind
+    return None
+
+
+def _names(part: str, name: str) -> bool:
+    return part in name.split(".") or fnmatch(name, part)
+
+
+class _Weight:
+    """A parameter of two or more dimensions, and what its name and the modules around it say of it.
+
+    layout: its matrices, or None if no rule knows them. fused: whether its name says that they are several.
+    """
+
+    def __init__(self, name: str, p: Tensor, modules: dict[str, nn.Module], split: dict):
+        path = name.split(".")
+        last = len(path) - 1 - (path[-1] == "weight" and len(path) > 1)
+        self.name, self.p, self.key = name, p, path[last]
+        self.holder = modules.get(".".join(path[:-1]))
+        around = [".".join(path[:i]) for i in range(last, -1, -1)]  # the modules' names, from inside out
+        kinds = [_kind(self.key, None)] + [_kind(n.rpartition(".")[2], modules.get(n)) for n in around]
+        first = next((i for i, kind in enumerate(kinds) if kind), 0)
+        end = next((i for i in range(first, len(kinds)) if kinds[i] != kinds[first]), len(kinds)) if kinds[first] else 2
+        self.kind, self.module, self.container = kinds[first], around[max(end - 2, 0)], around[0]
+        inside = [modules[n] for n in around[: max(end - 1, 1)] if n in modules]
+        self.places = [place for module in inside for place in (module, getattr(module, "config", None))]
+        self.block = next((int(part) for part in path if part.isdecimal()), None)
+        self.heads = self.number("num_heads n_head n_heads num_attention_heads")
+        self.kv_heads = self.number("num_kv_heads num_key_value_heads n_kv_head n_kv_heads kv_heads")
+        if self.heads and not self.kv_heads:
+            self.kv_heads = self.heads // (self.number("num_key_value_groups") or 1)
+        no_matrix = isinstance(self.holder, nn.Embedding | nn.modules.conv._ConvNd) or p.ndim > 3
+        self.plain = no_matrix or "bias" in self.key  # bias_k of MultiheadAttention, gate_up_proj_bias of experts
+        self.fused = bool(self.kind and not self.plain and FUSED[self.kind].search(self.key))
+        self.matters = not self.plain and not (self.kind == "mlp" and ROUTER.search(self.key))
+        self.transposed = "Conv1D" in _classes(self.holder) or self.experts_are_transposed()
+        self.rows = p.shape[-1 if self.transposed else -2]
+        given = next((value for part, value in split.items() if _names(part, name)), None)
+        self.given = given is not None
+        self.layout = self.from_split(given) if self.given else self.from_role() or self.from_class()
+
+    def number(self, names: str) -> int | None:
+        """The first whole number of one of these names in the modules around the weight or in their `config`."""
+        values = (getattr(place, name, None) for place in self.places for name in names.split())
+        return next((v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0), None)
+
+    def experts_are_transposed(self) -> bool:
+        """Whether gate_up_proj is (E, d, 2f) and down_proj (E, f, d), not (E, 2f, d) and (E, d, f)."""
+        up, down = (getattr(self.holder, name, None) for name in ("gate_up_proj", "down_proj"))
+        stacks = all(isinstance(W, Tensor) and W.ndim == 3 for W in (up, down))
+        return stacks and up.shape[-1] == 2 * down.shape[-2]
+
+    def from_split(self, given) -> Layout:
+        """The layout that the user gave."""
+        if not isinstance(given, Layout):
+            roles = {3: ATTENTION[:3], 2: ("W_K", "W_V") if self.kind == "attention" else ("W_gate", "W_up")}
+            if len(given) not in roles:
+                right = f"rows of W_Q, W_K, W_V, or of {' and '.join(roles[2])}, or a Layout"
+                raise ValueError(f"split of {self.name} = {given!r}: must be {right}")
+            turned = self.transposed or sum(given) == self.p.shape[-1] != self.p.shape[-2]
+            given = Layout(tuple(zip(roles[len(given)], given, strict=True)), transposed=turned)
+        rows = self.p.shape[-1 if given.transposed else -2]
+        if given.rows != rows:
+            raise ValueError(f"split of {self.name} {tuple(self.p.shape)} has {given.rows} rows; it must have {rows}")
+        return given
+
+    def from_role(self) -> Layout | None:
+        """The layout of a weight whose name says that it is one matrix."""
+        role = next((part for part in reversed(self.name.split(".")) if part in ATTENTION + MLP), None)
+        if not role and not self.plain and not self.fused:
+            unsure = self.kind is None and self.key in ("c_proj", "wo", "w1", "w2", "w3")
+            role = None if unsure else ROLES[self.kind or "mlp"].get(self.key)
+        return Layout(((role, self.rows),), transposed=self.transposed) if role else None
+
+    def from_class(self) -> Layout | None:
+        """The layout of a fused weight of a class that a rule knows."""
+        m, h, kv, classes = self.rows, self.heads, self.kv_heads, _classes(self.places[0] if self.places else None)
+        parts, groups = (), 1
+        nope, v, latent, rope = map(self.number, ("qk_nope_head_dim", "v_head_dim", "kv_lora_rank", "qk_rope_head_dim"))
+        if self.key == "gate_up_proj" and self.holder is not None:
+            mixed = not getattr(self.holder, "is_concatenated", True) or "GptOssExperts" in _classes(self.holder)
+            groups = m // 2 if mixed else 1
+            parts = (("W_gate", m // 2 // groups), ("W_up", m // 2 // groups))
+        elif self.key == "kv_a_proj_with_mqa" and latent and rope:
+            parts = (("W_DKV", latent), ("W_KR", rope))
+        elif self.key == "kv_b_proj" and h and nope and v:
+            parts, groups = (("W_UK", nope), ("W_UV", v)), h
+        elif h and kv and self.key == "c_attn" and getattr(self.places[0], "is_cross_attention", False):
+            parts = (("W_K", m // 2), ("W_V", m // 2))
+        elif h and kv and any({**CONSECUTIVE, **INTERLEAVED}.get(name) == self.key for name in classes):
+            groups = kv if any(name in INTERLEAVED for name in classes) else 1
+            k = m // (h + 2 * kv)
+            parts = (("W_Q", h * k // groups), ("W_K", kv * k // groups), ("W_V", kv * k // groups))
+        layout = Layout(parts, groups, self.transposed)
+        return layout if parts and layout.rows == m else None
+
+    def target(self, roles: tuple[str, ...]) -> Target:
+        heads = (self.heads, self.kv_heads) if self.kind == "attention" else (None, None)
+        return Target(self.p, self.layout, roles, self.module, self.block, *heads)
+
+    def refusal(self) -> str:
+        """Why the layout is not known, and what to write."""
+        said, n = f"{self.name} {tuple(self.p.shape)}", 3 if self.kind == "attention" else 2
+        rows = f"{(self.rows // n,) * n}" if EQUAL.search(self.key) and self.rows % n == 0 else "Layout(...)"
+        instead = f'pass split={{"{self.key}": {rows}}}'
+        if self.fused:
+            return f"{said} seems to fuse several matrices; {instead}"
+        roles = "W_Q,W_K,W_V,W_O" if self.kind == "attention" else "W_gate,W_up,W_down"
+        return (
+            f"{said}: no rule knows this weight of an {self.kind} module; add {self.key!r} to targets if it is one "
+            f"matrix, {instead} if it fuses several, or name the roles to leave it out, as in targets={roles!r}"
+        )
+
+
+def _doubt_large_weights(weights: list[_Weight]):
+    """Take the layouts from weights of W_Q and W_up that have not as many rows as W_O and W_down have columns."""
+    inputs, latent = {}, {w.module for w in weights if w.layout and "W_DKV" in w.layout.roles}
+    for w in weights:
+        if w.layout and w.layout.roles in (("W_O",), ("W_down",)):
+            around = w.module if w.kind == "attention" else w.container
+            inputs[around, w.layout.roles[0]] = w.p.shape[-2 if w.transposed else -1]
+    for w in weights:
+        for role, rows in w.layout.parts if w.layout and not w.given and w.module not in latent else ():
+            reader = {"W_Q": (w.module, "W_O"), "W_up": (w.container, "W_down")}.get(role)
+            if inputs.get(reader, rows * w.layout.groups) != rows * w.layout.groups:
+                w.layout, w.fused = None, True
+
+
+def find(
+    model: nn.Module | Iterable[tuple[str, Tensor]],
+    targets: str = "attention",
+    split: dict[str, tuple[int, ...] | Layout] | None = None,
+) -> dict[str, Target]:
+    """The matrices that `targets` names, as {parameter name: Target}, in the order of the model's parameters.
+
+    model:   a module, or named parameters. Of the latter only the names are known, so no fused weight is recognised.
+    targets: comma-separated entries: "attention", "mlp" or "blocks" (both); a role ("W_V"), which may be a part of a
+             fused weight; a part of a parameter's dotted name; a pattern for the whole name ("layers.*.attn.*.weight").
+    split:   {part of a name, or pattern: (rows of W_Q, of W_K, of W_V)}; of two numbers, W_K and W_V in an attention
+             module and W_gate and W_up in an MLP. A Layout in place of the numbers says everything else.
+
+    The rules go by the names of parameters and by the classes and attributes of the modules around them. Embeddings,
+    convolutions, biases, routers and parameters of one dimension have no role. Raises ValueError for an entry that
+    matches no matrix, for a weight that seems to fuse several matrices in an unknown way, and, if a target is
+    "attention", "mlp" or "blocks", for a weight in such a module that no rule knows.
+    """
+    split, entries = split or {}, [entry.strip() for entry in targets.split(",")]
+    modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
+    parameters = model.named_parameters() if isinstance(model, nn.Module) else model
+    weights = [_Weight(name, p, modules, split) for name, p in parameters if p.ndim >= 2]
+    for part in split:
+        if not any(_names(part, w.name) for w in weights):
+            raise ValueError(f"split {part!r} matches no matrix")
+    _doubt_large_weights(weights)
+    for w in weights:
+        named = any(entry not in TARGETS and _names(entry, w.name) for entry in entries)
+        if named and not w.layout and not w.fused:
+            w.layout = Layout(((w.key, w.rows),), transposed=w.transposed)
+    chosen = {w.name: set() for w in weights}
+    for entry in entries:
+        roles, found = TARGETS.get(entry, (entry,)), False
+        kinds = [kind for kind in KINDS if set(roles) & set(TARGETS[kind])]
+        for w in weights:
+            by_name = entry not in TARGETS and _names(entry, w.name)
+            if w.layout:
+                chosen[w.name] |= set(w.layout.roles) & set(w.layout.roles if by_name else roles)
+                found |= by_name or bool(set(w.layout.roles) & set(roles))
+            elif (w.fused and (by_name or w.kind in kinds)) or (entry in TARGETS and w.kind in kinds and w.matters):
+                raise ValueError(w.refusal())
         if not found:
-            raise ValueError(f"MSign target {target!r} matches no matrix; there are {', '.join(list(matrices)[:8])}, …")
-        chosen |= found
-    return {name: p for name, p in matrices.items() if name in chosen}
+            there = ", ".join([w.name for w in weights][:8])
+            raise ValueError(f"MSign target {entry!r} matches no matrix; there are {there}, …")
+    return {
+        w.name: w.target(tuple(r for r in w.layout.roles if r in chosen[w.name])) for w in weights if chosen[w.name]
+    }
+
+
+def describe(targets: Mapping[str, Target]) -> str:
+    """A line for each kind of target: how often it occurs, its name with * for numbers, its shape and its matrices."""
+    kinds: Counter[str] = Counter()
+    for name, target in targets.items():
+        layout = target.layout
+        rows = {role: f"{role} ({layout.groups * n} rows)" for role, n in layout.parts}
+        what = ", ".join(target.roles if target.alone else map(rows.get, target.roles))
+        anywhere = re.sub(r"\b\d+\b", "*", name)
+        kinds[f"{anywhere} {tuple(target.parameter.shape)}: {what}"] += 1
+    return "\n".join(f"  {n} × {kind}" for kind, n in kinds.items())
 
 
 class NonFiniteWeightError(ValueError):
@@ -232,20 +548,22 @@ def _chunks(items: list, size: int) -> Iterable[list]:
 
 @torch.no_grad()
 def apply_(
-    params: dict[str, Tensor],
+    targets: dict[str, Target],
     update: Callable[[Tensor], Tensor] = restored_sign,
     group: dist.ProcessGroup | None = None,
 ):
-    """Replace every matrix of {name: (..., m, n)} by update(matrix), in place; matrices of one shape go in stacks.
+    """Replace the matrices of the targets in place: `update` gets a stack (N, m, n) and returns their replacements.
 
-    With a process group of several ranks the matrices are dealt out, and every rank updates those that it owns.
-    Parameters that all ranks hold (DDP) need one all-gather of the results. Of DTensors sharded by rows (FSDP2) one
-    all-to-all brings whole matrices to their owners and another one takes the rows back. Parameters of three
-    dimensions (experts) that are sharded along the first one need no exchange, because each matrix lies on one rank.
+    With a process group of several ranks the parameters are dealt out, and every rank updates those that it owns.
+    Parameters that all ranks hold (DDP) need one all-gather of the results. Parameters that are sharded by rows (FSDP2)
+    need two exchanges: one all-to-all brings each whole parameter to its owner, another one returns the rows.
+    Parameters of three dimensions (experts) that are sharded along the first one need no exchange, because each matrix
+    lies on one rank.
 
     Raises NonFiniteWeightError, on all ranks, naming the first parameter that is not finite; no parameter has changed
     then. Raises ValueError for any other way of sharding.
     """
+    params = {name: target.parameter for name, target in targets.items()}
     sharded = {name: p for name, p in params.items() if hasattr(p, "placements")}
     for name, p in sharded.items():
         if len(p.placements) != 1 or not p.placements[0].is_shard(0):
@@ -256,19 +574,21 @@ def apply_(
     _require_finite(params, group)
     ranks = dist.get_world_size(group) if group else 1
     stacks, first_owner = defaultdict(list), 0
-    for name, p in params.items():
-        stacks[p.shape, p.dtype, p.device, name in sharded].append(p)
-    for (shape, _, _, is_sharded), same_shape in stacks.items():
+    for name, target in targets.items():
+        p, parts = target.parameter, None if target.alone else (target.layout, target.roles)
+        stacks[p.shape, p.dtype, p.device, name in sharded, parts].append(p)
+    for (shape, _, _, is_sharded, parts), same_shape in stacks.items():
+        change = update if parts is None else partial(parts[0].apply, update, parts[1])
         matrices = [M for p in same_shape for M in _matrices(_local(p))]
         size = max(1, STACK_ELEMENTS // shape[-2:].numel())
         if ranks == 1 or (is_sharded and len(shape) > 2):
             for chunk in _chunks(matrices, size):
-                for M, new in zip(chunk, update(torch.stack(chunk)).unbind(), strict=True):
+                for M, new in zip(chunk, change(torch.stack(chunk)).unbind(), strict=True):
                     M.copy_(new)
             continue
         exchange = _by_rows if is_sharded else _replicated
         for chunk in _chunks(matrices, size * ranks):
-            exchange(chunk, shape[-2:], update, first_owner, group)
+            exchange(chunk, shape[-2:], change, first_owner, group)
             first_owner += len(chunk)  # the next shape's first matrix goes to the next rank, which evens out the work
 
 
@@ -339,28 +659,31 @@ def _by_rows(matrices: list[Tensor], shape, update, first: int, group):
 class MSign(Optimizer):
     """An optimizer that steps as `base` does and, every `period` steps, applies MSign to the targets.
 
-    base:         the optimizer that does the steps. Its moments are left alone unless `reset` is set.
-    named_params: the parameters among which targets are looked up, usually model.named_parameters().
-    period:       steps between applications; steps are counted from 1, and math.inf means never.
-    targets:      see `select`.
-    backend:      see `msign`.
-    update:       a function from a stack of matrices to their replacements; None means `restored_sign`.
-    group:        the processes that hold the same parameters (DDP) and share the work. DTensors (FSDP2) bring their
-                  own group.
-    reset:        after each application set the targets' state in `base` to 0, both moments and step count.
+    base:   the optimizer that does the steps. Its moments are left alone unless `reset` is set.
+    model:  the module in which targets are looked up, or named parameters. The attribute `targets` holds what `find`
+            returns, and print(optimizer) shows it.
+    period: steps between applications; steps are counted from 1, and math.inf means never.
+    targets, split: see `find`.
+    backend: see `msign`; it has no effect if `update` is given.
+    update: a function from a stack of matrices to their replacements; None means `restored_sign`.
+    group:  the processes that hold the same parameters (DDP) and share the work. DTensors (FSDP2) bring their own.
+    reset:  after each application set the state of the targets' parameters in `base` to 0, both moments and step
+            count. Of a fused weight this is the state of the whole weight.
 
     Learning-rate schedulers, closures, gradient scalers and hooks see an ordinary optimizer with the parameter groups
-    of `base`. state_dict is that of `base` with one more entry, "msign". `step` raises NonFiniteWeightError, after the
-    base's step, when a target is not finite. The attribute `observe`, a function, is called with "before" and "after"
-    around every application.
+    of `base`. state_dict is that of `base` with one more entry, "msign". The constructor raises ValueError for a period
+    below 1, an unknown backend, and what `find` refuses. `step` raises NonFiniteWeightError, after the base's
+    step, when a target is not finite. The attribute `observe`, a function, is called with "before" and "after" around
+    every application.
     """
 
     def __init__(
         self,
         base: Optimizer,
-        named_params: Iterable[tuple[str, Tensor]],
+        model: nn.Module | Iterable[tuple[str, Tensor]],
         period: float = 100,
         targets: str = "attention",
+        split: dict[str, tuple[int, ...] | Layout] | None = None,
         backend: str = "auto",
         update: Callable[[Tensor], Tensor] | None = None,
         group: dist.ProcessGroup | None = None,
@@ -372,7 +695,7 @@ class MSign(Optimizer):
             raise ValueError(f"backend = {backend!r}: must be one of {', '.join(BACKENDS)}")
         self.base = base
         self.period = period
-        self.params = select(named_params, targets)
+        self.targets = find(model, targets, split)
         self.update = update or partial(restored_sign, backend=backend)
         self.group = group
         self.reset = reset
@@ -397,13 +720,16 @@ class MSign(Optimizer):
         self.steps += 1
         if self.due(self.steps):
             self.observe("before")
-            apply_(self.params, self.update, self.group)
-            for p in self.params.values() if self.reset else ():
-                for value in self.state.get(p, {}).values():
+            apply_(self.targets, self.update, self.group)
+            for target in self.targets.values() if self.reset else ():
+                for value in self.state.get(target.parameter, {}).values():
                     if torch.is_tensor(value):
                         value.zero_()  # the step count too, because Adam's bias correction assumes moments from 0
             self.observe("after")
         return loss
+
+    def __repr__(self) -> str:
+        return f"MSign every {self.period} steps around {type(self.base).__name__}:\n{describe(self.targets)}"
 
     def due(self, step: int) -> bool:
         """Whether this step, counted from 1, ends with an application."""
@@ -419,7 +745,7 @@ class MSign(Optimizer):
         return self.base.state_dict() | {"msign": {"steps": self.steps}}
 
     def load_state_dict(self, state_dict: dict):
-        """Restore what `state_dict` returned. Raises ValueError for the state of a plain optimizer, as of `.base`."""
+        """Restore what `state_dict` returned. Raises ValueError for what a plain optimizer saved, such as `base`."""
         if "msign" not in state_dict:
             raise ValueError("state_dict has no 'msign' entry: a plain optimizer saved it; load it into MSign.base")
         self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "msign"})

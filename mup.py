@@ -1,19 +1,23 @@
-"""μP in one table, RULES: the initial standard deviation, learning-rate multiplier and weight decay of every role.
+"""μP (maximal update parametrisation, arXiv 2203.03466) in one table, RULES.
+
+The table has the initial standard deviation, the learning-rate multiplier and the weight decay of every role.
 
 A role is the part of a parameter's name that says what the parameter is for: "blocks.3.attn.W_Q.weight" has the role
 W_Q. A new architecture needs its roles in RULES; a parameter without a role is an error.
 
 With m = base_width / d_model (16 for NanoGPT-5M: 768 / 48) and L = n_layer, the rules of the paper's Table 4 are
 
-| paper                                                          | here                                 |
-|----------------------------------------------------------------|--------------------------------------|
-| 2-D weights inside blocks: init × 4 (= √m), lr × 16 (= m)      | W_*: std_power 1/2, lr_power 1       |
-| W_Q = 0 at init                                                | W_Q: std 0                           |
-| W_O and W_down further divided by √(2L)                        | W_O, W_down: depth True              |
-| embedding lr × 4 (= √m)                                        | tok_emb, pos_emb: cfg.embed_lr_power |
-| decay on matrices and embeddings, none on norms                | decay                                |
+| paper                                                     | here                                   |
+|-----------------------------------------------------------|----------------------------------------|
+| 2-D weights inside blocks: init × 4 (= √m), lr × 16 (= m) | W_*, router: std_power 1/2, lr_power 1 |
+| W_Q = 0 at init                                           | W_Q: std 0                             |
+| W_O and W_down further divided by √(2L)                   | W_O, W_down: depth True                |
+| embedding lr × 4 (= √m)                                   | tok_emb, pos_emb: cfg.embed_lr_power   |
+| no rule for the head                                      | head: std 1, lr_power 0                |
+| decay on matrices and embeddings, none on norms           | decay                                  |
 
-Without μP (base_width = 0) every matrix has the deviation init_std and the multiplier 1.
+Without μP (base_width = 0) m = 1. Every matrix then has the standard deviation init_std, and no rule changes its rate.
+cfg.attn_lr, norm_lr and head_lr multiply rates in either case.
 """
 
 import zlib
@@ -35,9 +39,9 @@ from msign import ATTENTION
 class Rule:
     """What μP prescribes for one role."""
 
-    std: float  # initial deviation as a multiple of cfg.init_std; 0 = the matrix starts at zero
-    std_power: float = 0.0  # the initial deviation is multiplied by m^std_power
-    depth: bool = False  # the initial deviation is divided by √(2L)
+    std: float  # initial standard deviation as a multiple of cfg.init_std; 0 = the matrix starts at zero
+    std_power: float = 0.0  # the initial standard deviation is multiplied by m^std_power
+    depth: bool = False  # the initial standard deviation is divided by √(2L)
     lr_power: float | None = 0.0  # the learning rate is multiplied by m^lr_power; None = m^cfg.embed_lr_power
     decay: bool = True  # whether weight decay applies
     ones: bool = False  # a norm's gains, which start at 1
@@ -71,7 +75,7 @@ RULES = {
     "head": Rule(std=1),
 }
 
-# what a learning rate is made of
+# fields that decide a parameter's learning rate; an error about its range names them (1 − beta1 is Adam's correction)
 LR_FIELDS = "lr lr_scale attn_lr norm_lr head_lr embed_lr_power base_width d_model beta1"
 
 
@@ -86,17 +90,21 @@ def role_of(name: str) -> str:
 
 
 def init_std(role: str, cfg: Config) -> float:
-    """The initial standard deviation of a role's parameters."""
+    """The initial standard deviation of a role's parameters. Raises UserError if float32 does not hold it."""
     if not cfg.base_width:  # without μP, as in LLaMA-1B and LLaMA-MoE-3B
         return cfg.init_std
     rule = RULES[role]
     depth = sqrt(2 * cfg.n_layer) if rule.depth else 1.0
     std = cfg.init_std * cfg.width_mult**rule.std_power / depth
+    # the range is checked before the factor rule.std, which is 0 for W_Q and no error
     return rule.std * in_range(std, "init_std base_width d_model", cfg, f"a standard deviation of {role}")
 
 
 def in_range(value: float, fields: str, cfg: Config, what: str) -> float:
-    """The value, which the fields scale. Raises UserError unless it is a positive number that float32 holds."""
+    """`value`, if float32 holds it and it is positive. Otherwise raises UserError.
+
+    fields: the names of the fields from which the value is computed, the one to blame first. what: the value in words.
+    """
     if not in_float32(value):
         first, *others = (f"{name} = {getattr(cfg, name)}" for name in fields.split())
         raise UserError(f"{first}: must give {what} that float32 holds, not {value:g} (with {', '.join(others)})")
@@ -104,7 +112,7 @@ def in_range(value: float, fields: str, cfg: Config, what: str) -> float:
 
 
 def lr_mult(role: str, cfg: Config) -> float:
-    """The factor between cfg.lr and the learning rate of a role's parameters."""
+    """The factor between cfg.lr_at(step) and the learning rate of a role's parameters."""
     if role == "head":
         scale = cfg.head_lr
     elif RULES[role].ones:
@@ -136,9 +144,9 @@ def init_weights(model: nn.Module, cfg: Config, fill: Callable[[Tensor, Tensor],
 def param_groups(model: nn.Module, cfg: Config) -> list[dict]:
     """The optimizer's parameter groups, one for each pair of learning-rate multiplier and weight decay.
 
-    A group has the keys params, lr, lr_mult, weight_decay and roles. Every parameter is in exactly one group; a
-    parameter without a role raises ValueError. `lr` starts at the peak; the training loop sets it to
-    cfg.lr_at(step) · lr_mult at every step.
+    A group has the keys params, lr, lr_mult, weight_decay and roles. Every parameter is in exactly one group. Raises
+    ValueError for a parameter without a role, and UserError if float32 does not hold a learning rate. `lr` starts at
+    the peak; the training loop sets it to cfg.lr_at(step) · lr_mult at every step.
 
     PyTorch's AdamW shrinks a weight by the share lr · weight_decay in each step. With cfg.decay_coupling =
     "independent" the share is cfg.weight_decay · lr/peak for every group, so the group's weight_decay is divided by
@@ -148,7 +156,8 @@ def param_groups(model: nn.Module, cfg: Config) -> list[dict]:
     for name, p in model.named_parameters():
         role = role_of(name)
         mult = lr_mult(role, cfg)
-        for rate in (cfg.peak_lr * mult, cfg.peak_lr * mult / (1 - cfg.beta1)):  # before and after Adam's correction
+        # Adam divides the rate by its bias correction, 1 − β₁ in the first step; float32 has to hold both
+        for rate in (cfg.peak_lr * mult, cfg.peak_lr * mult / (1 - cfg.beta1)):
             in_range(rate, LR_FIELDS, cfg, f"a learning rate of {role}")
         decay = cfg.weight_decay if RULES[role].decay else 0.0
         if cfg.decay_coupling == "independent":
@@ -167,7 +176,9 @@ ACTIVATIONS = ("attention", "mlp", "residual", "logits")
 
 
 def coordinate_check(cfg: Config, widths: list[int], steps: int = 4, seeds: int = 2) -> dict[str, list[list[float]]]:
-    """How the size of activations depends on width early in training: {activation: [step][width] mean |value|}.
+    """How the size of activations depends on width early in training.
+
+    Returns {activation: sizes}, where sizes[step][i] is the mean |value| at widths[i].
 
     At every width a model takes `steps` AdamW steps at the learning rate cfg.peak_lr on one random batch; d_head stays
     the same and d_ff = 4 · width. Sizes are means over `seeds` models. The activations are the outputs of attention

@@ -8,6 +8,7 @@ Every run is a folder below runs/ (engine/runlog.py says what is in it). `--dry_
 """
 
 import dataclasses
+import math
 import os
 import signal
 import sys
@@ -22,7 +23,7 @@ from torch.optim import Optimizer
 import mup
 from config import Config, UserError, due, load_config, run_cli
 from data import corpora
-from engine import checkpoint, machine, parallel
+from engine import checkpoint, exchange, machine, parallel
 from engine.announce import announce
 from engine.runlog import NoLog, RunLog, read_metrics
 from engine.signals import Signals
@@ -41,7 +42,7 @@ def train(cfg: Config) -> int:
     with machine.chosen_kernel(cfg), Signals() as signals:
         stopped = loop(run, signals)
         if stopped:
-            return stop(run, signals.received or signal.SIGTERM)  # no signal here: another process got one
+            return stop(run, signals.received or signal.SIGTERM)  # SIGTERM stands for what another process received
     return end(run)
 
 
@@ -49,15 +50,17 @@ def train(cfg: Config) -> int:
 
 
 def build_optimizer(cfg: Config, model: GPT, group=None) -> Optimizer:
-    """The base optimizer, wrapped by MSign if msign_period > 0; the processes of `group` share MSign's work."""
+    """The base optimizer, wrapped by MSign if msign_period > 0; the processes of `group` share MSign's work.
+
+    Raises UserError if msign_targets matches no matrix.
+    """
     base = rivals.build(cfg, mup.param_groups(model, cfg), model.named_parameters())
     if not cfg.msign_period:
         return base
     update = controls.update_of(cfg.msign_map, cfg.msign_backend, cfg.msign_below)
-    named = model.named_parameters()
     try:
         return MSign(
-            base, named, cfg.msign_period, cfg.msign_targets, update=update, group=group, reset=cfg.msign_reset
+            base, model, cfg.msign_period, cfg.msign_targets, update=update, group=group, reset=cfg.msign_reset
         )
     except ValueError as error:
         raise UserError(f"msign_targets = {cfg.msign_targets!r}: {error}") from error
@@ -78,14 +81,14 @@ class Run:
         self.train_data, self.val_data, notes = corpora.open_splits(cfg)
         self.world = parallel.start(cfg)
         self.device = self.world.device
-        self.how, announced = parallel.choose(cfg, self.world)
-        self.sharded = self.how == "fsdp" and self.world.size > 1
+        self.layout, announced = parallel.choose(cfg, self.world)  # ddp or fsdp
+        self.sharded = self.layout == "fsdp" and self.world.size > 1
         self.notes = notes + announced
         self.model = parallel.build(cfg, self.world, self.sharded)
+        exchange.load(cfg, self.model)
         self.optimizer = build_optimizer(cfg, self.model, self.world.group)
         self.accumulate = cfg.batch_size // cfg.micro_batch // self.world.size
-        self.step, self.healthy = 0, 0
-        self.log, self.watch = NoLog(), Watch()
+        self.step, self.healthy, self.log, self.watch = 0, 0, NoLog(), Watch()
         if self.world.main:
             announce(cfg, self.model, self.optimizer, self.train_data, self.world, self.sharded)
 
@@ -96,8 +99,7 @@ class Run:
         self.arithmetic = machine.set_arithmetic(device, matrices)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
         self.replica = parallel.Replica(self.model, world, self.sharded)
-        compiled = machine.compiled(cfg, self.model, device, self.autocast, self.replica)
-        self.loss_of, compilation, announced = compiled
+        self.loss_of, compilation, announced = machine.compiled(cfg, self.model, device, self.autocast, self.replica)
         self.arithmetic |= compilation
         self.notes += announced
         for note in self.notes if world.main else []:
@@ -108,10 +110,9 @@ class Run:
             return False
         self.writer = checkpoint.Sharded() if self.sharded else checkpoint.Whole(world.main)
         self.restore()
-        windows = (self.val_data or self.train_data).fixed_windows(cfg.probe_batch)
-        probe, whole = tuple(t.to(device) for t in windows), partial(parallel.whole, self.model, world)
-        shared = (whole, parallel.norms, self.autocast, self.not_measured)
-        self.instruments = Instruments(cfg, self.model, probe, *shared)
+        probe = tuple(t.to(device) for t in (self.val_data or self.train_data).fixed_windows(cfg.probe_batch))
+        whole, norms = partial(parallel.whole, self.model, world), parallel.norms
+        self.instruments = Instruments(cfg, self.model, probe, whole, norms, self.autocast, warn=self.not_measured)
         if cfg.msign_probe:
             self.optimizer.observe = self.instruments.observe_msign
         return True
@@ -120,10 +121,10 @@ class Run:
         """What record.json says of this run besides its configuration, code and versions."""
         data, size = self.train_data, self.world.size
         about_data = {"folder": data.folder.name, "fingerprint": data.fingerprint(), "notes": self.notes, **data.meta}
-        processes = {"processes": size, "parallel": self.how if size > 1 else None}
+        processes = {"processes": size, "parallel": self.layout if size > 1 else None}
         about_machine = machine.describe(self.cfg, self.device) | processes | self.arithmetic
-        parameters = sum(p.numel() for p in self.model.parameters())
-        return {"data": about_data, "machine": about_machine, "parameters": parameters}
+        about_model = {"parameters": sum(p.numel() for p in self.model.parameters())} | exchange.origin(self.cfg)
+        return {"data": about_data, "machine": about_machine, **about_model}
 
     def restore(self):
         """Load the last checkpoint, if there is one, and show the metrics logged until then to `watch`."""
@@ -151,7 +152,7 @@ class Run:
         self.writer.save(self.folder, self.step, self.model, self.optimizer, about, prune)
 
     def draw(self, step: int) -> list[tuple[Tensor, Tensor]]:
-        """This process's micro-batches of a step, each (micro_batch, block_size), on their way to the device."""
+        """This process's inputs and targets of a step, each (micro_batch, block_size), perhaps still being copied."""
         x, y = map(self.world.share, self.train_data.batch(self.cfg.seed, step, self.cfg.batch_size))
         if self.device.type == "cuda":
             x, y = x.pin_memory(), y.pin_memory()
@@ -171,7 +172,7 @@ def loop(run: Run, signals: Signals) -> bool:
     """Train until the last step, a non-finite value or a signal to any process. True if a signal stopped it early."""
     cfg, world, watch = run.cfg, run.world, run.watch
     parameters = list(run.model.parameters())
-    clip_at = cfg.grad_clip if cfg.grad_clip and cfg.optimizer != "zclip" else float("inf")  # ZClip clips by itself
+    clip_at = cfg.grad_clip if cfg.grad_clip and cfg.optimizer != "zclip" else math.inf  # ZClip clips by itself
     batch = run.draw(run.step + 1)
     while run.step < cfg.max_steps:
         run.step += 1
@@ -186,7 +187,7 @@ def loop(run: Run, signals: Signals) -> bool:
         batch = run.draw(run.step + 1)  # drawn while a GPU still computes
         metrics |= run.instruments.gradients(run.step)
         grad_norm = parallel.clip_(parameters, clip_at)
-        # the one moment of a step in which the host waits for the device, and for the other ranks
+        # a step without measurement, validation or MSign waits for the device and the other ranks only here
         signalled = torch.tensor(float(signals.received is not None), device=run.device)
         sums = world.sum(torch.stack([loss / world.size, signalled]))
         loss, signalled, grad_norm = torch.stack([*sums, grad_norm]).tolist()
@@ -205,7 +206,7 @@ def loop(run: Run, signals: Signals) -> bool:
 
 
 def forward_backward(run: Run, batch: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """This process's mean loss, nats per token. Leaves in .grad the gradient of the mean over all processes."""
+    """This process's mean loss, nats per token; .grad then holds the gradient of the mean loss of all processes."""
     loss = torch.zeros((), device=run.device)
     for i, (x, y) in enumerate(batch):
         with run.replica.accumulating(last=i + 1 == run.accumulate):
@@ -268,18 +269,18 @@ def end(run: Run) -> int:
         return 0
     cfg, watch, collapse = run.cfg, run.watch, run.watch.collapse
     lines = read_metrics(run.folder)
-    fell = collapse and dataclasses.asdict(collapse) | {
+    described = None if collapse is None else dataclasses.asdict(collapse) | {
         "lr_multiple": cfg.lr_at(collapse.step) / cfg.lr,
         "last_healthy_checkpoint": run.healthy,
         "onsets": str(find_onsets(lines, collapse.step)),
-    }
+    }  # fmt: skip
     summary = {
         "status": "finished" if watch.finite else "stopped: not finite",
         "steps": run.step,
-        "collapse": fell,
+        "collapse": described,
         "train/loss": final_loss([line["train/loss"] for line in lines]),
         "val/loss": next((line["val/loss"] for line in reversed(lines) if "val/loss" in line), None),
-        "max_grad_norm": max(line["grad_norm"] or float("inf") for line in lines),
+        "max_grad_norm": max(math.inf if line["grad_norm"] is None else line["grad_norm"] for line in lines),
         "tokens_per_second": run.log.tokens_per_second(run.step),
         "peak_memory_gib": machine.peak_memory(run.device) / 2**30,
     }

@@ -1,5 +1,5 @@
-# The ladder at 124m: the size of GPT-2's smallest model, and the ladder's base width. 124M if embedding and read-out
-# are tied; here they are not. Only what differs from gpt_5m is here.
+# The ladder at 124m: the size of GPT-2's smallest model, and the ladder's base width. It would have 124M parameters if
+# embedding and head were tied; here they are not. Only what differs from gpt_5m is here.
 
 from configs.gpt_5m import *
 

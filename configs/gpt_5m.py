@@ -1,5 +1,5 @@
-# The ladder's first step: NanoGPT-5M's shape, trained with the ladder's batch. A dense GPT with base width 768.
-# --msign_period=100 adds MSign.
+# The ladder is a series of eight dense GPTs from 5M to 3B parameters with base width 768 and one batch size. This is
+# the smallest: NanoGPT-5M's shape. --msign_period=100 adds MSign.
 
 # parameters: 2 x 50304 x 48 + 1024 x 48 + 24 x (12 x 48^2 + 2 x 48) + 48 = 5 544 240
 n_layer = 24
@@ -9,7 +9,8 @@ d_ff = 192
 vocab_size = 50304  # GPT-2's 50257 padded to a multiple of 64
 block_size = 1024
 
-# muP: in the blocks init x sqrt(768/d) and lr x 768/d, embeddings lr x sqrt(768/d): what fits gpt_124m fits all
+# muP: in the blocks init x sqrt(768/d) and lr x 768/d, embeddings lr x sqrt(768/d). With these rules, a
+# learning rate tuned for gpt_124m (width 768) should suit every size.
 init_std = 0.02
 base_width = 768
 

@@ -10,10 +10,10 @@ d_ff = 448
 norm = "rmsnorm"
 mlp = "swiglu"
 attention = "alternating"
-mla_rank = 64  # not stated by the paper; half the width, so that the latent is a bottleneck
+mla_rank = 64  # the paper does not state it; half the width, so that the latent is a bottleneck
 position = "rope"
 mla_rope_dim = 0  # RoPE in MHA layers only
-vocab_size = 128_256  # not stated; Llama-3's size fits "40M"
+vocab_size = 128_256  # the paper does not state it; Llama-3's size fits "40M"
 block_size = 2048
 
 # muP: init x 4 = sqrt(2048/128) and lr x 16 = 2048/128 in the blocks, embeddings lr x 4, so base width 2048
@@ -30,11 +30,11 @@ lr = 3.5e-4
 schedule = "linear"  # 2000 steps of warm-up, then linear decay to a tenth
 warmup_steps = 2000
 min_lr_ratio = 0.1
-max_steps = 100_000  # not stated; the paper's AdamW fails near 50 000
+max_steps = 100_000  # the paper does not state it; its AdamW fails near 50 000
 beta1 = 0.9
 beta2 = 0.95
 eps = 1e-8
 weight_decay = 0.1
 grad_clip = 1.0
 
-dtype = "bfloat16"  # not stated
+dtype = "bfloat16"  # the paper does not state it

@@ -11,9 +11,9 @@ schedule = "constant"
 lr_scale = 5.0  # 5 x 6e-4 = 3e-3, in the blocks x 16
 warmup_steps = 2500  # the ramp
 max_steps = 3000  # a collapse late on the ramp has time to show that it stays
-beta2 = 0.999  # PyTorch's default instead of the paper's 0.95: slow to forget, quick to break
+beta2 = 0.999  # PyTorch's default, not the paper's 0.95; the longer memory makes training collapse sooner
 
 eval_every = 500
 eval_batches = 32  # 32 x 16 x 32 = 16 384 validation tokens
-threads = 1  # one core an arm
+threads = 1  # scripts/reproduce.py trains one arm (setting) on each core
 compile = "blocks"  # a sixth faster

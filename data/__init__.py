@@ -1,4 +1,4 @@
 """Token files: a reader, and a command that prepares each corpus.
 
-Lives here: what makes or reads tokens. Does not: anything that knows the model.
+This package makes and reads tokens. It knows nothing of the model.
 """

@@ -10,8 +10,8 @@ from data.reader import TokenFiles, is_prepared
 def open_splits(cfg: Config) -> tuple[TokenFiles, TokenFiles | None, list[str]]:
     """Training tokens, validation tokens (None if eval_every = 0), and lines to announce about them.
 
-    A corpus that is not prepared is replaced by the first prepared one of cfg.fallback. Raises UserError as
-    `TokenFiles` does.
+    A corpus that is not prepared is replaced by the first prepared one of cfg.fallback. If none is prepared, the last
+    name is tried, so that the error names it. Raises UserError as `TokenFiles` does.
     """
     dataset, notes = cfg.dataset, []
     if dataset not in stdlib.CORPORA and not is_prepared(dataset) and cfg.fallback:

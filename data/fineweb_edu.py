@@ -1,6 +1,6 @@
 """Prepare FineWeb-Edu's sample of 10e9 tokens, the stand-in for Nemotron-CC.
 
-    python -m data.fineweb_edu [--files=14] [--workers=8] [--tokenizer=cl100k_base]    # 29 GB streamed from the Hub
+    python -m data.fineweb_edu [--files=14] [--workers=8] [--tokenizer=cl100k_base]    # 29 GB from the Hugging Face Hub
     python -m data.fineweb_edu --source=FOLDER --dataset=NAME    # local Parquet files with a column "text"
 
 The sample has 14 Parquet files with 9 672 101 documents, read at a pinned revision; 40 GB are written. Documents 0,
@@ -19,7 +19,7 @@ def published() -> list[str]:
     try:
         count_rows(SHARDS[0])
     except UserError as error:
-        raise UserError(f"{error}; files that are here already: --source=FOLDER") from error
+        raise UserError(f"{error}; to use files on this machine, give --source=FOLDER") from error
     return SHARDS
 
 

@@ -38,9 +38,11 @@ def published() -> list[str]:
             packed = response.read()
             paths = gzip.decompress(packed).decode().split()
     except UserError as error:
-        raise UserError(f"{error}; its stand-in from another site: python -m data.fineweb_edu") from error
+        raise UserError(f"{error}; a substitute from another site is prepared by python -m data.fineweb_edu") from error
     if hashlib.sha256(packed).hexdigest() != LIST_SHA256:
-        print(f"WARNING: {SITE + LIST} has changed; other files will be chosen than before", file=sys.stderr)
+        print(
+            f"WARNING: {SITE + LIST} has changed; the files chosen now differ from those chosen before", file=sys.stderr
+        )
     return [SITE + path for path in sorted(paths)]
 
 

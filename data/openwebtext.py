@@ -1,6 +1,6 @@
 """Prepare OpenWebText as GPT-2 tokens in nanoGPT's split: 9 035 582 198 for training, 4 434 897 for validation.
 
-    python -m data.openwebtext [--workers=8]            # streamed from the Hub, 18 GB written
+    python -m data.openwebtext [--workers=8]            # streamed from the Hugging Face Hub, 18 GB written
     python -m data.openwebtext --source=FOLDER --dataset=NAME   # local Parquet files with a column "text"
 
 Each shard (one Parquet file) becomes one train_*.bin. An interrupted preparation goes on with the missing shards. The
@@ -53,7 +53,7 @@ def main() -> int:
     folder = prepare(shards, args.dataset, args.workers)
     print(report(folder))
     if not args.source and token_counts(folder) != EXPECTED:
-        print(f"WARNING: nanoGPT counts {EXPECTED['train']:,} and {EXPECTED['val']:,} tokens")
+        print(f"WARNING: expected {EXPECTED['train']:,} and {EXPECTED['val']:,} tokens, as nanoGPT counts")
     return 0
 
 

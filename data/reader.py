@@ -24,7 +24,7 @@ from config import ROOT, UserError
 DATA = ROOT / "data"
 HEADERS = {20240520: "uint16", 20240801: "uint32"}  # {first int32 of a header: dtype}: GPT-2's tokens, Llama-3's
 HEADER_BYTES = 1024
-FULL_HASH_BYTES = 2**30  # files above this size are not read as a whole when a run starts
+FULL_HASH_BYTES = 2**30  # token files of more bytes, one or all together, are not read as a whole when a run starts
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -80,7 +80,11 @@ class TokenFiles:
         start = HEADER_BYTES if header else 0
         dtype = np.dtype(self.meta.get("dtype") or header or "uint16")
         entry = self.meta.get("files", {}).get(path.name)
-        expected = int(head[2]) if header else entry["tokens"] if entry else size // dtype.itemsize
+        expected = size // dtype.itemsize  # the number of tokens, unless meta.json or, before it, the header says it
+        if entry:
+            expected = entry["tokens"]
+        if header:
+            expected = int(head[2])
         needed = start + expected * dtype.itemsize
         if size != needed:
             raise UserError(
@@ -122,11 +126,11 @@ class TokenFiles:
                     digest.update(f.read(4096))
         return "sha256-sampled:" + digest.hexdigest()
 
-    def windows(self, starts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets, each (len(starts), block_size) int64, of the windows with the numbers `starts`."""
-        files = np.searchsorted(self.ends, starts, side="right")
-        first = np.concatenate([[0], self.ends])[files]
-        rows = [self.arrays[f][s : s + self.block_size + 1] for f, s in zip(files, starts - first, strict=True)]
+    def windows(self, numbers: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets, each (len(numbers), block_size) int64, of the windows with these numbers."""
+        files = np.searchsorted(self.ends, numbers, side="right")
+        starts = numbers - np.concatenate([[0], self.ends])[files]
+        rows = [self.arrays[f][s : s + self.block_size + 1] for f, s in zip(files, starts, strict=True)]
         tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
         return tokens[:, :-1], tokens[:, 1:]
 

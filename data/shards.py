@@ -136,7 +136,10 @@ def _start_worker(counter):
 
 
 def tokenize_shard(url: str, held_out: Sequence[int], tokenizer: str, out: Path, index: int):
-    """Tokenise one shard into out/train_<index>.bin and out/val_<index>.part; the former appears last."""
+    """Tokenise one shard into out/train_<index>.bin and out/val_<index>.part; the former appears last.
+
+    Raises UserError for a shard that cannot be read or leaves nothing to train on.
+    """
     encode = get_tokenizer(tokenizer).encode
     train_path = out / f"train_{index:05}.bin"
     partial = train_path.with_suffix(".partial")
@@ -162,7 +165,7 @@ def refuse_prepared(dataset: str):
 
 
 def prepare(dataset: str, shards: list[tuple[str, Sequence[int]]], tokenizer: str, workers: int, source: str) -> Path:
-    """The folder of the corpus that the shards become. Each shard is (address, the rows held out for validation).
+    """Make a corpus of the shards, each (address, the rows held out for validation). Returns its folder.
 
     An interrupted preparation goes on where it stopped. Raises UserError if the corpus exists already, and for a shard
     that cannot be read.
@@ -174,7 +177,7 @@ def prepare(dataset: str, shards: list[tuple[str, Sequence[int]]], tokenizer: st
     out.mkdir(parents=True, exist_ok=True)
     plan = json.dumps({"tokenizer": tokenizer, "shards": [[url, str(held_out)] for url, held_out in shards]})
     if not (out / "plan.json").is_file() or (out / "plan.json").read_text() != plan:
-        # what another selection of shards, another split or another tokenizer left cannot be used
+        # the files there belong to other shards, another split or another tokenizer
         shutil.rmtree(out)
         out.mkdir()
         (out / "plan.json").write_text(plan)
@@ -263,7 +266,9 @@ def command(doc: str, dataset: str, suffix: str, published: Callable[[], list[st
     """
     options = parser(doc, dataset, suffix)
     options.add_argument(
-        "--files", type=Number(int, 1), help=f"shards, evenly spread over all [{files or 'all'}; all of --source]"
+        "--files",
+        type=Number(int, 1),
+        help=f"number of shards, evenly spread over all of them [{files or 'all'}, or all with --source]",
     )
     options.add_argument("--tokenizer", default="cl100k_base", help="cl100k_base, gpt2 or bytes [%(default)s]")
     args = options.parse_args()

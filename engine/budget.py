@@ -12,7 +12,7 @@ import torch
 
 from config import Config
 from model import GPT
-from msign import polar_steps, rank_cutoff, select
+from msign import find, polar_steps, rank_cutoff
 
 ROOM = 0.9  # the share of a GPU's memory that a plan may use; the allocator needs the rest
 
@@ -36,7 +36,7 @@ def parameters(cfg: Config) -> float:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one of `ranks` GPUs at the largest moment of a step.
+    """Bytes on one of `ranks` GPUs when a step needs most memory.
 
     Weights, gradients and AdamW's two moments are fp32. Without sharding every GPU holds all of them (DDP); with it
     each holds 1/ranks (FSDP2).
@@ -47,7 +47,7 @@ class Memory:
     moments: int
     activations: int
     casts: int  # without sharding: bf16 copies of the weights, which autocast keeps for the backward pass
-    gathered: int  # FSDP2: whole embedding and read-out with gradients, two whole blocks, one block's gradients
+    gathered: int  # FSDP2: whole embedding and head with gradients, two whole blocks, one block's gradients
 
     @property
     def total(self) -> int:
@@ -58,7 +58,7 @@ class Memory:
         """The count for cfg on `ranks` GPUs, with FSDP2 if `sharded`."""
         model = on_meta(cfg)
         n = sum(p.numel() for p in model.parameters())
-        block = sum(p.numel() for p in model.blocks[0].parameters())
+        block = sum(p.numel() for p in model.blocks[0].parameters())  # exact unless MHA and MLA alternate
         width = 2 if cfg.dtype == "bfloat16" else 4
         share = ceil(n / ranks) if sharded else n
         gathered = 8 * (n - cfg.n_layer * block) + (2 * width + 4) * block if sharded else 0
@@ -73,7 +73,7 @@ def step_flops(cfg: Config) -> float:
 
 def matrices(cfg: Config, targets: str | None = None) -> list[tuple[int, ...]]:
     """Shapes of the matrices that MSign replaces, (m, n); those of E experts are one stack (E, m, n)."""
-    return [tuple(p.shape) for p in select(on_meta(cfg).named_parameters(), targets or cfg.msign_targets).values()]
+    return [tuple(t.parameter.shape) for t in find(on_meta(cfg), targets or cfg.msign_targets).values()]
 
 
 def svd_flops(m: int, n: int) -> float:
@@ -87,7 +87,7 @@ def eigh_flops(m: int, n: int) -> float:
 
 
 def polar_flops(m: int, n: int) -> float:
-    """FLOPs of msign's "polar" for m × n, m ≥ n: Gram matrix, three squarings, quintics, two filters, residual."""
+    """FLOPs of msign's "polar" for m × n, m ≥ n: Gram matrix, three squarings, quintics, last two steps, residual."""
     steps = len(polar_steps(rank_cutoff(m, n)))
     return 2 * m * n**2 + 3 * 2 * n**3 + (steps + 2) * (4 * m * n**2 + 2 * n**3) + 4 * m * n**2
 
@@ -100,9 +100,10 @@ def msign_flops(shapes: Iterable[tuple[int, ...]], flops=eigh_flops) -> float:
 def msign_bytes(shapes: Iterable[tuple[int, ...]], ranks: int, sharded: bool) -> list[int]:
     """Bytes that every rank sends in one application, in fp32, as `msign.apply_` exchanges them.
 
-    Replicated matrices: each rank sends the signs that it computed to all others. Sharded matrices: each rank sends its
-    rows to the rank that computes this matrix's sign, which sends the new rows back; stacks of experts are not sent.
-    During a run, `msign.counts` counts the bytes that are really sent.
+    Replicated matrices: each rank sends the signs that it computed to all others, in a buffer that is as large as that
+    of the rank with most signs. Sharded matrices: each rank sends its rows to the rank that computes this matrix's
+    sign, which sends the new rows back; stacks of experts are not sent. During a run, `msign.counts` counts the bytes
+    that are really sent.
     """
     sent, first = [0] * ranks, 0
     stacks = {}

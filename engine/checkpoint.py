@@ -41,7 +41,10 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def save(folder: Path, step: int, state: dict) -> Path:
-    """The path of the checkpoint of `step`, written with `state`. Raises UserError if it cannot be written."""
+    """Write the checkpoint of `step` with the entries of `state`. Returns its path.
+
+    Raises UserError if it cannot be written.
+    """
     path = folder / f"ckpt_{step:07d}.pt"
     partial = path.with_suffix(".partial")
     try:
@@ -90,6 +93,7 @@ def load(path: Path, architecture: dict, model: torch.nn.Module, optimizer: Opti
         _fill(model, about.pop("model"))
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if any(isinstance(p, DTensor) for p in parameters):
+            # state_dict numbers parameters in the order of the groups; before the first step it has moments of none
             for p, moments in zip(parameters, state["state"].values(), strict=False):
                 moments |= {key: part_of(value, p) for key, value in moments.items() if value.ndim}
         optimizer.load_state_dict(state)
@@ -111,7 +115,7 @@ def _open(path: Path, architecture: dict) -> dict:
     try:
         about = _open_folder(path) if path.is_dir() else _open_file(path)
         saved = about["architecture"]
-        about["step"], about["metrics_bytes"]
+        about["step"], about["metrics_bytes"]  # raises KeyError where one is missing
     except Exception as error:
         what = f"missing entry {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise UserError(f"{path}: not a whole checkpoint ({what}); delete it to go on from an earlier one") from error
@@ -134,11 +138,11 @@ def _open_file(path: Path) -> dict:
     if damaged:
         raise ValueError(f"checksum of {damaged} is wrong")
     state = torch.load(path, map_location="cpu", weights_only=True)
-    state["model"], state["optimizer"]
+    state["model"], state["optimizer"]  # raises KeyError where one is missing
     return state
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     """The sha256 of a file, in hexadecimal. (hashlib.file_digest needs Python 3.11.)"""
     digest = hashlib.sha256()
     with open(path, "rb") as f:
@@ -151,14 +155,14 @@ def _open_folder(path: Path) -> dict:
     """The ABOUT of a sharded checkpoint whose files have the recorded checksums. Raises ValueError otherwise."""
     about = json.loads((path / ABOUT).read_text())
     for name, sha256 in about["files"].items():
-        if Path(name).name != name or _sha256(path / name) != sha256:
+        if Path(name).name != name or sha256_of(path / name) != sha256:
             raise ValueError(f"checksum of {name} is wrong")
     _Reader(path).read_metadata()
     return about
 
 
 class _Unpickler(pickle.Unpickler):
-    """Unpickles the .metadata of a folder that PyTorch wrote, which may name only the types and values below."""
+    """Unpickles the .metadata of a checkpoint folder. It refuses every type and value that is not named below."""
 
     TYPES_FROM = ("torch.distributed.checkpoint.", "torch.serialization", "pathlib")  # any class of these modules
     EXACTLY = (
@@ -187,7 +191,7 @@ class _Reader(dcp.FileSystemReader):
 
 
 def _tensors(model: torch.nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Weights and moments by name. They are tensors only, so reading them back needs no pickle."""
+    """Weights and moments by name. They are tensors only, so nothing in the folder but .metadata is a pickle."""
     state = {}
     for name, p in model.named_parameters():
         state[f"weight.{name}"] = p.detach()
@@ -225,8 +229,10 @@ class Whole:
 class Sharded:
     """Writes sharded checkpoints while training goes on, one at a time.
 
-    All ranks call `save`. The folder gets its final name when all have written; only then does `wait` return. A failure
-    is raised as UserError by `wait` or by the next `save`.
+    All ranks call `save`. When all have written, rank 0 adds checksums and gives the folder its final name. `wait`
+    returns after that on rank 0, but perhaps before it on the others. This does no harm: the next `save`, a resumption
+    and the end of the process wait for rank 0 before anything else. A failure is raised as UserError by `wait` or by
+    the next `save`.
     """
 
     def __init__(self):
@@ -253,7 +259,7 @@ class Sharded:
         try:
             writing.result()
             if dist.get_rank() == 0:
-                about["files"] = {p.name: _sha256(p) for p in sorted(partial.iterdir())}
+                about["files"] = {p.name: sha256_of(p) for p in sorted(partial.iterdir())}
                 (partial / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
                 partial.rename(path)
                 then()
@@ -263,7 +269,10 @@ class Sharded:
             ) from error
 
     def wait(self):
-        """Wait for the checkpoint that is being written, if any. Raises UserError if it could not be written."""
+        """Wait for this rank's part of the checkpoint that is being written, if any; on rank 0, for all of it.
+
+        Raises UserError if it could not be written.
+        """
         if self.pending:
             pending, self.pending = self.pending, None
             pending.result()

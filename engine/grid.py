@@ -30,7 +30,7 @@ from config import FIELDS, ROOT, Config, UserError, assignments, check_type, par
 from engine import machine
 from engine.plan import duration
 from engine.pool import Job, Pool
-from engine.runlog import FREE_ON_RESUME, first_line, wandb_mode
+from engine.runlog import changes, first_line, wandb_mode
 
 PER_POINT = ("name", "resume", "dry_run")  # fields that this module sets for every point; a grid file must not
 PER_GRID = ("runs_dir", "wandb_project", "wandb_group")  # fields that have one value in a grid
@@ -49,7 +49,7 @@ IDLE = {
 }
 SHOWN = {"loss": "train/loss", "grad norm": "grad_norm", "stable rank": "srank/attention"}  # column -> metric
 COLUMNS = ["point", "step", *SHOWN, "tokens/s", ""]
-PERIOD = 30  # seconds between lines where there is no terminal
+SECONDS_BETWEEN_LINES = 30  # where there is no terminal
 
 
 class Point(Job):
@@ -76,13 +76,11 @@ class Point(Job):
 
     def check(self):
         """Raise UserError if the point's folder holds a run with another configuration: the grid was changed."""
-        recorded = (self.read("record.json") or {"config": {}})["config"]
-        for name, value in dataclasses.asdict(self.cfg).items():
-            if name not in FREE_ON_RESUME and recorded.get(name, value) != value:
-                raise UserError(
-                    f"{name} = {value!r}: {self.folder} was started with {recorded[name]!r}; "
-                    "move it away or choose another --runs_dir"
-                )
+        record = self.read("record.json")
+        for name, value, was in changes(record["config"], self.cfg) if record else ():
+            raise UserError(
+                f"{name} = {value!r}: {self.folder} was started with {was!r}; move it away or choose another --runs_dir"
+            )
 
     def close(self):
         """Set `summary` and `error` to how the run ended."""
@@ -203,7 +201,10 @@ def axes_of(values: dict) -> list[str]:
 
 
 def points(path: Path, values: dict) -> list[Point]:
-    """The different points of the grid, the last axis varying fastest. Raises UserError if a point is no Config."""
+    """The different points of the grid, the last axis varying fastest.
+
+    Raises UserError if a point's fields contradict each other.
+    """
     axes = axes_of(values)
     found: dict[Config, tuple[dict, dict]] = {}
     for combination in itertools.product(*(values[name] for name in axes)):
@@ -223,7 +224,7 @@ def points(path: Path, values: dict) -> list[Point]:
 
 
 def point_fields(values: dict, on_axes: dict, group: str) -> tuple[dict, dict, dict]:
-    """The values of one combination `on_axes`, without fields that have no effect in it (IDLE).
+    """The values of one combination `on_axes` in the grid named `group`, without fields that have no effect (IDLE).
 
     Returns three dicts: its values on the axes; `config` and the fields that the grid sets; all fields of its Config
     but `name`.
@@ -254,6 +255,7 @@ def name_of(on_axes: dict) -> str:
             return name if value else f"no_{name}"
         if isinstance(value, str):
             return value
+        # six digits of a float, or all of them where six would not tell two values apart
         short = f"{value:g}" if isinstance(value, float) else str(value)
         return name.removeprefix("msign_") + (short if float(short) == value else repr(value))
 
@@ -262,7 +264,7 @@ def name_of(on_axes: dict) -> str:
 
 # --- running them ---
 def slots(todo: list[Point], workers: int | None) -> list[dict[str, str]]:
-    """One dict for each worker: what it adds to the environment of its runs, which is their GPU, or {}.
+    """The environment variables of each worker's runs, one dict a worker: CUDA_VISIBLE_DEVICES, or {} without a GPU.
 
     There are `workers` of them. By default there is one for each GPU; without a GPU there are as many as the CPU has
     cores for, given the threads of a run.
@@ -301,7 +303,7 @@ def run(todo: list[Point], grid: list[Point], workers: list[dict[str, str]]):
                 shown = [*running, *reversed(over)][: console.height - 4]
                 text = f"{title}\n{table(point.row() for point in shown)}"
                 live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
-            elif time.monotonic() - said >= PERIOD:
+            elif time.monotonic() - said >= SECONDS_BETWEEN_LINES:
                 said = time.monotonic()
                 note("; ".join([title, *("  ".join(point.row().values()) for point in running)]))
 
@@ -324,7 +326,11 @@ def write_results(path: Path, grid: list[Point], axes: list[str]):
 
 
 def register(path: Path, todo: list[Point], overrides: list[str], dry_run: bool):
-    """Register the points as a W&B sweep and print the command that runs them; a dry run prints its definition only."""
+    """Register the points as a W&B sweep and print the command that runs them.
+
+    A dry run only prints the sweep's definition. Raises UserError if cfg.wandb is off or offline, or if W&B cannot be
+    reached.
+    """
     cfg = todo[0].cfg
     grid = path.resolve().relative_to(ROOT) if path.resolve().is_relative_to(ROOT) else path
     sweep = {

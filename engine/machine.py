@@ -29,8 +29,9 @@ KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 NAMED_KERNELS = ("chunked", *KERNELS)  # every value of cfg.attn_kernel but "auto"
+# fields of the model's shape, of which one is named in a message about too much memory for weights
 SHAPE = ("n_layer", "d_model", "d_ff", "vocab_size", "block_size", "mla_rank", "mla_rope_dim", "n_experts")
-MODULES = 1e5  # bytes of one block's Python objects
+BLOCK_OBJECTS = 1e5  # bytes of one block's Python objects
 
 
 def pick_device(name: str) -> torch.device:
@@ -109,22 +110,24 @@ def require(cfg: Config, device: torch.device, ranks: int = 1, local_ranks: int 
 
 
 def needs(cfg: Config, device: torch.device, ranks: int) -> Iterable[tuple[str, float]]:
-    """Lower bounds of the run's memory, one for each large item: (the field that does most to it, bytes).
+    """Lower bounds of the run's memory, one for each large item: (the field that contributes most, bytes).
 
     Counts that are quick to make come first. A dry run takes only the weights.
     """
     state = 4 if cfg.dry_run else 16  # fp32 weights, gradients and two moments
     shards = ranks if ranks > 1 and cfg.parallel != "ddp" else 1
+    # blame the field that exceeds its default by the largest factor
     sizes = [name for name in SHAPE if getattr(cfg, name) > FIELDS[name].default]
     largest = max(sizes or SHAPE, key=lambda name: getattr(cfg, name) / max(FIELDS[name].default, 1))
     yield largest, budget.parameters(cfg) * state / shards
-    yield "n_layer", cfg.n_layer * MODULES
+    yield "n_layer", cfg.n_layer * BLOCK_OBJECTS
     if cfg.dry_run:
         return
     tokens = cfg.block_size + 1
     for name, windows in (("batch_size", cfg.batch_size), ("probe_batch", cfg.probe_batch),
                           ("eval_batches", cfg.eval_batches * cfg.micro_batch if cfg.eval_every else 0)):  # fmt: skip
-        yield name, windows * (18 * tokens + 200)  # tokens as they are stored, and two copies in 64 bits
+        # a token as it is stored (2 bytes) and in two copies of 64 bits (16); a window's NumPy array (200)
+        yield name, windows * (18 * tokens + 200)
     if cfg.compile == "off":  # a compiler may keep less than is counted here
         need = budget.Memory.of(cfg, ranks, shards > 1).total
         d_head = cfg.d_model // cfg.n_head
@@ -202,7 +205,8 @@ def compiled(
     The compiled function is tried on one micro-batch, so no step's time includes compilation. If compilation fails
     (on a CPU, PyTorch needs a C++ compiler), the run is uncompiled from its first step, and a line says so.
     """
-    loss_of = run = run or model
+    run = run or model
+    loss_of = run
     if cfg.compile == "off":
         return run, {}, []
     if cfg.compile == "whole":
@@ -210,7 +214,8 @@ def compiled(
         loss_of = torch.compile(run, mode=mode, dynamic=False)
     else:
         for block in model.blocks:
-            block.compile(dynamic=False)  # dynamic=None would later replace it by slower code for any batch size
+            # with dynamic=None, a second batch size would replace it by slower code that serves all sizes
+            block.compile(dynamic=False)
     windows = torch.zeros(cfg.micro_batch, cfg.block_size + 1, dtype=torch.long)
     x, y = windows[:, :-1].to(device), windows[:, 1:].to(device)  # with the data's strides, for which it is compiled
     began = time.perf_counter()
@@ -245,7 +250,7 @@ def describe(cfg: Config, device: torch.device) -> dict:
     return {
         "device": str(device),
         "threads": torch.get_num_threads(),
-        "processor": platform.machine(),
+        "processor": processor(),
         "attention_kernel": attention_kernel(cfg, device),
         "dtype": cfg.dtype,
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,

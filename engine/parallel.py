@@ -150,7 +150,8 @@ def choose(cfg: Config, world: World, total_memory: int | None = None) -> tuple[
     Raises UserError if the model has to be sharded and its optimizer cannot be.
     """
     if world.size == 1:
-        return "ddp", ["PARALLEL: 'fsdp' with one process: nothing is sharded"] * (cfg.parallel == "fsdp")
+        notes = ["PARALLEL: 'fsdp' with one process: nothing is sharded"] if cfg.parallel == "fsdp" else []
+        return "ddp", notes
     if cfg.parallel != "auto":
         return cfg.parallel, []
     if world.device.type == "cuda":
@@ -170,7 +171,7 @@ def build(cfg: Config, world: World, sharded: bool) -> GPT:
         model = GPT(cfg)
     if sharded:
         mesh = init_device_mesh(world.device.type, (world.size,))
-        # the embedding and the read-out stay fp32, as under autocast; blocks leave the residual stream in fp32
+        # the embedding and the head stay fp32, as under autocast; blocks leave the residual stream in fp32
         half = torch.bfloat16 if cfg.dtype == "bfloat16" else None
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in model.blocks:
@@ -187,12 +188,14 @@ def finite(p: Tensor) -> bool:
 
 
 def not_finite(model: nn.Module, optimizer: Optimizer, world: World) -> str | None:
-    """The first parameter that is not finite itself or in a moment, on any rank, in words; None if there is none."""
+    """Names the first parameter, or moment of one, that is not finite on some rank; None if all are finite."""
     found = []
     for name, p in model.named_parameters():
         moments = filter(torch.is_tensor, optimizer.state.get(p, {}).values())
-        found += [] if finite(p) else [name]
-        found += [] if all(map(finite, moments)) else [f"a moment of {name}"]
+        if not finite(p):
+            found.append(name)
+        if not all(map(finite, moments)):
+            found.append(f"a moment of {name}")
     return next(iter(world.agree(found)), None)
 
 

@@ -4,8 +4,8 @@ A *layout* is a number of GPUs (ranks), a micro-batch, DDP or FSDP2 (sharded), a
 *application* of MSign is one replacement of all its target matrices.
 
 Nothing here is measured, except the overheads that the paper reports (PAPER). Three shares are assumed:
-a training step runs at `mfu` of the GPU's peak, the matrix sign's products at POLAR_SHARE of the fp32 peak,
-eigenvectors at EIGH_SHARE of the fp64 peak.
+a training step runs at the share `mfu` (model FLOPs utilisation) of the GPU's peak, the matrix sign's products at
+POLAR_SHARE of the fp32 peak, eigenvectors at EIGH_SHARE of the fp64 peak.
 """
 
 from collections.abc import Iterable
@@ -106,7 +106,10 @@ def fits(cfg: Config, ranks: int, sharded: bool, gpu: GPU) -> bool:
 
 
 def layouts(cfg: Config, gpus: int) -> Iterable[tuple[str, Config, int, bool]]:
-    """Layouts on `gpus` or more GPUs, those nearest to cfg first: (options to ask for it, config, ranks, sharded)."""
+    """Layouts on `gpus` or more GPUs, those nearest to cfg first: (options, config, ranks, sharded).
+
+    The options are those of train.py and plan.py that give this layout.
+    """
     ranks = gpus
     while ranks <= max(cfg.batch_size, gpus):
         micro_batch = cfg.micro_batch
@@ -126,7 +129,7 @@ def layouts(cfg: Config, gpus: int) -> Iterable[tuple[str, Config, int, bool]]:
         ranks *= 2
 
 
-def chosen(cfg: Config, gpus: int, gpu: GPU) -> bool:
+def needs_sharding(cfg: Config, gpus: int, gpu: GPU) -> bool:
     """Whether cfg shards the model on `gpus` GPUs. If the model does not fit, a UserError names a layout that does."""
     if cfg.batch_size % (cfg.micro_batch * gpus):
         good = [size for size in range(1, cfg.micro_batch + 1) if cfg.batch_size % (size * gpus) == 0]
@@ -187,7 +190,7 @@ def describe(plan: Plan, period: int) -> str:
         compute, exchange = plan.application_seconds(backend)
         lines.append(
             f"    {backend:5}  {budget.msign_flops(plan.shapes, flops):.2g} FLOPs, {duration(compute)} + "
-            f"{duration(exchange)} of exchange, r = {plan.application_steps(backend):.2g} steps, "
+            f"{duration(exchange)} of exchange, as long as r = {plan.application_steps(backend):.2g} steps, "
             f"{100 * plan.share(backend, period):.2g} % of training"
         )
     lines.append(f"    every rank sends {plan.bytes_sent / 1e6:.3g} MB an application")

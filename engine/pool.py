@@ -87,7 +87,8 @@ class Pool:
     """Runs jobs, at any time at most one for each slot; a slot is what is added to the environment of its job.
 
     with Pool(jobs, slots) as pool:
-        for ended in pool: ...    # twice a second the jobs just ended; pool.running has those and all that run
+        # twice a second: `ended` are the jobs that have just ended; pool.running also holds those that still run
+        for ended in pool: ...
 
     When the block is left, jobs that still run get a SIGTERM, so that they save, and are waited for. Ctrl-C raises
     KeyboardInterrupt in the `for`, SIGTERM raises SystemExit, both between two looks, so that no process is left behind

@@ -30,12 +30,13 @@ from tqdm import tqdm
 
 from config import FIELDS, ROOT, Config, UserError
 
-# fields that may change when a run is resumed; all others decide what is computed
+# fields that may change when a run is resumed; all others decide what is computed. The validation set has eval_batches
+# · micro_batch sequences, so this product stays
 FREE_ON_RESUME = {
     "resume", "dry_run", "runs_dir", "device", "threads", "ckpt_every", "wandb", "wandb_project", "parallel",
-    "recompute", "micro_batch",
+    "recompute", "micro_batch", "eval_batches",
 }  # fmt: skip
-ROOMS = ("data", "engine", "remedies", "stability")  # folders whose source is hashed, besides the top level's
+HASHED_FOLDERS = ("data", "engine", "remedies", "stability")  # their source is hashed, besides the top level's
 PER_LAYER = re.compile(r"(.+)/(\d+)((?:\.\w+)?)")  # a layer's key in metrics.jsonl, such as srank/3.W_Q
 # for these metrics W&B's table of runs shows an extreme value instead of the last one
 SUMMARY = {
@@ -58,7 +59,7 @@ def code_version() -> dict:
         revision, dirty = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
     except OSError:  # no git on this machine
         revision, dirty = None, None
-    sources = sorted([*ROOT.glob("*.py"), *(p for room in ROOMS for p in (ROOT / room).glob("*.py"))])
+    sources = sorted([*ROOT.glob("*.py"), *(p for name in HASHED_FOLDERS for p in (ROOT / name).glob("*.py"))])
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     return {"git": revision, "dirty": None if revision is None else bool(dirty), "sha256": digest}
 
@@ -76,13 +77,31 @@ def versions() -> dict:
     }
 
 
+def changes(recorded: dict, cfg: Config) -> list[tuple[str, object, object]]:
+    """(field, value in cfg, recorded value) wherever cfg differs from a run's recorded configuration and must not.
+
+    A field that did not exist when the run was recorded had its default value.
+    """
+    now = dataclasses.asdict(cfg)
+    recorded = {name: field.default for name, field in FIELDS.items()} | recorded
+    differ = [
+        (name, value, recorded[name])
+        for name, value in now.items()
+        if name not in FREE_ON_RESUME and value != recorded[name]
+    ]
+    sequences, before = (c["eval_batches"] * c["micro_batch"] for c in (now, recorded))
+    if cfg.eval_every and sequences != before:
+        differ.append(("eval_batches · micro_batch", sequences, before))
+    return differ
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or the error's type if it has no message."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def wandb_mode(cfg: Config) -> tuple[str, str | None]:
-    """W&B's mode (online, offline or off) for cfg.wandb, and why it is less than cfg.wandb asks for, or None.
+    """W&B's mode (online, offline or off) for cfg.wandb and, if that is not what cfg.wandb asks for, the reason.
 
     With cfg.wandb = "auto" the mode is online if the user is logged in and the server answers, and otherwise offline;
     it is off only where W&B cannot start its service on this machine. The user is never asked for anything. Raises
@@ -168,18 +187,19 @@ class RunLog:
         if not path.is_file():
             raise UserError(f"name = {self.cfg.name!r}: {self.folder} is not a run (no record.json)")
         before = json.loads(path.read_text())
-        for key, value in record["config"].items():
-            was = before["config"].get(key)
-            if key not in FREE_ON_RESUME and was != value:
-                raise UserError(
-                    f"{key} = {value!r}: the run {self.folder} was started with {was!r}; a run keeps its config"
-                )
+        for name, value, was in changes(before["config"], self.cfg):
+            raise UserError(
+                f"{name} = {value!r}: the run {self.folder} was started with {was!r}; a run keeps its config"
+            )
         if before["data"]["fingerprint"] != record["data"]["fingerprint"]:
             raise UserError(f"dataset = {self.cfg.dataset!r}: not the data that {self.folder} was started with")
+        if "init_from" in record and before["init_from"] != record["init_from"]:
+            raise UserError(f"init_from = {self.cfg.init_from!r}: not the weights that {self.folder} was started with")
         changed = [k for k in ("code", "versions", "machine") if before.get(k) != record.get(k)]
         if changed:
-            print(f"note: {', '.join(changed)} changed since {self.folder} began; the rest may differ in rounding")
-        self.event("resumed", **{k: record.get(k) for k in changed})
+            what = ", ".join(changed)
+            print(f"note: {what} changed since {self.folder} began; from here on the run may differ in rounding")
+        self._changed = {k: record.get(k) for k in changed}
 
     @property
     def finished(self) -> bool:
@@ -196,12 +216,15 @@ class RunLog:
         """The lines of metrics.jsonl up to the checkpoint of `step`; later lines are cut off.
 
         metrics_bytes: the length of metrics.jsonl when the checkpoint was written, 0 for a new run. Opens metrics.jsonl
-        for more lines, and W&B and the progress bar. Raises UserError if metrics.jsonl is shorter than metrics_bytes.
+        to append lines, starts W&B and shows the progress bar. Raises UserError if metrics.jsonl is shorter than
+        metrics_bytes.
         """
         self.metrics_path.touch()
         if self.metrics_path.stat().st_size < metrics_bytes:
             raise UserError(f"{self.metrics_path}: shorter than when the checkpoint of step {step} was written")
         os.truncate(self.metrics_path, metrics_bytes)
+        if self.resumed:
+            self.event("resumed", step=step, **self._changed)
         lines = read_metrics(self.folder)
         self._metrics = open(self.metrics_path, "a", buffering=1)  # noqa: SIM115 (closed in `close`)
         self._start_wandb()
@@ -277,7 +300,7 @@ class RunLog:
         shown = {"loss": metrics["train/loss"], "grad_norm": metrics["grad_norm"], "srank": self._srank}
         shown = {k: f"{v:.3g}" for k, v in shown.items()} | {"tokens/s": f"{self.tokens_per_second(step):,.0f}"}
         self._bar.set_postfix(shown, refresh=False)
-        every = max(1, self.cfg.max_steps // 20)
+        every = max(1, self.cfg.max_steps // 20)  # and one line soon after the start, to tell the time that is left
         if self._bar.disable and (step % every == 0 or step == self._first + 3):
             left = (time.perf_counter() - self._began) / (step - self._first) * (self.cfg.max_steps - step)
             print(f"step {step}/{self.cfg.max_steps}", *map(" ".join, shown.items()), f"{left:.0f} s left", flush=True)

@@ -33,7 +33,7 @@ def sample(model: GPT, tokens: list[int], count: int, temperature: float, top_k:
 def open_model(path: Path, device: torch.device) -> tuple[GPT, dict]:
     """The model of a run folder's last checkpoint, or of one checkpoint, and the run's record.
 
-    Raises UserError if there is none.
+    Raises UserError if there is no run folder or no such checkpoint in it.
     """
     folder = path if (path / "record.json").is_file() else path.parent
     if not (folder / "record.json").is_file():

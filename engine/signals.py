@@ -4,7 +4,11 @@ import signal
 
 
 class Signals:
-    """A context that remembers the first SIGINT or SIGTERM, so that the run can save its step; a second one kills."""
+    """A context that remembers the first SIGINT or SIGTERM in `received`, so that the run can save its step.
+
+    A second signal of the same kind kills. One of the other kind does not: Ctrl-C reaches the runs of a `Pool` from the
+    terminal as SIGINT, and from the pool as SIGTERM.
+    """
 
     received: signal.Signals | None = None
 
@@ -13,7 +17,7 @@ class Signals:
         return self
 
     def _note(self, number, frame):
-        self.received = signal.Signals(number)
+        self.received = self.received or signal.Signals(number)
         signal.signal(number, signal.SIG_DFL)
 
     def __exit__(self, *exc):

@@ -1,4 +1,4 @@
-"""What else is said to keep training stable: controls of MSign and rival optimizers.
+"""Other ways that are said to keep training stable: controls of MSign and rival optimizers.
 
-Lives here: updates and optimizers behind one `Config` field each. Does not: MSign itself (`msign.py`), or training.
+This package holds updates and optimizers, each chosen by one field of `Config`. MSign itself is in msign.py.
 """

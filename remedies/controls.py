@@ -16,7 +16,7 @@ import msign
 
 
 def zero(W: Tensor) -> Tensor:
-    """Zero. Applied to attention, this gives the attention-off run, whose loss shows what a rescue is worth."""
+    """Zero. Applied to attention, this gives the attention-off run, whose final loss the model reaches without it."""
     return torch.zeros_like(W)
 
 
@@ -43,6 +43,7 @@ def softened(W: Tensor) -> Tensor:
     """W with singular values √s in place of s, rescaled to keep ‖W‖_F: on a log scale, halfway to MSign's spectrum."""
 
     def roots(s: Tensor) -> Tensor:
+        # √s has the norm √Σs, and W has √Σs²
         return s.sqrt() * (s.square().sum(-1, keepdim=True) / s.sum(-1, keepdim=True).clamp_min(1e-30)).sqrt()
 
     return _with_spectrum(W, roots)
@@ -55,6 +56,7 @@ def random(W: Tensor) -> Tensor:
     """
     out = torch.empty_like(W)
     for M, new in zip(W.reshape(-1, *W.shape[-2:]), out.view(-1, *W.shape[-2:]), strict=True):
+        # the sum of the bit patterns of M's entries
         seed = int(M.detach().cpu().float().contiguous().view(torch.int32).long().sum()) % 2**32
         noise = torch.randn(M.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         norm = torch.linalg.matrix_norm(M.detach().cpu().double())

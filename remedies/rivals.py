@@ -2,7 +2,8 @@
 
 Every rival takes the parameter groups of `mup.param_groups`, so each parameter keeps the learning rate and the decay
 that it has with AdamW. Muon and the spectral sphere orthogonalise, so they update the matrices of the blocks only; as
-in their papers, AdamW updates all other parameters. Every argument is given, so no library default can change a run.
+in their papers, AdamW updates all other parameters. Every argument of a rival that changes the update is given, so no
+library default can change a run.
 """
 
 from collections.abc import Callable, Iterable
@@ -40,7 +41,7 @@ class Together(Optimizer):
     def defaults(self):
         return self.parts[0].defaults
 
-    def step(self, closure=None):
+    def step(self, closure=None):  # train.py passes no closure
         for part in self.parts:
             part.step()
 
@@ -69,6 +70,7 @@ class ZClipped(torch.optim.AdamW):
     def __init__(self, groups: list[dict], clip, **options):
         super().__init__(groups, **options)
         self.clip = clip
+        # ZClip.step takes a module and reads its parameters()
         self.clipped = torch.nn.ParameterList(p for group in groups for p in group["params"])
 
     def step(self, closure=None):
@@ -136,7 +138,11 @@ def adagc(groups: list[dict], cfg: Config) -> Optimizer:
 
 
 def muon(groups: list[dict], cfg: Config) -> Optimizer:
-    """Muon: the update is the matrix sign of the momentum, times 0.2 · √max(m, n): an rms of 0.2, usual for AdamW."""
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon), scaled as in arXiv 2502.16982.
+
+    The update is the matrix sign of the momentum, times 0.2 · √max(m, n). The root mean square of its entries is then
+    0.2, as is usual for AdamW.
+    """
     return torch.optim.Muon(
         groups, lr=cfg.peak_lr, weight_decay=cfg.weight_decay, momentum=0.95, nesterov=True,
         ns_coefficients=(3.4445, -4.775, 2.0315), eps=1e-7, ns_steps=5, adjust_lr_fn="match_rms_adamw",

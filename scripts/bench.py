@@ -1,6 +1,6 @@
 """How fast training, MSign and the measurements are on this machine, each compared with an alternative.
 
-    python scripts/bench.py                                    # a quarter of an hour; a third is `make reproduce`
+    python scripts/bench.py                                    # 15 minutes; `make reproduce` is 5 of them
     python scripts/bench.py --quick                            # under two minutes: fewer rounds, no `make reproduce`
     python scripts/bench.py --nanogpt=../nanoGPT               # also against an unmodified checkout of karpathy/nanoGPT
     python scripts/bench.py --out=results/bench                # also write results/bench.json and .md
@@ -24,11 +24,11 @@ from trials.bench import Bench
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds and shapes, no reproduction")
-    parser.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT")
+    parser.add_argument("--nanogpt", type=Path, help="also race against this checkout of karpathy/nanoGPT")
     cores = torch.get_num_threads()
-    one = "of all but the stress test, which has one"
-    parser.add_argument("--threads", type=Number(int, 1), default=cores, help=one)
-    parser.add_argument("--only", choices=Bench.TABLES, nargs="+", help="some of the tables")
+    threads = "number of CPU threads, except in the stress test, which has one [%(default)s]"
+    parser.add_argument("--threads", type=Number(int, 1), default=cores, help=threads)
+    parser.add_argument("--only", choices=Bench.TABLES, nargs="+", help="measure these tables alone [all]")
     parser.add_argument("--out", type=output_stem, help="also write the results to this path + .json and .md")
     args = parser.parse_args()
     if args.nanogpt and not (args.nanogpt / "model.py").is_file():

@@ -63,10 +63,14 @@ def draw(widths: list[int], sizes: dict) -> plt.Figure:
 
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", nargs="+", type=Number(int, 1), default=[48, 96, 192, 384])
-    parser.add_argument("--steps", type=Number(int, 1), default=4)
-    parser.add_argument("--seeds", type=Number(int, 1), default=3)
-    parser.add_argument("--out", type=output_stem, default="runs/coord_check.png")
+    widths = [48, 96, 192, 384]
+    parser.add_argument(
+        "--widths", nargs="+", type=Number(int, 1), default=widths, help="widths of the models %(default)s"
+    )
+    parser.add_argument("--steps", type=Number(int, 1), default=4, help="training steps [%(default)s]")
+    parser.add_argument("--seeds", type=Number(int, 1), default=3, help="models of each width [%(default)s]")
+    out = "runs/coord_check.png"
+    parser.add_argument("--out", type=output_stem, default=out, help="path of the figure [%(default)s]")
     args = parser.parse_args()
     cfg = Config(vocab_size=256, block_size=32, batch_size=8, micro_batch=8, n_layer=4)
     sizes = {

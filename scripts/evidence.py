@@ -27,8 +27,9 @@ QUICK = {"table2_small": SHORT, "attention_off": SHORT, "table3_small": [*SHORT,
 
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--runs_dir", type=output_folder, default="runs")
+    quick = "three grids, half the length, two seeds; results/ stays as it is"
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--runs_dir", type=output_folder, default="runs", help="where run folders go [%(default)s]")
     args, rest = parser.parse_known_args()
     runs_dir = args.runs_dir / "quick" if args.quick else args.runs_dir
     runs_dir.mkdir(parents=True, exist_ok=True)

@@ -17,21 +17,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import Number, Parser, UserError, load_config, run_cli
-from engine.plan import GPUS, Plan, chosen, describe, paper_table
+from engine.plan import GPUS, Plan, describe, needs_sharding, paper_table
 
 
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("config", nargs="?", help="followed by train.py's own --field=value")
-    parser.add_argument("--gpus", type=Number(int, 1), default=8)
-    parser.add_argument("--gpu", choices=GPUS, default="H100")
-    mfu, period = (
-        "share of the peak at which a step runs",
-        "steps between two applications; default: the config's, or 100",
-    )
-    parser.add_argument("--mfu", type=Number(float, 0.001, 1), default=0.4, help=mfu)
-    parser.add_argument("--period", type=Number(int, 1), help=period)
-    parser.add_argument("--targets", help="what MSign is applied to; default: the config's")
+    parser.add_argument("config", nargs="?", help="config file; train.py's --field=value may follow")
+    parser.add_argument("--gpus", type=Number(int, 1), default=8, help="number of GPUs [%(default)s]")
+    parser.add_argument("--gpu", choices=GPUS, default="H100", help="their kind [%(default)s]")
+    parser.add_argument(
+        "--mfu", type=Number(float, 0.001, 1), default=0.4,
+        help="share of the GPU's peak at which a step runs [%(default)s]",
+    )  # fmt: skip
+    parser.add_argument("--period", type=Number(int, 1), help="steps between two applications [the config's, or 100]")
+    parser.add_argument("--targets", help="what MSign is applied to [the config's msign_targets]")
     parser.add_argument("--paper", action="store_true", help="the paper's four models instead")
     args, rest = parser.parse_known_args()
     if args.paper:
@@ -41,11 +40,12 @@ def main() -> int:
         raise UserError("config: must be given, such as configs/gpt_3b.py (or --paper)")
     cfg = load_config([args.config, *rest])
     try:
-        sharded = chosen(cfg, args.gpus, GPUS[args.gpu])
+        sharded = needs_sharding(cfg, args.gpus, GPUS[args.gpu])
         plan = Plan(cfg, args.gpus, sharded, GPUS[args.gpu], args.mfu, args.targets or cfg.msign_targets)
         print(describe(plan, args.period or cfg.msign_period or 100))
     except ValueError as error:
-        raise UserError(f"msign_targets: {error}") from error
+        where = f"--targets = {args.targets!r}" if args.targets else f"msign_targets = {cfg.msign_targets!r}"
+        raise UserError(f"{where}: {error}") from error
     return 0
 
 

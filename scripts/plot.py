@@ -3,8 +3,8 @@
     python scripts/plot.py results/ramp/*                                  # figures/fig1.png, fig1.svg, …
     python scripts/plot.py runs/a runs/b/wandb/offline-run-* --out=mine
 
-fig1, fig2 and the heat maps have a column for each run. Beyond four runs they have one for each arm (one setting of an
-experiment, whatever the seed): its first run, for the first four arms.
+fig1, fig2 and the heat maps have a column for each run. With more than four runs they show one run of each arm, the
+first, and only the first four arms. (An arm is one setting of an experiment, whatever the seed.)
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Regenerate every table and figure of README.md, results/REPORT.md and docs/ from the runs recorded under results/.
 
-python scripts/report.py            # overwrite them where they differ; `make figures` does the same
+python scripts/report.py            # overwrite tables that differ and all figures; so does `make figures`
 python scripts/report.py --check    # write nothing; exit code 1 if a table differs from the runs
 """
 
@@ -18,7 +18,7 @@ from config import Parser, run_cli
 
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a table differs")
     args = parser.parse_args()
     texts = {path: filled(path.read_text()) for path in PAGES}
     stale = [path for path, text in texts.items() if text != path.read_text()]

@@ -5,8 +5,9 @@
     python scripts/reproduce.py --record=results                  # measure more, and pack the logs into results/
 
 An arm is one setting of the experiment: AdamW, MSign on attention, MSign on the MLP, or attention set to zero. A
-verdict says whether its run collapsed. Figure and table go to runs/, as <experiment>.png, .svg and .md. A run that has
-finished before is not trained again; an interrupted one goes on from its checkpoint.
+verdict says whether its run collapsed. Figure and table go to runs/, as <experiment>.png, .svg and .md, and a page to
+zoom into, of the first seed, as <experiment>.html. A run that has finished before is not trained again; an interrupted
+one goes on from its checkpoint.
 """
 
 import argparse
@@ -20,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm
 
+from analysis import page
 from analysis.figures import overview, save
 from analysis.report import markdown, overview_table
 from analysis.runs import load_run, pack_run
@@ -36,7 +38,7 @@ ARMS = {
     "attention-off": [f"--msign_period={PERIOD}", "--msign_targets=attention", "--msign_map=zero"],
 }
 # with --record more is measured; training stays the same to the bit (tests/test_train.py)
-CLOSELY = ["--probe_every=25", "--layers_every=100", "--jacobian_every=50", "--theory_every=500"]
+MEASURE_MORE = ["--probe_every=25", "--layers_every=100", "--jacobian_every=50", "--theory_every=500"]
 
 
 class Arm(Job):
@@ -50,7 +52,7 @@ class Arm(Job):
             f"--name={name}", f"--seed={seed}", f"--runs_dir={args.runs_dir}", f"--wandb={args.wandb}", "--resume",
         ]  # fmt: skip
         if args.record:
-            command += CLOSELY + (["--msign_probe"] if arm == "msign" else [])
+            command += MEASURE_MORE + (["--msign_probe"] if arm == "msign" else [])
         if args.max_steps:
             command.append(f"--max_steps={args.max_steps}")
         super().__init__(name, Path(args.runs_dir) / name, command)
@@ -75,13 +77,18 @@ def run_all(arms: list[Arm], workers: int, max_steps: int):
 
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experiment", choices=["ramp", "constant"], default="ramp")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--seeds", nargs="+", type=Number(int, 0), default=[0])
-    parser.add_argument("--max_steps", type=Number(int, 1), help="shorter (or longer) than the experiment's own")
-    parser.add_argument("--runs_dir", type=output_folder, default="runs")
-    parser.add_argument("--workers", type=Number(int, 1), default=os.cpu_count(), help="arms at a time, one core each")
-    parser.add_argument("--wandb", choices=["auto", "online", "offline", "off"], default="off")
+    parser.add_argument(
+        "--experiment", choices=["ramp", "constant"], default="ramp", help="the stress test to run [%(default)s]"
+    )
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="the arms to train [all]")
+    seeds = "each arm is trained once for each of these seeds %(default)s"
+    parser.add_argument("--seeds", nargs="+", type=Number(int, 0), default=[0], help=seeds)
+    parser.add_argument("--max_steps", type=Number(int, 1), help="steps of each run [those of the experiment]")
+    parser.add_argument("--runs_dir", type=output_folder, default="runs", help="where run folders go [%(default)s]")
+    parser.add_argument("--workers", type=Number(int, 1), default=os.cpu_count(), help="arms at a time [%(default)s]")
+    parser.add_argument(
+        "--wandb", choices=["auto", "online", "offline", "off"], default="off", help="train.py's field [%(default)s]"
+    )
     parser.add_argument("--record", type=output_folder, help="also pack the small logs into this folder")
     args = parser.parse_args()
     stdlib.prepare("stdlib-bytes")
@@ -97,10 +104,12 @@ def main() -> int:
             pack_run(job.folder, args.record / args.experiment / job.name)
     stem = args.runs_dir / args.experiment
     figures = save(overview(runs), stem)
+    page.write(runs["run"][: len(args.arms)], stem.with_suffix(".html"))
     table = markdown(overview_table(runs))
     stem.with_suffix(".md").write_text(table)
     print(f"\n{table}\n" + "\n".join(runs["verdict"]))
-    print(f"\n{time.perf_counter() - began:.0f} s; " + ", ".join(str(p) for p in [*figures, stem.with_suffix(".md")]))
+    written = [*figures, stem.with_suffix(".md"), stem.with_suffix(".html")]
+    print(f"\n{time.perf_counter() - began:.0f} s; {', '.join(map(str, written))}")
     return 0
 
 

@@ -21,7 +21,7 @@ from trials.soak import judge, watch
 
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=Number(int, 100), default=6000)
+    parser.add_argument("--steps", type=Number(int, 100), default=6000, help="steps of the run [%(default)s]")
     parser.add_argument("--out", type=output_stem, help="also write OUT.md")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

@@ -11,7 +11,7 @@ A name that is assigned a list is an axis. `arm` is an axis, too: a dict that ma
 Every other assignment holds for all runs. A point is one combination of the axes' values. It is one run of train.py
 in runs_dir/<grid>/<point>, where <point> is made of its values. Points that differ only in a field without effect, such
 as msign_targets where MSign is never applied, are one point. results.csv beside the runs has a line for each point.
-On GPUs one point runs on each; on a CPU as many run at a time as their threads have cores.
+Each GPU runs one point at a time. A CPU runs as many as it has cores for: cores divided by the threads of a run.
 
 With --wandb nothing is run here. The script registers the points that are not done and prints a `wandb agent` command.
 Call that command in a checkout of this repository on any machine, once for each GPU (CUDA_VISIBLE_DEVICES says which);
@@ -60,6 +60,9 @@ def finish(grid: list[Point], todo: list[Point], workers: int | None):
 def record(grid: list[Point], folder: Path):
     """Pack the runs that are done into Parquet files in this folder; runs packed there before stay."""
     done = [point for point in grid if point.summary]
+    if not done:
+        print(f"nothing to pack into {folder}: none of {len(grid)} points is done")
+        return
     record_grid(folder, (dataclasses.replace(load_run(point.folder), axes=point.axes) for point in done))
     print(f"{len(done)} of {len(grid)} points packed into {folder}, which holds {len(load_runs(folder))}")
 
@@ -77,8 +80,8 @@ def main() -> int:
     parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False, usage=USAGE)
     parser.add_argument("grid", type=Path, help="a file of plain assignments, such as configs/sweeps/ladder.py")
     parser.add_argument("--dry_run", action="store_true", help="print the points (with --wandb: the sweep) and stop")
-    parser.add_argument("--workers", type=Number(int, 1), help="runs at a time; with GPUs, spread over them")
-    registering = "register with W&B; with a value, train.py's field"
+    parser.add_argument("--workers", type=Number(int, 1), help="runs at a time, spread over the GPUs if there are any")
+    registering = "without a value: register the grid with W&B; with a value: train.py's field `wandb`"
     parser.add_argument("--wandb", nargs="?", const="register", help=registering)
     packing = "at the end, pack the runs that are done into this folder, as <grid>/*.parquet"
     parser.add_argument("--record", type=output_folder, help=packing)

@@ -1,4 +1,16 @@
-"""Measurements of a model in training and what they mean: probes, theorems, metrics, collapse rules.
+"""Measurements of a model in training and what they mean: probes, theorems, metrics, collapse rules, a monitor.
 
 Lives here: measurements and judgements. Does not: training, logging. `probes` and `collapse` need PyTorch alone.
 """
+
+
+def __getattr__(name: str):
+    if name == "Monitor":  # imported when it is asked for, because it imports PyTorch
+        from stability.monitor import Monitor
+
+        return Monitor
+    raise AttributeError(f"module 'stability' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), "Monitor"])

@@ -5,7 +5,9 @@ attention-off run: the same model with its attention matrices held at zero.
 
 A run has collapsed when one of three rules holds:
 
-1. not finite  A loss, a gradient norm or a weight is NaN or infinite. The collapse is dated to that step.
+1. not finite  A loss, a gradient norm, a weight or a moment of the optimizer is NaN or infinite. The collapse is
+               dated to the step at which this is found: losses and gradient norms are looked at in every step, weights
+               when MSign is applied to them, weights and moments when a checkpoint is written.
 2. loss rose   The 100-step mean loss is at least 0.1 nats above its own minimum so far, for 200 steps. The collapse
                is dated to the first of these steps.
 3. stalled     A gradient norm after step 100 exceeds ten times the run's median, and the run's final loss is above
@@ -16,11 +18,12 @@ Rules 1 and 2 need the run alone, so `Watch` applies them during training. Rule 
 that did not collapse counts as rescued only if its final loss is 0.1 nats or more below the floor; otherwise its
 attention has been made harmless but not useful.
 
-SIGNALS lists the logged quantities that may announce a collapse. A signal moves at the first measured step from which
-on it stays a factor of two worse than its best value so far, for 100 steps or more and up to the collapse. (log Z is
-a logarithm already; it moves when it is ln 2 higher.) Lower is worse for the stable rank, higher is worse for all
-others. The gradient norm is judged by the median of its last 100 steps. The first quarter of the time up to the
-collapse does not count, because everything moves when training starts. A signal that moves first need not be the
+SIGNALS lists the logged quantities that may announce a collapse. A signal has moved when it is a factor of two worse
+than its best value so far. It must stay so up to the collapse, and for at least 100 steps. It moves at the first of
+these steps at which it was measured. Lower is worse for the stable rank, higher is worse for all others. log Z is the
+mean over tokens of log Σ exp(logits) of the output; it is a logarithm already, so it moves when it is ln 2 higher. The
+gradient norm is judged by the median of its last 100 steps. The first quarter of the time up to the collapse is left
+out, of the best value too, because everything moves when training starts. A signal that moves first need not be the
 cause: compare it with the same signal in runs that did not collapse, for which the rule looks at the whole run.
 """
 
@@ -35,7 +38,7 @@ WINDOW = 100  # steps in a mean loss or a median gradient norm
 RISE = 0.1  # nats by which the mean loss rises (rule 2)
 STAYS = 200  # steps for which it stays up (rule 2)
 SPIKE = 10.0  # a gradient norm this many times the median is a spike (rule 3)
-CLEARLY = 0.1  # nats below the floor that make a rescue
+CLEARLY = 0.1  # a run counts as rescued if its final loss is at least this many nats below the floor
 # {signal: (its key in metrics.jsonl, the direction that is worse: −1 lower, 1 higher)}
 SIGNALS = {
     "stable rank": ("srank/attention", -1),
@@ -49,7 +52,7 @@ SIGNALS = {
 
 @dataclass(frozen=True)
 class Collapse:
-    """That a run has collapsed, and why. `step` dates the collapse; at step `noticed` the rule was fulfilled."""
+    """A collapse and its reason. `step` dates the collapse; at step `noticed` the rule was fulfilled."""
 
     step: int
     noticed: int
@@ -63,8 +66,8 @@ class Watch:
     """Rules 1 and 2 for a run in training, which passes in its values step by step.
 
     `collapse` is the collapse so far, or None. `finite` says whether every value so far was finite. `suspicious` says
-    whether the run has collapsed or its mean loss is up by RISE now; such weights must not replace the last healthy
-    checkpoint.
+    whether the run has collapsed or its mean loss is up by RISE now; a checkpoint written then must not replace the
+    last healthy one.
     """
 
     def __init__(self):
@@ -80,12 +83,12 @@ class Watch:
         return self.collapse is not None or self.rose_at is not None
 
     def not_finite(self, why: str):
-        """Apply rule 1 to a value, such as a weight, that was found not finite at the current step."""
+        """Apply rule 1: at the current step a value, such as a weight, was found that is not finite."""
         self.finite = False
         self.collapse = self.collapse or Collapse(self.step, self.step, why)
 
     def add(self, loss: float | None, grad_norm: float | None) -> Collapse | None:
-        """The collapse so far, after the next step's values. None stands for not finite, as in metrics.jsonl."""
+        """Take the next step's values, where None means not finite, as in metrics.jsonl. Returns `collapse`."""
         self.step += 1
         for name, value in (("loss", loss), ("gradient norm", grad_norm)):
             if value is None or not math.isfinite(value):
@@ -115,7 +118,10 @@ def final_loss(losses: Sequence[float | None]) -> float:
 def find_collapse(
     losses: Sequence[float | None], grad_norms: Sequence[float | None], floor: float | None = None
 ) -> Collapse | None:
-    """The collapse of a recorded run by all three rules, or None. Without `floor`, rule 3 is left out."""
+    """The collapse of a recorded run by all three rules, or None. Without `floor`, rule 3 is left out.
+
+    A record holds no weights and no moments, so rule 1 sees losses and gradient norms only.
+    """
     watch = Watch()
     for loss, grad_norm in zip(losses, grad_norms, strict=True):
         watch.add(loss, grad_norm)
@@ -159,7 +165,10 @@ class Onsets:
         return [name for name, step in moved.items() if step == min(moved.values())]
 
     def lead(self, signal: str) -> int | None:
-        """Steps by which the signal moved before the gradient norm, negative for after; None if one never moved."""
+        """Steps by which the signal moved before the gradient norm, negative if it moved after it.
+
+        None if the signal or the gradient norm never moved.
+        """
         step = self.signals[signal]
         return None if step is None or self.grad_norm is None else self.grad_norm - step
 

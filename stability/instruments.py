@@ -39,18 +39,18 @@ class Instruments:
         """The measurements due at `step`, taken before the update, on the weights that give its loss and gradient."""
         cfg, tokens, warn = self.cfg, self.tokens, self.warn
         each_layer = due(cfg.layers_every, step)
-        taken = []
+        wanted = []
         if due(cfg.probe_every, step):
-            taken.append(lambda model: metrics.weights(model, each_layer))
-            taken.append(lambda model: metrics.activations(model, tokens, each_layer, warn, self.autocast))
+            wanted.append(lambda model: metrics.weights(model, each_layer))
+            wanted.append(lambda model: metrics.activations(model, tokens, each_layer, warn, self.autocast))
         if due(cfg.jacobian_every, step):
-            taken.append(lambda model: metrics.jacobians(model, tokens, True, warn, cfg.jacobian_positions))
+            wanted.append(lambda model: metrics.jacobians(model, tokens, True, warn, cfg.jacobian_positions))
         if due(cfg.theory_every, step):
-            taken.append(self._theorems)
-        return self._measure(taken)
+            wanted.append(self._theorems)
+        return self._measure(wanted)
 
     def gradients(self, step: int) -> dict[str, float]:
-        """The metrics grad_norm/…, to be called before clipping. Also copies the weights, which `updates` needs."""
+        """The metrics grad_norm/…; call this before gradients are clipped. Also copies the weights for `updates`."""
         if not due(self.cfg.probe_every, step):
             return {}
         self.weights_before = {name: p.detach().clone() for name, p in self.parameters.items()}
@@ -76,16 +76,17 @@ class Instruments:
         self.around_msign |= {f"{when}_msign/{name}": value for name, value in found.items()}
 
     def _theorems(self, model: GPT) -> dict[str, float]:
-        sides = theory.flat(model, self.tokens, self.targets)
+        sides = theory.all_theorems(model, self.tokens, self.targets)
         return {f"theory/{name}": value for name, value in sides.items()}
 
-    def _measure(self, taken: list[Callable[[GPT], dict[str, float]]]) -> dict[str, float]:
-        """The results of the functions `taken`, on the process that gets the whole model; {} on the others."""
-        found, model = {}, self.whole() if taken else None
+    def _measure(self, wanted: list[Callable[[GPT], dict[str, float]]]) -> dict[str, float]:
+        """The results of the functions `wanted`, on the process that gets the whole model; {} on the others."""
+        found = {}
+        model = self.whole() if wanted else None
         if model is None:
             return found
         try:
-            for measure in taken:
+            for measure in wanted:
                 found |= measure(model)
         except torch.OutOfMemoryError as error:
             self.warn(f"out of memory: {str(error).splitlines()[0]}")

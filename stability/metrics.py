@@ -25,7 +25,7 @@ def layer_of(name: str) -> int | None:
     return int(rest.split(".")[0]) if where == "blocks" else None
 
 
-def own(family: str, values: Mapping[str, float]) -> dict[str, float]:
+def by_layer(family: str, values: Mapping[str, float]) -> dict[str, float]:
     """{"<family>/<layer>.<role>": value} from {parameter name: value}; parameters outside blocks are left out."""
     return {f"{family}/{layer_of(n)}.{role_of(n)}": v for n, v in values.items() if layer_of(n) is not None}
 
@@ -33,8 +33,9 @@ def own(family: str, values: Mapping[str, float]) -> dict[str, float]:
 def weights(model: GPT, each_layer: bool) -> dict[str, float]:
     """Stable ranks, spectral norms and the gains of norms.
 
-    srank/<part>, sigma1/<part>: geometric means over the matrices of a part of the model. A part is a role,
-        "attention", "mlp", or "early": the attention matrices in the first quarter of the blocks, as in Fig 1.
+    srank/<part>, sigma1/<part>: geometric means of the stable rank ‖W‖_F² / ‖W‖₂² (Def. 3.1) and of ‖W‖₂ over the
+        matrices of a part of the model. A part is a role, "attention", "mlp", or "early": the attention matrices in
+        the first quarter of the blocks, as in Fig 1.
     norm_gain/<role>: root mean square of the gains.
 
     With each_layer also fro/<layer>.<role>, ‖W‖_F.
@@ -57,23 +58,23 @@ def weights(model: GPT, each_layer: bool) -> dict[str, float]:
         squares = [v * v for n, v in rms.items() if role_of(n) == role]
         metrics[f"norm_gain/{role}"] = math.sqrt(sum(squares) / len(squares))
     if each_layer:
-        metrics |= own("norm_gain", rms)
+        metrics |= by_layer("norm_gain", rms)
         for family in probes.Spectrum._fields:
-            metrics |= own(family, {n: getattr(spectrum, family) for n, spectrum in found.items()})
+            metrics |= by_layer(family, {n: getattr(spectrum, family) for n, spectrum in found.items()})
     return metrics
 
 
 def norms(family: str, tensors: Mapping[str, Tensor], each_layer: bool) -> dict[str, float]:
-    """<family>/<role>: Frobenius norms over all parameters of a role, of one tensor per parameter {name: tensor}.
+    """<family>/<role>: the Frobenius norm of all tensors of a role together.
 
-    The tensors are, for instance, gradients before clipping or the updates of a step.
+    tensors: {parameter's name: tensor}, for instance gradients before clipping or the updates of a step.
     """
     found = probes.norms(tensors)
     squares = defaultdict(float)
     for name, norm in found.items():
         squares[role_of(name)] += norm * norm
     metrics = {f"{family}/{role}": math.sqrt(square) for role, square in squares.items()}
-    return metrics | (own(family, found) if each_layer else {})
+    return metrics | (by_layer(family, found) if each_layer else {})
 
 
 @torch.no_grad()
@@ -124,8 +125,8 @@ def jacobians(
     alignment:          mean over pairs of adjacent blocks and over sequences, as in Fig 1.
     ill_conditioned:    the number of pairs whose alignment is uncertain for at least one sequence.
     product:            ‖J(L)···J(1)‖₂, geometric mean over sequences.
-    bound_4_2, bound:   the same means of its two lower bounds (see `probes.product_bounds`).
-    ratio, residual:    the largest over blocks and sequences.
+    bound_4_2, bound:   the same means of the two bounds of `probes.product_bounds`; 0 if one sequence has the bound 0.
+    ratio, residual:    the largest over blocks and sequences; NaN counts as 0.
     token_sigma1/mean, token_sigma1/max, token_alignment/mean, token_alignment/max:
                         for single tokens at `positions` evenly spaced places, over tokens and blocks.
 
@@ -139,6 +140,7 @@ def jacobians(
         warn(f"jacobians: {error}")
     stated, held = probes.product_bounds(J.sigma, J.ratio, J.alignment)
     flagged = J.flagged.any(1)
+    # geometric_mean leaves zeros out, so a mean with a zero is set to 0 here
     metrics = {
         "jacobian/sigma1": geometric_mean(J.sigma.flatten().tolist()),
         "jacobian/alignment": J.alignment.nanmean().item(),

@@ -1,8 +1,9 @@
 """Measurements that never change a model: spectra of weight matrices, layer Jacobians and their alignment.
 
-H(ℓ) is the residual stream after block ℓ of L, (B, T, d) for B sequences of T tokens; H(0) is the embedding. The
-Jacobian J(ℓ) = ∂vec H(ℓ) / ∂vec H(ℓ−1) is never stored: automatic differentiation gives its products with vectors,
-and Lanczos iteration turns these into its top singular triple (u, σ₁, v), J v = σ₁ u. σ₂ is the next singular value.
+H(ℓ) is the residual stream after block ℓ of L, (B, T, d) for B sequences of T tokens; H(0) is the embedding. Each
+sequence has its own Jacobian J(ℓ) = ∂vec H(ℓ) / ∂vec H(ℓ−1), (T·d, T·d). It is never stored: automatic differentiation
+gives its products with vectors, and Lanczos iteration turns these into its top singular triple (u, σ₁, v), J v = σ₁ u.
+σ₂ is the next singular value.
 """
 
 import math
@@ -80,8 +81,8 @@ def ill_conditioned(ratio: Tensor, residual: Tensor) -> Tensor:
     """Whether a top singular vector is uncertain, and with it any alignment computed from it.
 
     It is uncertain when σ₂/σ₁ > 0.99: a change of 1 % in the map can then turn the vector anywhere in the plane of the
-    top two. It is also uncertain when the iteration stopped too early: the sine of its angle to the true vector may
-    then exceed 0.1 (Wedin's bound, residual / (1 − σ₂/σ₁)). NaN counts as uncertain.
+    top two. It is also uncertain when the iteration stopped too early: the sine of the angle between the vector and the
+    true one may then exceed 0.1 (Wedin's bound, residual / (1 − σ₂/σ₁)). NaN counts as uncertain.
     """
     return ~((ratio <= 0.99) & (residual <= 0.1 * (1 - ratio)))
 
@@ -96,13 +97,16 @@ def top_triples(
 ) -> Triples:
     """The top singular triples of G groups of B maps at once, by Lanczos with full reorthogonalisation.
 
+    A group is what one call can multiply or leave out, such as a block; its maps are then the sequences.
+
     start:   (G, B, n), one starting vector per map. The triples come back in this order, flattened to N = G · B.
     matvec:  called with vectors v (g, B, n) and the indices of g groups; returns Jv for these groups' maps, (g, B, m).
     rmatvec: the same for Jᵀu.
     steps:   the largest number of products with J, and of products with Jᵀ.
 
-    With r the residual, min(r, r² / (1 − σ₂/σ₁)) estimates the relative error of σ₁: the first bounds the error, the
-    second is an upper estimate. A group is finished once the estimate is below `tolerance` for all of its maps.
+    The relative error of σ₁ is at most the residual r. With the true σ₂/σ₁ it is also at most r² / (1 − σ₂/σ₁); with
+    the computed one this is an estimate. A group is finished once the smaller of the two is at most `tolerance` for all
+    of its maps.
     """
     G, B, n = start.shape
     steps = min(steps, n)
@@ -112,7 +116,8 @@ def top_triples(
     found = [None] * (G * B)
     _append(V, 0, start.flatten(0, 1))
     for k in range(steps):
-        # J V = U C with C the first k + 1 columns of the upper bidiagonal matrix, Jᵀ U = V Cᵀ + β v_last e_lastᵀ
+        # J V = U C with C the first k + 1 columns of the upper bidiagonal matrix, Jᵀ U = V Cᵀ + β v_last e_lastᵀ with
+        # β = bidiagonal[:, k, k + 1]
         x = matvec(V[:, k].reshape(len(live), B, -1), live).flatten(0, 1)
         if U is None:
             U = x.new_zeros(G * B, steps, x.shape[-1])
@@ -122,10 +127,12 @@ def top_triples(
         P, sigma, Qh, ratio, residual = _top_of_bidiagonal(bidiagonal, k)
         error = torch.minimum(residual, residual**2 / (1 - ratio))
         # at least three steps: before a map's second singular value shows up, its first one looks well separated
-        done = (k + 1 == steps) | ((k > 1) & ~(error > tolerance).view(-1, B).any(-1))
-        if not done.any():
+        done = ~(error > tolerance).view(-1, B).any(-1)  # (groups,); a NaN cannot improve, so it counts as done
+        if k + 1 == steps:
+            done[:] = True
+        elif k < 2 or not done.any():
             continue
-        done = done.expand(len(live)).repeat_interleave(B)
+        done = done.repeat_interleave(B)
         u = (P[:, None, :, 0].to(x) @ U[:, : k + 1]).squeeze(1)
         v = (Qh[:, :1].to(x) @ V[:, : k + 1]).squeeze(1)
         for i in done.nonzero().flatten().tolist():
@@ -156,7 +163,7 @@ def _top_of_bidiagonal(bidiagonal: Tensor, k: int) -> tuple[Tensor, Tensor, Tens
     C = bidiagonal[:, : k + 1, : k + 1]
     P, S, Qh = torch.linalg.svd(C.nan_to_num(0, 0, 0))
     sigma = torch.where(C.isfinite().all(-1).all(-1), S[:, 0], math.nan)
-    second = S[:, min(k, 1)] * (k > 0)
+    second = S[:, 1] if k else torch.zeros_like(sigma)
     return P, sigma, Qh, second / sigma, bidiagonal[:, k, k + 1] * P[:, -1, 0].abs() / sigma
 
 
@@ -185,7 +192,7 @@ class Jacobians:
 
 
 def product_bounds(sigma: Tensor, ratio: Tensor, alignment: Tensor) -> tuple[Tensor, Tensor]:
-    """Two lower bounds of ‖J(L)···J(1)‖₂, each (...): that of Thm 4.2 as stated, and one that holds.
+    """Two quantities (...) to compare with ‖J(L)···J(1)‖₂: the lower bound that Thm 4.2 states, and one that holds.
 
     sigma, ratio: (L, ...), σ₁ and σ₂/σ₁ of each J(ℓ). alignment: (L − 1, ...), see `Jacobians`.
 
@@ -212,8 +219,9 @@ def product_bounds(sigma: Tensor, ratio: Tensor, alignment: Tensor) -> tuple[Ten
 
 
 class _LayerNorm(torch.autograd.Function):
-    """Layer norm whose second derivative is one kernel instead of a dozen; only with respect to the gradient.
+    """Layer norm for double backward passes: differentiating Jᵀu by u takes one kernel instead of a dozen.
 
+    It cannot be differentiated twice by x.
     Without gains the Jacobian of layer norm is symmetric. So Jv is the gains times the kernel that computes Jᵀu, run
     without gains.
     """
@@ -245,8 +253,9 @@ class _LayerNormVJP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, v):
         *at, gain = ctx.at
-        out = _LayerNorm.transposed(v, *at, None)
-        return out if gain is None else out * gain, *[None] * 5
+        jv = _LayerNorm.transposed(v, *at, None)
+        jv = jv if gain is None else jv * gain
+        return jv, None, None, None, None, None
 
 
 @contextmanager
@@ -300,8 +309,9 @@ def leaf(x: Tensor) -> Tensor:
 class _Linearised:
     """Products with the Jacobians J of several functions at fixed points; one autograd call serves all functions.
 
-    Jᵀu is a backward pass. It is linear in u, so the backward pass of u -> Jᵀu gives v -> Jv. The rows of a point,
-    along its first dimension, are independent maps. Vectors are (functions, rows, T · d).
+    Jᵀu is a backward pass. It is linear in u, so the backward pass of u -> Jᵀu gives v -> Jv. Every function treats the
+    rows of its point (first dimension) independently, so each row has its own Jacobian. Vectors are
+    (functions, rows, T · d).
     """
 
     def __init__(self, functions: Sequence[Callable[[Tensor], Tensor]], points: Sequence[Tensor]):
@@ -386,7 +396,12 @@ def refuse_wrapped(module: nn.Module):
 def not_finite(i: int, block: nn.Module, x: Tensor) -> str:
     """A line that names what is not finite in block i with input x: a parameter, the input, or else the output."""
     bad = [name for name, p in block.named_parameters() if not torch.isfinite(p).all()]
-    what = bad[0] if bad else "output" if torch.isfinite(x).all() else "input"
+    if bad:
+        what = bad[0]
+    elif torch.isfinite(x).all():
+        what = "output"
+    else:
+        what = "input"
     return f"block {i}: its {what} is not finite"
 
 
@@ -401,10 +416,11 @@ def jacobians(
                tokens held fixed. `product` is then NaN.
     steps:     the largest number of Lanczos steps. Vectors that they leave uncertain are `flagged`.
 
-    sigma of the other blocks is exact to 1e-4, with one rare exception: when σ₂ is nearly as large as σ₁, the iteration
-    may find σ₂ first and take it for σ₁. This happens for 1 of 48 Jacobians in the tests; sigma is then too small by
-    1 − σ₂/σ₁, less than 1 %. The modules run in evaluation mode, without dropout. They do not change, no gradient is
-    accumulated, and no global random state is used. Raises TypeError for modules inside a wrapper.
+    Where no vector is `flagged`, sigma is exact to 1e-4 in the tests; the iteration stops at an estimated error of
+    3e-4. There is one rare exception: when σ₂ is nearly as large as σ₁, the iteration may find σ₂ first and take it for
+    σ₁. This happens for 1 of 48 Jacobians in the tests; sigma is then too small by 1 − σ₂/σ₁, less than 1 %. The
+    modules run in evaluation mode, without dropout. They do not change, no gradient is accumulated, and no global
+    random state is used. Raises TypeError for a wrapper (DDP, FSDP, torch.compile) or a module that holds shards.
     """
     for block in blocks:
         refuse_wrapped(block)

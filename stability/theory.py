@@ -55,21 +55,22 @@ def _norm(X: Tensor) -> Tensor:
 class Pass(NamedTuple):
     """What one forward and backward pass over N sequences shows; all tensors but grads are (L, N, T, ·).
 
-    h:   H(ℓ−1), the residual stream that enters block ℓ.
-    H:   the input of the block's attention, after the norm.
-    X:   the input of its MLP, after the norm.
-    act: the input of W_down, that is the activations.
-    dY:  ∂loss/∂Y with Y the attention's output. The loss is the mean loss of the sequence itself.
-    dh:  ∂loss/∂H(ℓ), H(ℓ) being the block's output. The loss is as for dY.
-    grads: {name: ∂loss/∂W} of the blocks' matrices. Here the loss is the mean over all sequences, as in training.
+    stream:        H(ℓ−1), the residual stream that enters block ℓ.
+    attn_in:       the input of the block's attention, after the norm.
+    mlp_in:        the input of its MLP, after the norm.
+    act:           the input of W_down, that is the activations.
+    attn_out_grad: ∂loss/∂Y with Y the attention's output. The loss is the mean loss of the sequence itself.
+    stream_grad:   ∂loss/∂H(ℓ), H(ℓ) being the block's output. The loss is as for attn_out_grad.
+    grads:         {name: ∂loss/∂W} of the blocks' matrices. Here the loss is the mean over all sequences, as in
+                   training.
     """
 
-    h: Tensor
-    H: Tensor
-    X: Tensor
+    stream: Tensor
+    attn_in: Tensor
+    mlp_in: Tensor
     act: Tensor
-    dY: Tensor
-    dh: Tensor
+    attn_out_grad: Tensor
+    stream_grad: Tensor
     grads: dict[str, Tensor]
 
 
@@ -85,13 +86,14 @@ def observe(model: nn.Module, tokens: Tensor, targets: Tensor) -> Pass:
                 hook = module.register_forward_hook(lambda _, z, y, to=name: seen[to].append((z[0], y)))
                 stack.callback(hook.remove)
         loss = model(tokens, targets)
-    h, H, X, act = (torch.stack([z for z, _ in seen[name]]).detach() for name in ("block", "attn", "mlp", "down"))
+    inputs = [torch.stack([z for z, _ in seen[name]]).detach() for name in ("block", "attn", "mlp", "down")]
     matrices = {n: p for n, p in model.blocks.named_parameters() if p.ndim == 2}
-    L, N = len(h), len(tokens)
+    L, N = len(model.blocks), len(tokens)
     wanted = [y for _, y in seen["attn"]] + [y for _, y in seen["block"]] + list(matrices.values())
     found = torch.autograd.grad(loss, wanted)
-    dY, dh = torch.stack(found[:L]) * N, torch.stack(found[L : 2 * L]) * N
-    return Pass(h, H, X, act, dY, dh, dict(zip(matrices, found[2 * L :], strict=True)))
+    # the loss is the mean over N sequences; times N, each sequence has the gradient of its own loss
+    attn_out_grad, stream_grad = torch.stack(found[:L]) * N, torch.stack(found[L : 2 * L]) * N
+    return Pass(*inputs, attn_out_grad, stream_grad, dict(zip(matrices, found[2 * L :], strict=True)))
 
 
 def weight_norms(matrices: Mapping[str, Tensor]) -> Sides:
@@ -140,59 +142,60 @@ def attention_norms(attns: Sequence[nn.Module], H: Tensor) -> AttentionSides:
     vary; its margin is infinite.
 
     The paper states the theorem for one head. It also holds for several heads, with the whole matrices W_Q … W_O, the
-    largest ‖A_h‖, the smallest γ over heads and rows, and `attn.scale` for 1/√d_k. To see this, write
-    dY = [P_1 … P_h] W_O with P_h = A_h dH W_V^h + dA_h H W_V^h, where p is a row of A_h and S_h are the logits:
-    (1) Σ_h ‖A_h dH W_V^h‖_F² ≤ max‖A_h‖² ‖dH W_V‖_F².
-    (2) A row of dA_h is diag p − ppᵀ times the same row of dS_h. By Gershgorin
-        ‖diag p − ppᵀ‖₂ ≤ 2 max pᵢ(1 − pᵢ) ≤ 2(1 − p₁) ≤ 2χ, because p₁ ≥ 1 / (1 + (n − 1)e^{−γ}).
-    (3) dS_h = scale · (dQ_h K_hᵀ + Q_h dK_hᵀ) with ‖K_h‖ ≤ ‖H‖‖W_K‖ and ‖Q_h‖ ≤ ‖H‖‖W_Q‖. Minkowski's inequality over
-        heads gives √Σ‖dS_h‖_F² ≤ 2 scale ‖W_Q‖‖W_K‖‖H‖‖dH‖_F.
-    (4) ‖H W_V^h‖ ≤ ‖H‖‖W_V‖.
+    largest ‖A_i‖ of a head i, the smallest γ over heads and rows, and `attn.scale` for 1/√d_k, where d_k is the width
+    of one head's queries. To see this, write dY = [P_1 P_2 …] W_O with P_i = A_i dH W_V,i + dA_i H W_V,i for head i.
+    Let p be a row of A_i, p_1 its largest entry, and S_i the logits:
+    (1) Σ_i ‖A_i dH W_V,i‖_F² ≤ max‖A_i‖² ‖dH W_V‖_F².
+    (2) A row of dA_i is diag p − ppᵀ times the same row of dS_i. By Gershgorin
+        ‖diag p − ppᵀ‖₂ ≤ 2 max p_j(1 − p_j) ≤ 2(1 − p_1) ≤ 2χ, because p_1 ≥ 1 / (1 + (n − 1)e^{−γ}).
+    (3) dS_i = scale · (dQ_i K_iᵀ + Q_i dK_iᵀ) with ‖K_i‖ ≤ ‖H‖‖W_K‖ and ‖Q_i‖ ≤ ‖H‖‖W_Q‖. Minkowski's inequality over
+        heads gives √Σ‖dS_i‖_F² ≤ 2 scale ‖W_Q‖‖W_K‖‖H‖‖dH‖_F.
+    (4) ‖H W_V,i‖ ≤ ‖H‖‖W_V‖.
     By (2), χ could be capped at 1/4 without any assumption.
     """
     rows = []
-    for attn, h in zip(attns, H, strict=True):
-        logits = _exact(attn.logits(h))  # (N, heads, T, T)
+    for attn, inputs in zip(attns, H, strict=True):
+        logits = _exact(attn.logits(inputs))  # (N, heads, T, T)
         first, second = logits.topk(2).values.unbind(-1)
         gamma = (first - second).amin((1, 2))
-        chi = ((h.shape[1] - 1) * torch.exp(-gamma)).clamp_max(1)
-        A = _norm(logits.softmax(-1)).amax(1)
-        Q, K, V, O = (_norm(getattr(attn, role).weight) for role in ATTENTION)  # noqa: E741
-        bound = V * O * (A + 4 * chi * attn.scale * Q * K * _norm(h) ** 2)
+        chi = ((inputs.shape[1] - 1) * torch.exp(-gamma)).clamp_max(1)
+        norm_A = _norm(logits.softmax(-1)).amax(1)
+        norm_Q, norm_K, norm_V, norm_O = (_norm(getattr(attn, role).weight) for role in ATTENTION)
+        bound = norm_V * norm_O * (norm_A + 4 * chi * attn.scale * norm_Q * norm_K * _norm(inputs) ** 2)
         rows.append((bound, gamma, chi))
     return AttentionSides(_jacobian_norms(attns, H), *map(torch.stack, zip(*rows, strict=True)))
 
 
-def mlp_norms(mlps: Sequence[nn.Module], X: Tensor) -> Sides:
-    """Thm 4.6: ‖J_MLP‖₂ ≤ L_φ ‖W_up‖_F‖W_down‖_F / √(srank W_up · srank W_down), for MLPs at X (L, N, T, d): (L, N).
+def mlp_norms(mlps: Sequence[nn.Module], inputs: Tensor) -> Sides:
+    """Thm 4.6: ‖J_MLP‖₂ ≤ L_φ ‖W_up‖_F‖W_down‖_F / √(srank W_up · srank W_down), as Sides of (L, N).
 
-    J_MLP is the Jacobian of an MLP with φ = GELU. By Thm 4.4 the right side equals L_φ‖W_up‖₂‖W_down‖₂; it is NaN when
-    one of the matrices is zero. The theorem does not hold for gated MLPs.
+    inputs: (L, N, T, d), one for each MLP. J_MLP is the Jacobian of an MLP with φ = GELU. By Thm 4.4 the right side
+    equals L_φ‖W_up‖₂‖W_down‖₂; it is NaN when one of the matrices is zero. The theorem does not hold for gated MLPs.
     """
     bounds = []
     for mlp in mlps:
         up, down = spectra({"up": mlp.W_up.weight, "down": mlp.W_down.weight}).values()
         bounds.append(LIPSCHITZ["gelu"] * up.fro * down.fro / math.sqrt(up.srank * down.srank))
-    bound = torch.tensor(bounds, dtype=torch.float64)[:, None].expand(X.shape[:2])
-    return Sides(_jacobian_norms(mlps, X), bound)
+    bound = torch.tensor(bounds, dtype=torch.float64)[:, None].expand(inputs.shape[:2])
+    return Sides(_jacobian_norms(mlps, inputs), bound)
 
 
 def gradient_bounds(
-    sigma: Tensor, link: Tensor, local: Tensor, gamma: Tensor, grad: Tensor
+    sigma: Tensor, link: Tensor, local: Tensor, g: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log10 of the right sides of Thm 4.8, (L, N), and of Thm 4.9, (N,), and the a of Thm 4.8, (L, N).
 
-    h(i) is the output of block i of L, v a parameter of that block, and v(ℓ) the top right singular vector of the
+    h(i) is the output of block i of L, w a parameter of that block, and v(ℓ) the top right singular vector of the
     Jacobian J(ℓ). The loss is written ℒ.
     sigma: (L, N), ‖J(ℓ)‖₂.
     link:  (L, N), |cos| of the angle between J(ℓ)'s top left singular vector and v(ℓ+1), or ∂ℒ/∂h(L) for ℓ = L.
-    local: (L, N), the same for the local Jacobian ∂h(i)/∂v instead of J(i).
-    gamma: (L, N), γ = ‖∂h(i)/∂v‖₂.
+    local: (L, N), the same for the local Jacobian ∂h(i)/∂w instead of J(i).
+    g:     (L, N), ‖∂h(i)/∂w‖₂; γ in the paper.
     grad:  (N,), ‖∂ℒ/∂h(L)‖.
 
-    Thm 4.8: aγ(aM)^{L−i}‖∂ℒ/∂h(L)‖. M is the smallest sigma above block i; a is the smallest of local(i) and of the
+    Thm 4.8: ag(aM)^{L−i}‖∂ℒ/∂h(L)‖. M is the smallest sigma above block i; a is the smallest of local(i) and of the
     links above block i.
-    Thm 4.9: C((aM)^{2L} − 1)/((aM)² − 1), C = (aγ‖∂ℒ/∂h(L)‖)², with the smallest a, γ and M of all blocks.
+    Thm 4.9: C((aM)^{2L} − 1)/((aM)² − 1), C = (ag‖∂ℒ/∂h(L)‖)², with the smallest a, g and M of all blocks.
 
     For L ≥ 2 neither theorem holds as stated; tests/test_theory.py has a counterexample. As in Thm 4.2, the proofs use
     the alignment with the next factor where they need the alignment with the whole product. Both theorems hold for J
@@ -201,13 +204,13 @@ def gradient_bounds(
     L = len(sigma)
     n = torch.arange(L, dtype=sigma.dtype)[:, None]
     a = torch.minimum(local, _smallest_above(link))
-    log_a, log_M, log_gamma, log_grad = a.log10(), _smallest_above(sigma).log10(), gamma.log10(), grad.log10()
-    each = log_a + log_gamma + _log_power(log_a + log_M, L - 1 - n) + log_grad
+    log_a, log_M, log_g, log_grad = a.log10(), _smallest_above(sigma).log10(), g.log10(), grad.log10()
+    each = log_a + log_g + _log_power(log_a + log_M, L - 1 - n) + log_grad
     log_worst_a = log_a.amin(0)
     # the quotient of Thm 4.9 is the sum of (aM)^{2n} over n = 0 … L − 1, which also exists at aM = 1
     log_terms = _log_power(2 * (log_worst_a + log_M[0]), n)
     log_quotient = (log_terms * math.log(10)).logsumexp(0) / math.log(10)
-    total = 2 * (log_worst_a + log_gamma.amin(0) + log_grad) + log_quotient
+    total = 2 * (log_worst_a + log_g.amin(0) + log_grad) + log_quotient
     return each, total, a
 
 
@@ -222,8 +225,10 @@ def _log_power(log_x: Tensor, n: Tensor) -> Tensor:
 
 
 class GradientSides(NamedTuple):
-    """log10 of both sides of Thm 4.8 (each, (L, N)) and of Thm 4.9 (total, (N,)).
+    """log10 of both sides of Thms 4.8 and 4.9.
 
+    each:    (L, N), Thm 4.8.
+    total:   (N,), Thm 4.9.
     a:       (L, N), the a of Thm 4.8.
     flagged: (L, N), whether the top singular vectors of J(ℓ) are `ill_conditioned`.
     """
@@ -236,29 +241,31 @@ class GradientSides(NamedTuple):
 
 @torch.no_grad()
 def gradient_norms(blocks: Sequence[nn.Module], seen: Pass) -> GradientSides:
-    """Thm 4.8: ‖∂ℒ/∂v‖ ≥ aγ(aM)^{L−i}‖∂ℒ/∂h(L)‖; Thm 4.9: Σ_i ‖∂ℒ/∂W(i)‖_F² ≥ C((aM)^{2L} − 1)/((aM)² − 1).
+    """Thm 4.8: ‖∂ℒ/∂w‖ ≥ ag(aM)^{L−i}‖∂ℒ/∂h(L)‖; Thm 4.9: Σ_i ‖∂ℒ/∂w(i)‖_F² ≥ C((aM)^{2L} − 1)/((aM)² − 1).
 
-    For the symbols see `gradient_bounds`. The paper's assumptions B.2 are not available to us. We take v = W(i) =
-    W_down of block i, h(i) = H(i) of one sequence, and ℒ the mean loss of this sequence. The local Jacobian
-    ∂vec h(i)/∂vec W_down is then activations ⊗ I. So γ = ‖activations‖₂, and the top left singular vectors are
+    For the symbols see `gradient_bounds`. We do not have the text of the paper's assumptions B.2, so the choice of w is
+    ours: w = W_down of block i, h(i) = H(i) of one sequence, and ℒ the mean loss of this sequence. The local Jacobian
+    ∂vec h(i)/∂vec W_down is then activations ⊗ I. So g = ‖activations‖₂, and the top left singular vectors are
     u ⊗ (any vector of R^d) with u the top left singular vector of the activations; `local` is |cos| of the angle to the
     nearest of these. All values are NaN when a block's output or the gradient is not finite.
     """
-    L, N = seen.h.shape[:2]
-    if not seen.dh.isfinite().all():  # this is also so when the output of a block is not finite
+    L, N = seen.stream.shape[:2]
+    if not seen.stream_grad.isfinite().all():  # this is also so when the output of a block is not finite
         nan = torch.full((L, N), math.nan, dtype=torch.float64)
         return GradientSides(Sides(nan, nan), Sides(nan[0], nan[0]), nan, torch.ones(L, N, dtype=torch.bool))
-    top = _Linearised(list(blocks), list(seen.h)).triples()
-    u, v = (_exact(x).view(seen.h.shape) for x in (top.u, top.v))
-    dh, act = _exact(seen.dh), _exact(seen.act)
-    grad = dh[-1].flatten(1).norm(dim=1)
-    next_v = torch.cat([v[1:], dh[-1:] / grad[:, None, None]])  # v(ℓ+1), and after the last block ∂ℒ/∂h(L) normalised
+    top = _Linearised(list(blocks), list(seen.stream)).triples()
+    u, v = (_exact(x).view(seen.stream.shape) for x in (top.u, top.v))
+    stream_grad, act = _exact(seen.stream_grad), _exact(seen.act)
+    grad = stream_grad[-1].flatten(1).norm(dim=1)
+    next_v = torch.cat(
+        [v[1:], stream_grad[-1:] / grad[:, None, None]]
+    )  # v(ℓ+1), and after the last block ∂ℒ/∂h(L) normalised
     link = (u * next_v).sum((-2, -1)).abs()
     U, S, _ = torch.linalg.svd(act, full_matrices=False)
     local = (U[..., :1].mT @ next_v).flatten(2).norm(dim=-1)
-    sigma, gamma = _exact(top.sigma).view(L, N), S[..., 0]
-    bound, total_bound, a = gradient_bounds(sigma, link, local, gamma, grad)
-    norms = (dh.mT @ act).flatten(2).norm(dim=-1)
+    sigma, g = _exact(top.sigma).view(L, N), S[..., 0]
+    bound, total_bound, a = gradient_bounds(sigma, link, local, g, grad)
+    norms = (stream_grad.mT @ act).flatten(2).norm(dim=-1)  # of ∂ℒ/∂W_down(i) = (∂ℒ/∂h(i))ᵀ · activations
     each, total = Sides(norms.log10(), bound), Sides(norms.square().sum(0).log10(), total_bound)
     return GradientSides(each, total, a, ill_conditioned(top.ratio, top.residual).view(L, N).cpu())
 
@@ -285,8 +292,8 @@ def attention_ranks(seen: Pass) -> dict[str, Ranks]:
     """Thm 4.10, "hidden and co-hidden states of rank ≤ r give attention gradients of rank ≤ r": {name: (L,) Ranks}.
 
     "hidden" is H, the input of the attention. "cohidden" is ∂ℒ/∂Y, the loss's gradient with respect to its output Y.
-    Both are (N·T, d), all sequences below each other. The other names are the roles W_Q, W_K, W_V and W_O, whose
-    gradients are meant.
+    Both are (N·T, d), all sequences below each other. The other entries, W_Q, W_K, W_V and W_O, are the ranks of these
+    matrices' gradients.
 
     Each gradient needs only one of the two conditions. The gradient ∂ℒ/∂W_Q = Hᵀ∂ℒ/∂Q has rank ≤ rank H, whatever
     ∂ℒ/∂Y; so have those of W_K and W_V. The gradient ∂ℒ/∂W_O = (heads' outputs)ᵀ∂ℒ/∂Y has rank ≤ rank ∂ℒ/∂Y, whatever
@@ -297,7 +304,7 @@ def attention_ranks(seen: Pass) -> dict[str, Ranks]:
     one of full stable rank. Layer norm keeps both ranks ≤ d − 1 in any case, of H in the forward pass and of ∂ℒ/∂Y in
     the backward pass.
     """
-    found = {"hidden": ranks(seen.H.flatten(1, 2)), "cohidden": ranks(seen.dY.flatten(1, 2))}
+    found = {"hidden": ranks(seen.attn_in.flatten(1, 2)), "cohidden": ranks(seen.attn_out_grad.flatten(1, 2))}
     for role in ATTENTION:
         found[role] = ranks(torch.stack([G for n, G in seen.grads.items() if role_of(n) == role]))
     return found
@@ -309,7 +316,7 @@ class Drift(NamedTuple):
     holds:     1 where the condition of Thm 4.12 holds for all i > 1, otherwise 0.
     share:     the share of the i > 1 for which it holds.
     positive:  the share of all i with Cov_i > 0, which the paper presumes for every i.
-    top:       η Cov₁ / s₁, the relative change of s₁.
+    growth:    η Cov₁ / s₁, the relative change of s₁.
     eta:       η, the size of the step.
     predicted: the change of srank to first order, η d srank/dη.
     observed:  the change of srank by W ← W − ηG.
@@ -318,7 +325,7 @@ class Drift(NamedTuple):
     holds: Tensor
     share: Tensor
     positive: Tensor
-    top: Tensor
+    growth: Tensor
     eta: Tensor
     predicted: Tensor
     observed: Tensor
@@ -359,11 +366,12 @@ def _layers(name: str, values: Tensor) -> dict[str, float]:
 
 
 def _share(true: Tensor, *needed: Tensor) -> float:
-    """The share of true entries, among those where none of the `needed` values is NaN."""
+    """The share of true entries, among those where none of the `needed` values is NaN, nor +∞ beside −∞."""
+    # a sum is NaN if one of its terms is
     return true[~sum(needed).isnan()].double().mean().item()
 
 
-def flat(model: nn.Module, tokens: Tensor, targets: Tensor) -> dict[str, float]:
+def all_theorems(model: nn.Module, tokens: Tensor, targets: Tensor) -> dict[str, float]:
     """All theorems on tokens and targets (N, T), as {"<theorem>/<name>": number}, or /<name>/<layer> for each layer.
 
     4.4: error, the largest relative difference of the two sides. For the others see `_flat_norms` (4.5, 4.6),
@@ -392,8 +400,8 @@ def _flat_norms(blocks: Sequence[nn.Module], seen: Pass) -> dict[str, float]:
     vacuous:    share of layers and sequences with χ = 1.
     """
     out = {}
-    attention = attention_norms([block.attn for block in blocks], seen.H)
-    mlp = mlp_norms([block.mlp for block in blocks], seen.X)
+    attention = attention_norms([block.attn for block in blocks], seen.attn_in)
+    mlp = mlp_norms([block.mlp for block in blocks], seen.mlp_in)
     for theorem, (measured, bound) in (("4.5", attention[:2]), ("4.6", mlp)):
         out |= _layers(f"{theorem}/measured", measured.mean(1)) | _layers(f"{theorem}/bound", bound.mean(1))
         out[f"{theorem}/holds"] = _share(measured <= bound, measured, bound)
@@ -432,7 +440,7 @@ def _flat_ranks(seen: Pass) -> dict[str, float]:
     holds:          share of gradients of rank ≤ r.
     vacuous:        share of layers with r ≥ d − 1.
     srank_gradient: mean stable rank of the gradients.
-    srank_holds:    what holds would be for stable ranks.
+    srank_holds:    `holds`, computed with stable ranks instead of ranks.
     """
     found = attention_ranks(seen)
     out = {}
@@ -444,7 +452,7 @@ def _flat_ranks(seen: Pass) -> dict[str, float]:
     return out | {
         "4.10/rank_gradient": gradients.rank.max().item(),
         "4.10/holds": _share(gradients.rank <= states.rank, gradients.rank, states.rank),
-        "4.10/vacuous": _share(states.rank >= seen.H.shape[-1] - 1, states.rank),
+        "4.10/vacuous": _share(states.rank >= seen.attn_in.shape[-1] - 1, states.rank),
         "4.10/srank_gradient": gradients.srank.nanmean().item(),
         "4.10/srank_holds": _share(gradients.srank <= states.srank, gradients.srank, states.srank),
     }
@@ -468,7 +476,7 @@ def _flat_drift(matrices: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> 
         out[f"4.12/{name}"] = getattr(drift, name).nanmean().item()
     falls = drift.observed < 0
     return out | {
-        "4.12/grows": _share(drift.top > 0, drift.observed),
+        "4.12/grows": _share(drift.growth > 0, drift.observed),
         "4.12/falls": _share(falls, drift.observed),
         "4.12/agrees": _share((drift.predicted < 0) == falls, drift.observed),
     }

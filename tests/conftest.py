@@ -5,11 +5,14 @@ import multiprocessing.util
 import os
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import types
+from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -17,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+import engine.pool
 import mup
 from config import Config
 from model import GPT
@@ -97,23 +101,53 @@ def command(*args) -> list[str]:
 
 # importing PyTorch takes longer than most tests: each pytest worker has a server that imports it once and is forked
 FORKS = multiprocessing.get_context("forkserver")
+RUN = subprocess.run
 FORKS.set_forkserver_preload(["tests.conftest", "train", "analysis.figures"])
 
 
-def _as_script(words: list[str], cwd: str, env: dict[str, str], output: tuple[str, str]):
-    """Do in the forked process what `python words` does."""
-    for descriptor, path in zip((1, 2), output, strict=True):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
+def _as_script(words: list[str], cwd: str, env: dict[str, str], output: tuple[str | int, str | int]):
+    """Do in the forked process what `python words` does; output: files, or open descriptors, for stdout and stderr."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # not those of the script that forked this process
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    for descriptor, target in zip((1, 2), output, strict=True):
+        os.dup2(target if isinstance(target, int) else os.open(target, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
-    if ROOT not in Path(words[0]).parents:  # perhaps of a copy of the project, whose modules it brings along
+    if ROOT in Path(words[0]).parents:
+        engine.pool.subprocess = types.SimpleNamespace(Popen=Forked, STDOUT=subprocess.STDOUT)
+        subprocess.run = Forked.run if Path(words[0]).name == "evidence.py" else RUN
+    else:  # perhaps of a copy of the project, whose modules it brings along
         ours = {path.stem for path in ROOT.iterdir()}
         for name in [name for name in sys.modules if name.split(".")[0] in ours]:
             del sys.modules[name]
     sys.path.insert(0, str(Path(words[0]).parent))
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
+
+
+class Forked:
+    """What the scripts need of subprocess.Popen, by a fork: the new process need not import PyTorch again."""
+
+    def __init__(self, command: list[str], stdout=None, stderr=None, env=os.environ, pass_fds: Sequence[int] = ()):
+        assert command[0] == sys.executable
+        output = (stdout.fileno(), stdout.fileno()) if stderr == subprocess.STDOUT else (1, 2)
+        fork = multiprocessing.get_context("fork").Process
+        self.process = fork(target=_as_script, args=(command[1:], str(Path.cwd()), dict(env), output))
+        self.process.start()
+        self.terminate, self.kill, self.wait = self.process.terminate, self.process.kill, self.process.join
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    returncode = property(poll)
+
+    @classmethod
+    def run(cls, command: list[str]) -> subprocess.CompletedProcess:
+        sys.stdout.flush()
+        process = cls(command)
+        process.wait()
+        return subprocess.CompletedProcess(command, process.returncode)
 
 
 def start(*args, cwd=ROOT, output=(os.devnull, os.devnull), **env) -> multiprocessing.Process:

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from config import ROOT, Config, UserError, load_config
+from config import ROOT, UserError, load_config
+from engine import exchange
 from model import GPT, MLA, MoE, rotate
 from tests.conftest import noisy_model, small
 
@@ -19,99 +20,45 @@ def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("kernel", ["chunked", "math"])
-def test_nanogpt_is_transformers_gpt2(kernel):
-    model = noisy_model(attn_kernel=kernel)
-    cfg = model.cfg
-    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.d_model, n_layer=cfg.n_layer,
-        n_head=cfg.n_head, n_inner=cfg.d_ff, activation_function="gelu", layer_norm_epsilon=1e-5,
-        tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
-    )).eval()  # fmt: skip
-    zero = {n: torch.zeros_like(p) for n, p in gpt2.named_parameters() if n.endswith("bias")}
-    p = dict(model.named_parameters())
-    state = zero | {"transformer.wte.weight": p["tok_emb.weight"], "transformer.wpe.weight": p["pos_emb.weight"],
-                    "transformer.ln_f.weight": p["final_norm.weight"], "lm_head.weight": p["head.weight"]}  # fmt: skip
-    for i in range(cfg.n_layer):
-        a, b = f"blocks.{i}.", f"transformer.h.{i}."
-        state |= {f"{b}ln_1.weight": p[a + "attn_norm.weight"], f"{b}ln_2.weight": p[a + "mlp_norm.weight"],
-                  f"{b}attn.c_attn.weight": torch.cat([p[f"{a}attn.W_{w}.weight"] for w in "QKV"]).T,
-                  f"{b}attn.c_proj.weight": p[a + "attn.W_O.weight"].T,
-                  f"{b}mlp.c_fc.weight": p[a + "mlp.W_up.weight"].T,
-                  f"{b}mlp.c_proj.weight": p[a + "mlp.W_down.weight"].T}  # fmt: skip
-    assert not gpt2.load_state_dict(state, strict=False).missing_keys
+def same_logits(model, folder, architecture: str):
+    """Export the model, assert that transformers' model of this class has its logits, and return its outputs."""
+    exchange.export(model, "", folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert type(theirs).__name__ == architecture
     tokens = torch.randint(256, (3, 8), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        torch.testing.assert_close(model(tokens), gpt2(tokens).logits, rtol=1e-4, atol=1e-5)
+        out = theirs(tokens, output_router_logits=True) if model.cfg.n_experts else theirs(tokens)
+        torch.testing.assert_close(model(tokens), out.logits, rtol=1e-4, atol=1e-5)
+    return out
 
 
-def llama_arguments(cfg: Config) -> dict:
-    """The arguments of transformers' LlamaConfig that describe our model."""
-    return dict(
-        vocab_size=cfg.vocab_size, hidden_size=cfg.d_model, intermediate_size=cfg.d_ff, num_hidden_layers=cfg.n_layer,
-        num_attention_heads=cfg.n_head, num_key_value_heads=cfg.n_kv_head or cfg.n_head,
-        max_position_embeddings=cfg.block_size, rms_norm_eps=1e-5, rope_theta=cfg.rope_theta,
-        tie_word_embeddings=False, attention_bias=False, attn_implementation="eager",
-    )  # fmt: skip
-
-
-LLAMA = {  # {name in our model (or block): name in transformers'}
-    "tok_emb.weight": "model.embed_tokens.weight", "final_norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight",
-    "attn_norm.weight": "input_layernorm.weight", "mlp_norm.weight": "post_attention_layernorm.weight",
-    "attn.W_Q.weight": "self_attn.q_proj.weight", "attn.W_K.weight": "self_attn.k_proj.weight",
-    "attn.W_V.weight": "self_attn.v_proj.weight", "attn.W_O.weight": "self_attn.o_proj.weight",
-    "mlp.W_gate.weight": "mlp.gate_proj.weight", "mlp.W_up.weight": "mlp.up_proj.weight",
-    "mlp.W_down.weight": "mlp.down_proj.weight",
-}  # fmt: skip
-
-
-def renamed(model: GPT, names: dict[str, str]) -> dict:
-    """Our weights under the names of transformers."""
-    state = {}
-    for name, p in model.named_parameters():
-        layer, _, rest = name.removeprefix("blocks.").partition(".") if name.startswith("blocks.") else ("", "", name)
-        if rest in names:
-            state[f"model.layers.{layer}.{names[rest]}" if layer else names[rest]] = p.detach()
-    return state
+@pytest.mark.parametrize("kernel", ["chunked", "math"])
+def test_nanogpt_is_transformers_gpt2(kernel, tmp_path):
+    same_logits(noisy_model(attn_kernel=kernel), tmp_path / "out", "GPT2LMHeadModel")
 
 
 @pytest.mark.parametrize(
     "options", [{}, dict(n_head=4, n_kv_head=2, rope_theta=500.0), dict(attn_kernel="math", n_head=4, n_kv_head=1)]
 )
-def test_llama_is_transformers_llama(options):
-    model = noisy_model(**ROPE, **options)
-    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama_arguments(model.cfg))).eval()
-    llama.load_state_dict(renamed(model, LLAMA))
-    tokens = torch.randint(256, (3, 8), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        torch.testing.assert_close(model(tokens), llama(tokens).logits, rtol=1e-4, atol=1e-5)
+def test_llama_is_transformers_llama(options, tmp_path):
+    same_logits(noisy_model(**ROPE, **options), tmp_path / "out", "LlamaForCausalLM")
 
 
-def test_mixture_of_experts_is_transformers_mixtral():
+@pytest.mark.parametrize(
+    "options, architecture", [({}, "Qwen3ForCausalLM"), (dict(EXPERTS, n_kv_head=1), "Qwen3MoeForCausalLM")]
+)
+def test_llama_with_normed_queries_and_keys_is_transformers_qwen3(options, architecture, tmp_path):
+    same_logits(noisy_model(**ROPE, **options, qk_norm=True), tmp_path / "out", architecture)
+
+
+@pytest.mark.parametrize("n_layer", [1, 3])
+def test_mixture_of_experts_is_transformers_mixtral(n_layer, tmp_path):
     """Logits, and for a single layer the load-balancing loss; transformers takes this loss over all layers at once."""
-    for n_layer in (1, 3):
-        model = noisy_model(**ROPE, **EXPERTS, n_layer=n_layer)
-        cfg = model.cfg
-        mixtral = transformers.MixtralForCausalLM(transformers.MixtralConfig(
-            **llama_arguments(cfg), num_local_experts=cfg.n_experts, num_experts_per_tok=cfg.top_k, sliding_window=None,
-            output_router_logits=True,
-        )).eval()  # fmt: skip
-        state = renamed(model, LLAMA | {f"mlp.W_{w}.weight": "" for w in ("gate", "up", "down")})
-        state = {k: v for k, v in state.items() if not k.endswith(".")}
-        for i, block in enumerate(model.blocks):
-            at = f"model.layers.{i}.mlp."
-            gate_up = torch.cat([block.mlp.W_gate.weight, block.mlp.W_up.weight], 1)
-            state |= {at + "gate.weight": block.mlp.router.weight, at + "experts.down_proj": block.mlp.W_down.weight}
-            state[at + "experts.gate_up_proj"] = gate_up
-        mixtral.load_state_dict(state)
-        tokens = torch.randint(256, (3, 8), generator=torch.Generator().manual_seed(1))
-        with torch.no_grad():
-            theirs = mixtral(tokens)
-            torch.testing.assert_close(model(tokens), theirs.logits, rtol=1e-4, atol=1e-5)
-        if n_layer == 1:
-            balance = transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func(theirs.router_logits, 4, 2)
-            torch.testing.assert_close(model.blocks[0].mlp.balance, balance, rtol=1e-5, atol=0)
+    model = noisy_model(**ROPE, **EXPERTS, n_layer=n_layer)
+    theirs = same_logits(model, tmp_path / "out", "MixtralForCausalLM")
+    if n_layer == 1:
+        balance = transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func(theirs.router_logits, 4, 2)
+        torch.testing.assert_close(model.blocks[0].mlp.balance, balance, rtol=1e-5, atol=0)
 
 
 def one_token_at_a_time(moe: MoE, x):

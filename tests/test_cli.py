@@ -13,7 +13,8 @@ from tests.conftest import ROOT
 
 # what each needs to get as far as its options
 COMMANDS = {
-    "scripts.bench": [], "scripts.coord_check": [], "scripts.evidence": [], "scripts.faults": [],
+    "scripts.bench": [], "scripts.coord_check": [], "scripts.evidence": [], "scripts.export": ["runs/none", "out"],
+    "scripts.faults": [], "scripts.page": ["results/ramp/ramp-adamw-seed0"],
     "scripts.plan": ["configs/gpt_3b.py"], "scripts.plot": ["results/ramp/ramp-adamw-seed0"],
     "scripts.report": ["--check"], "scripts.reproduce": [], "scripts.sample": ["runs/none"], "scripts.soak": [],
     "scripts.sweep": ["configs/sweeps/table2_small.py"], "data.text": ["README.md", "--name=x"], "data.openwebtext": [],

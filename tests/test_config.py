@@ -43,7 +43,7 @@ def test_file_then_command_line(tmp_path):
         ("", ["--micro_batch=7"], "micro_batch = 7: must be a divisor of batch_size=480"),
         ("", ["--lr=-1"], "lr = -1.0: must be a number above 0"),
         ("", ["--name=../elsewhere"], "must be a single folder name"),
-        ("", ["--decay_coupling=independent"], "weight_decay = 0.1: must be a share lost per step"),
+        ("", ["--decay_coupling=independent"], "weight_decay = 0.1: must be below 0.01, such as 1e-4"),
         ("", ["--layers_every=30"], "layers_every = 30: must be a multiple of probe_every=50"),
         ("", ["--beta2=1"], "beta2 = 1.0"),
         ("", ["stray"], "overrides are written --field=value"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import msign
-from msign import MSign, apply_, restored_sign
+from msign import MSign, apply_, find, restored_sign
 from remedies.controls import MAPS, below, update_of
 from tests.test_msign import COLLAPSED, model_and_adamw, train_steps, with_spectrum
 
@@ -83,7 +83,7 @@ def test_update_of_a_configuration():
 
 def test_reset_starts_the_targets_moments_anew_and_no_others():
     model, base = model_and_adamw()
-    optimizer = MSign(base, model.named_parameters(), period=3, targets="W_V", reset=True)
+    optimizer = MSign(base, model, period=3, targets="W_V", reset=True)
     train_steps(model, optimizer, 3)
     for name, p in model.named_parameters():
         state = base.state[p]
@@ -101,5 +101,5 @@ def test_reset_starts_the_targets_moments_anew_and_no_others():
 
 def test_controls_serve_as_msigns_update():
     params = {"a.W_V": weights()[0].clone(), "b.W_V": weights()[2].clone()}
-    apply_(params, MAPS["clip"])
+    apply_(find(params.items()), MAPS["clip"])
     assert svdvals(params["a.W_V"])[0].item() == pytest.approx(S.square().sum().sqrt().item() / math.sqrt(48), rel=1e-4)

@@ -56,4 +56,4 @@ def test_a_run_with_another_bit_is_seen(place):
 
 
 def test_what_is_no_fault_is_refused():
-    refused("scripts/faults.py", "--only", "earthquake", says="only = 'earthquake': must be of kills_at_random")
+    refused("scripts/faults.py", "--only", "earthquake", says="only = 'earthquake': must be one of kills_at_random")

@@ -7,7 +7,7 @@ import torch
 import msign as room
 import mup
 from model import GPT
-from msign import MSign, apply_, msign, polar_steps, rank_cutoff, restored_sign, select
+from msign import MSign, apply_, find, msign, polar_steps, rank_cutoff, restored_sign
 from tests.conftest import small
 
 EPS32 = torch.finfo(torch.float32).eps
@@ -226,15 +226,15 @@ def test_infinite_period_is_bitwise_adamw():
     model, adamw = model_and_adamw()
     plain = train_steps(model, adamw, 7)
     model, adamw = model_and_adamw()
-    assert same(plain, train_steps(model, MSign(adamw, model.named_parameters(), math.inf), 7))
+    assert same(plain, train_steps(model, MSign(adamw, model, math.inf), 7))
     model, adamw = model_and_adamw()
-    assert not same(plain, train_steps(model, MSign(adamw, model.named_parameters(), 7), 7))
+    assert not same(plain, train_steps(model, MSign(adamw, model, 7), 7))
 
 
 def test_applied_at_every_pth_step_counted_from_one():
     model, adamw = model_and_adamw()
     calls = []
-    optimizer = MSign(adamw, model.named_parameters(), 3, update=lambda W: calls.append(optimizer.steps) or W)
+    optimizer = MSign(adamw, model, 3, update=lambda W: calls.append(optimizer.steps) or W)
     train_steps(model, optimizer, 10)
     assert sorted(set(calls)) == [3, 6, 9]
 
@@ -243,7 +243,7 @@ def test_application_is_algorithm_1_and_leaves_the_rest_alone():
     model, adamw = model_and_adamw()
     train_steps(model, adamw, 3)
     twin, twin_adamw = model_and_adamw()
-    train_steps(twin, MSign(twin_adamw, twin.named_parameters(), 3), 3)
+    train_steps(twin, MSign(twin_adamw, twin, 3), 3)
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         if any(w in name for w in ("W_Q", "W_K", "W_V", "W_O")):
             sign = oracle(p.detach())
@@ -257,27 +257,27 @@ def test_application_is_algorithm_1_and_leaves_the_rest_alone():
 
 def test_targets():
     model = GPT(small())
-    named = list(model.named_parameters())
-    assert {n.split(".")[3] for n in select(named, "attention")} == {"W_Q", "W_K", "W_V", "W_O"}
-    assert {n.split(".")[3] for n in select(named, "mlp")} == {"W_up", "W_down"}
-    assert len(select(named, "blocks")) == 2 * 6
-    assert list(select(named, "W_V,blocks.1.attn.W_O.weight")) == [
+    assert {n.split(".")[3] for n in find(model, "attention")} == {"W_Q", "W_K", "W_V", "W_O"}
+    assert {n.split(".")[3] for n in find(model, "mlp")} == {"W_up", "W_down"}
+    assert len(find(model, "blocks")) == 2 * 6
+    assert list(find(model, "W_V,blocks.1.attn.W_O.weight")) == [
         "blocks.0.attn.W_V.weight", "blocks.1.attn.W_V.weight", "blocks.1.attn.W_O.weight",
     ]  # fmt: skip
-    assert all(p.ndim == 2 for p in select(named, "blocks.*").values())
+    assert all(t.parameter.ndim == 2 for t in find(model, "blocks.*").values())
     with pytest.raises(ValueError, match="'W_X' matches no matrix"):
-        select(named, "attention,W_X")
+        find(model, "attention,W_X")
 
 
 def test_nonfinite_weight_is_named_and_nothing_changes():
     model = GPT(small())
     with torch.no_grad():
         model.blocks[1].attn.W_V.weight[2, 3] = math.nan
-    params = select(model.named_parameters(), "attention")
-    before = [p.detach().clone() for p in params.values()]
+    targets = find(model)
+    before = [t.parameter.detach().clone() for t in targets.values()]
     with pytest.raises(ValueError, match=r"blocks\.1\.attn\.W_V\.weight holds a value that is not finite"):
-        apply_(params)
-    assert all(torch.equal(p.nan_to_num(7.0), b.nan_to_num(7.0)) for p, b in zip(params.values(), before, strict=True))
+        apply_(targets)
+    now = [t.parameter.nan_to_num(7.0) for t in targets.values()]
+    assert all(torch.equal(p, b.nan_to_num(7.0)) for p, b in zip(now, before, strict=True))
 
 
 def test_stacks_are_split_without_changing_the_result(monkeypatch):
@@ -285,20 +285,20 @@ def test_stacks_are_split_without_changing_the_result(monkeypatch):
     params = {f"w{i}": torch.randn(8, 8, generator=g) for i in range(7)}
     want = {name: restored_sign(W) for name, W in params.items()}
     monkeypatch.setattr("msign.STACK_ELEMENTS", 3 * 64)
-    apply_(params)
+    apply_(find(params.items(), "*"))
     for name, W in params.items():
         torch.testing.assert_close(W, want[name])
 
 
 def test_state_dict_resumes_bitwise():
     model, adamw = model_and_adamw()
-    optimizer = MSign(adamw, model.named_parameters(), 3)
+    optimizer = MSign(adamw, model, 3)
     train_steps(model, optimizer, 4)
     state, weights = copy.deepcopy((optimizer.state_dict(), model.state_dict()))
     straight = train_steps(model, optimizer, 2)  # applies at step 6
     other, other_adamw = model_and_adamw(seed=5)
     other.load_state_dict(weights)
-    resumed = MSign(other_adamw, other.named_parameters(), 3)
+    resumed = MSign(other_adamw, other, 3)
     resumed.load_state_dict(state)
     assert resumed.steps == 4
     assert same(straight, train_steps(other, resumed, 2))
@@ -308,7 +308,7 @@ def test_state_dict_resumes_bitwise():
 
 def test_schedulers_closures_hooks_and_groups_keep_working():
     model, adamw = model_and_adamw()
-    optimizer = MSign(adamw, model.named_parameters(), 2)
+    optimizer = MSign(adamw, model, 2)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
     peak = optimizer.param_groups[0]["lr"]
     train_steps(model, optimizer, 2, scheduler)
@@ -330,12 +330,12 @@ def test_schedulers_closures_hooks_and_groups_keep_working():
     assert adamw.param_groups[-1]["params"] == [extra]
     for bad in (dict(period=0), dict(backend="qr"), dict(targets="nothing")):
         with pytest.raises(ValueError, match=r"period|backend|nothing"):
-            MSign(adamw, model.named_parameters(), **bad)
+            MSign(adamw, model, **bad)
 
 
 def test_gradient_scaler_skips_the_step_and_the_count():
     model, adamw = model_and_adamw()
-    optimizer = MSign(adamw, model.named_parameters(), 1)
+    optimizer = MSign(adamw, model, 1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     before = [p.detach().clone() for p in model.parameters()]
     x = torch.randint(256, (4, 9))
@@ -352,6 +352,6 @@ def test_gradient_scaler_skips_the_step_and_the_count():
 
 def test_any_update_can_take_the_signs_place():
     model, adamw = model_and_adamw()
-    train_steps(model, MSign(adamw, model.named_parameters(), 1, update=torch.zeros_like), 3)
-    assert all(not p.any() for p in select(model.named_parameters(), "attention").values())
-    assert all(p.any() for p in select(model.named_parameters(), "mlp").values())
+    train_steps(model, MSign(adamw, model, 1, update=torch.zeros_like), 3)
+    assert all(not t.parameter.any() for t in find(model).values())
+    assert all(t.parameter.any() for t in find(model, "mlp").values())

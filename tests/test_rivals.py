@@ -104,7 +104,7 @@ def test_zclip_sees_the_whole_gradient_and_clips_what_stands_out(config_file, tm
 
 def test_msign_works_on_top_of_several_optimizers():
     model, base = model_and("muon")
-    optimizer = MSign(base, model.named_parameters(), period=1, targets="W_V")
+    optimizer = MSign(base, model, period=1, targets="W_V")
     model(torch.arange(8)[None], torch.arange(8)[None]).backward()
     optimizer.step()
     s = torch.linalg.svdvals(model.blocks[0].attn.W_V.weight)

@@ -39,7 +39,7 @@ def made_up(folder, losses, grad=1.0, spikes=(), seed=0, probes=None, **config):
 
 def logged_theory():
     """What train.py logs of the theorems, of a small model with three blocks."""
-    return {f"theory/{name}": value for name, value in theory.flat(*a_model()).items()}
+    return {f"theory/{name}": value for name, value in theory.all_theorems(*a_model()).items()}
 
 
 @pytest.fixture

@@ -106,6 +106,8 @@ def test_runs_what_is_missing_resumes_what_was_cut_skips_what_is_done(grid, tmp_
 def test_a_point_that_fails_is_told_and_the_others_go_on(grid, tmp_path):
     (tmp_path / "runs" / "grid" / NAMES[1]).mkdir(parents=True)
     (tmp_path / "runs" / "grid" / NAMES[1] / "metrics.jsonl").write_text("not ours\n")
+    said = run("scripts/sweep.py", grid, f"--record={tmp_path}/recorded", "--dry_run")
+    assert said.returncode == 0 and "none of 6 points is done" in said.stdout, said.stderr
     done = run("scripts/sweep.py", grid, "--msign_period=0")
     assert done.returncode == 1, done.stderr
     assert f"{NAMES[1]}: exit code 2" in done.stdout

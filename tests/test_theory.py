@@ -216,10 +216,10 @@ def test_theorem_4_8_against_dense_jacobians():
     with sdpa_kernel(SDPBackend.MATH):
         J = [
             torch.autograd.functional.jacobian(lambda z, b=b: b(z[None])[0], h).reshape(128, 128)
-            for b, h in zip(model.blocks, seen.h[:, 0], strict=True)
+            for b, h in zip(model.blocks, seen.stream[:, 0], strict=True)
         ]
     U, S, Vh = torch.linalg.svd(torch.stack(J).double())
-    grad = seen.dh[-1, 0].flatten().double()
+    grad = seen.stream_grad[-1, 0].flatten().double()
     met = torch.stack([Vh[1, 0], Vh[2, 0], grad / grad.norm()])
     links = (U[:, :, 0] * met).sum(-1).abs()
     local = []
@@ -305,7 +305,7 @@ def test_theorem_4_12_condition_is_sufficient():
         assert got.observed < 0
         assert got.observed == pytest.approx(got.predicted.item(), rel=0.05)
         assert got.positive == (rates > 0).double().mean()
-        assert got.top == pytest.approx(got.eta.item(), rel=1e-6)
+        assert got.growth == pytest.approx(got.eta.item(), rel=1e-6)
 
 
 def test_theorem_4_12_condition_is_not_necessary():
@@ -340,17 +340,17 @@ def test_observe_is_one_backward_pass_and_changes_nothing():
     torch.manual_seed(3)
     state = torch.get_rng_state()
     seen = theory.observe(model, x, y)
-    theory.flat(model, x, y)
+    theory.all_theorems(model, x, y)
     assert torch.equal(state, torch.get_rng_state())
     assert all(p.grad is None and torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert not any(module._forward_hooks for module in model.modules())
     model(x, y).backward()
     for name, G in seen.grads.items():
         torch.testing.assert_close(G, dict(model.blocks.named_parameters())[name].grad)
-    torch.testing.assert_close(seen.h[0], model.embed(x))
-    torch.testing.assert_close(seen.h[1], model.blocks[0](seen.h[0]))
-    torch.testing.assert_close(seen.H[1], model.blocks[1].attn_norm(seen.h[1]))
-    G = seen.dh[-1].mT @ seen.act[-1]  # per sequence; the batch's gradient is their mean
+    torch.testing.assert_close(seen.stream[0], model.embed(x))
+    torch.testing.assert_close(seen.stream[1], model.blocks[0](seen.stream[0]))
+    torch.testing.assert_close(seen.attn_in[1], model.blocks[1].attn_norm(seen.stream[1]))
+    G = seen.stream_grad[-1].mT @ seen.act[-1]  # per sequence; the batch's gradient is their mean
     torch.testing.assert_close(G.mean(0), seen.grads["2.mlp.W_down.weight"])
     with pytest.raises(TypeError, match="OptimizedModule"):
         theory.observe(torch.compile(model), x, y)
@@ -358,7 +358,7 @@ def test_observe_is_one_backward_pass_and_changes_nothing():
 
 def test_flat():
     model, x, y = a_model()
-    out = theory.flat(model, x, y)
+    out = theory.all_theorems(model, x, y)
     assert all(math.isfinite(value) for value in out.values())
     assert all(out[f"{theorem}/holds"] == 1 for theorem in ("4.5", "4.6", "4.8", "4.9", "4.10"))
     assert out["4.4/error"] < 1e-12
@@ -374,7 +374,7 @@ def test_flat_at_initialisation_where_w_q_is_zero():
     model = GPT(cfg)
     mup.init_weights(model, cfg)
     tokens = torch.randint(256, (2, 9), generator=torch.Generator().manual_seed(0))
-    out = theory.flat(model, tokens[:, :-1], tokens[:, 1:])
+    out = theory.all_theorems(model, tokens[:, :-1], tokens[:, 1:])
     assert all(math.isfinite(value) for value in out.values())
     assert out["4.5/gamma/0"] == 0
     seen = theory.observe(model, tokens[:, :-1], tokens[:, 1:])
@@ -385,10 +385,10 @@ def test_flat_at_initialisation_where_w_q_is_zero():
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_flat_with_a_weight_that_is_not_finite(value):
     model, x, y = a_model()
-    before = theory.flat(model, x, y)
+    before = theory.all_theorems(model, x, y)
     with torch.no_grad():
         model.blocks[1].mlp.W_up.weight[0, 0] = value
-    out = theory.flat(model, x, y)
+    out = theory.all_theorems(model, x, y)
     assert out.keys() == before.keys()
     for theorem, measured in (("4.5", 2), ("4.6", 1)):  # blocks that still have a finite input and finite weights
         for i in range(3):

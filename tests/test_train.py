@@ -18,9 +18,10 @@ import torch
 
 import mup
 import train
-from config import load_config
+from config import UserError, load_config
 from data.reader import TokenFiles
 from engine import checkpoint
+from engine.signals import Signals
 from model import GPT
 from tests.conftest import ROOT, command, refused, run, small, start
 
@@ -101,6 +102,15 @@ def test_a_run_leaves_its_whole_record(in_process):
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["status"], summary["steps"], summary["collapse"]) == ("finished", 20, None)
     assert [p.name for p in folder.glob("ckpt*")] == ["ckpt_0000020.pt"]
+
+
+def test_a_gradient_norm_of_zero_is_no_infinity(in_process, corpus):
+    """With one token in the vocabulary the loss is 0 whatever the weights."""
+    for path in corpus.glob("*.bin"):
+        np.zeros(1000, np.uint16).tofile(path)
+    _, folder = in_process("--vocab_size=1", "--max_steps=2", "--probe_every=0")
+    assert [line["grad_norm"] for line in lines(folder)] == [0, 0]
+    assert json.loads((folder / "summary.json").read_text())["max_grad_norm"] == 0
 
 
 def lines(folder):
@@ -358,6 +368,16 @@ def test_killed_at_any_moment_and_resumed_is_bitwise_the_same(config_file, tmp_p
     assert_same_state(final_state(whole), final_state(folder))
 
 
+def test_a_signal_of_the_other_kind_changes_nothing_and_a_second_of_one_kind_kills():
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with Signals() as signals:
+        signal.raise_signal(signal.SIGINT)
+        assert signals.received == signal.SIGINT and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+        signal.raise_signal(signal.SIGTERM)  # as a pool sends it after Ctrl-C
+        assert signals.received == signal.SIGINT and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_save_first(config_file, tmp_path, number):
     arguments = [config_file, "--max_steps=5000", "--ckpt_every=0", "--eval_every=0"]
@@ -373,6 +393,15 @@ def test_signals_save_first(config_file, tmp_path, number):
     assert final_state(tmp_path / "runs" / "small")["step"] == last
     events = (tmp_path / "runs" / "small" / "events.jsonl").read_text()
     assert signal.Signals(number).name in events
+
+
+def test_a_resumed_run_keeps_its_validation_set(in_process):
+    _, whole = in_process("--max_steps=6")
+    _, split = in_process("--max_steps=6", "--name=split", "--micro_batch=2", "--eval_batches=4")
+    assert lines(split)[-1]["val/loss"] == pytest.approx(lines(whole)[-1]["val/loss"], rel=1e-5)
+    with pytest.raises(UserError, match=r"eval_batches · micro_batch = 4: the run .* was started with 8"):
+        in_process("--max_steps=6", "--resume", "--micro_batch=2")
+    assert in_process("--max_steps=6", "--resume", "--micro_batch=2", "--eval_batches=4")[0] == 0
 
 
 def test_bad_input(config_file, corpus, tmp_path):

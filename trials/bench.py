@@ -123,7 +123,10 @@ def ratios(times: list[float], to: list[float]) -> list[float]:
 
 
 def best_ratio(times: dict[str, list[float]], of: str, prefix: str) -> float:
-    """Median over rounds of the time of the fastest contender whose name begins with prefix, over the time of `of`."""
+    """How many times as long as `of` the fastest contender takes whose name begins with `prefix`.
+
+    It is the median over rounds.
+    """
     rivals = [name for name in times if name.startswith(prefix)]
     best = min(rivals, key=lambda name: statistics.median(times[name]))
     return statistics.median(ratios(times[best], times[of]))
@@ -180,7 +183,7 @@ class Step:
             update = time.perf_counter() - between
         return (between - began) * self.cfg.batch_size / self.cfg.micro_batch + update
 
-    def second(self) -> float:
+    def warm(self) -> float:
         """Seconds a step, from the second of two micro-batches.
 
         The first one also allocates memory that the contender before it returned to the system. That time depends on
@@ -289,16 +292,24 @@ def race_signs(W: Tensor, rounds: int) -> tuple[dict[str, list[float]], dict[str
     return alternate(work, rounds, 1), found
 
 
-def application(params: dict[str, Tensor], done: Callable = lambda: None, **how) -> Callable[[], float]:
-    """A clock of one application of MSign. It restores the weights first, since a sign's own sign is found sooner."""
-    before = {name: p.detach().clone() for name, p in params.items()}
+def application(weights, done: Callable = lambda: None, **how) -> Callable[[], float]:
+    """A clock of one application of MSign to the blocks of a model, or of named parameters.
+
+    Before each, the weights are restored: a matrix that is a sign already takes less time.
+    """
+    targets = msign.find(weights, "blocks")
+    before = [(t.parameter, t.parameter.detach().clone()) for t in targets.values()]
+
+    def apply():
+        msign.apply_(targets, **how)
+        done()
 
     def clock() -> float:
         with torch.no_grad():
-            for name, p in params.items():
-                p.copy_(before[name])
+            for p, value in before:
+                p.copy_(value)
         done()
-        return timed(lambda: (msign.apply_(params, **how), done()))()
+        return timed(apply)()
 
     return clock
 
@@ -317,9 +328,9 @@ def sharing(rank: int, ranks: int, shapes: dict, rounds: int, folder: str):
         return timed(distributed.barrier)()
 
     work = {
-        "alone": application(whole, distributed.barrier) if rank == 0 else wait,
-        "replicated (DDP)": application(whole, distributed.barrier, group=distributed.group.WORLD),
-        "sharded by rows (FSDP2)": application(rows, distributed.barrier),
+        "alone": application(whole.items(), distributed.barrier) if rank == 0 else wait,
+        "replicated (DDP)": application(whole.items(), distributed.barrier, group=distributed.group.WORLD),
+        "sharded by rows (FSDP2)": application(rows.items(), distributed.barrier),
     }
     times = alternate(work, rounds, 1)
     if rank == 0:
@@ -401,7 +412,7 @@ class Bench:
 
     def race(self, section: str, contenders: dict[str, Step], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
         """Time contenders and add a row for each. The first is ours; a ratio is another's time over ours."""
-        times = alternate({name: step.second for name, step in contenders.items()}, rounds, warm_up)
+        times = alternate({name: step.warm for name, step in contenders.items()}, rounds, warm_up)
         first = next(iter(times))
         for name, seconds in times.items():
             tokens = contenders[name].cfg.tokens_per_step / statistics.median(seconds)
@@ -416,7 +427,9 @@ class Bench:
         with threads(1):
             self.stress_steps()
         self.large_steps()
-        self.report.target("peak memory, NanoGPT-5M step", peak_memory(), 3, 1.5, " GiB", smaller_is_better=True)
+        self.report.target(
+            "peak memory, NanoGPT-5M step", peak_memory(), must=3, aim=1.5, unit=" GiB", smaller_is_better=True
+        )
 
     def nano_steps(self):
         cfg = self.nano
@@ -426,7 +439,7 @@ class Bench:
         if self.nanogpt:
             for how, name in (("", "ours"), (" in bf16", "ours, bf16")):
                 ratio = best_ratio(times, name, "nanoGPT")
-                self.report.target(f"NanoGPT-5M step{how} against nanoGPT's best", ratio, 3, 6, " ×")
+                self.report.target(f"NanoGPT-5M step{how} against nanoGPT's best", ratio, must=3, aim=6, unit=" ×")
 
     def stress_steps(self):
         cfg = self.stress
@@ -434,7 +447,9 @@ class Bench:
         if not self.quick:
             contenders |= {"ours, compiled whole": ours(replace(cfg, compile="whole"))} | without(cfg)
         times = self.race("Stress test, a step of 512 bytes, one thread", contenders, self.many)
-        self.report.target("stress-test step against plain eager", best_ratio(times, "ours", "plain"), 2, 4, " ×")
+        self.report.target(
+            "stress-test step against plain eager", best_ratio(times, "ours", "plain"), must=2, aim=4, unit=" ×"
+        )
 
     def large_steps(self):
         cfg = self.large
@@ -447,8 +462,8 @@ class Bench:
         self.report.row(section, implementation=said)
         if self.nanogpt:
             ratio = best_ratio(times, "ours", "nanoGPT")
-            self.report.target("GPT-124M step against nanoGPT's best", ratio, 2, 2, " ×")
-        self.report.target("GPT-124M, share of the bf16 product's rate", share, 30, 50, " %")
+            self.report.target("GPT-124M step against nanoGPT's best", ratio, must=2, aim=2, unit=" ×")
+        self.report.target("GPT-124M, share of the bf16 product's rate", share, must=30, aim=50, unit=" %")
 
     def measure_signs(self):
         """The default backend against batched torch.linalg.svd."""
@@ -466,8 +481,10 @@ class Bench:
                 })  # fmt: skip
                 (large if min(shape[1:]) >= 512 else small).append(statistics.median(longer))
         if large:
-            self.report.target("matrix sign against svd, shapes from 512 on, slowest", min(large), 2, 5, " ×")
-        self.report.target("matrix sign against svd, smaller shapes, slowest", min(small), 1, 5, " ×")
+            self.report.target(
+                "matrix sign against svd, shapes from 512 on, slowest", min(large), must=2, aim=5, unit=" ×"
+            )
+        self.report.target("matrix sign against svd, smaller shapes, slowest", min(small), must=1, aim=5, unit=" ×")
 
     def measure_msign(self):
         """The time of one application of MSign (to all its targets) over that of a step, and its share of training."""
@@ -479,15 +496,15 @@ class Bench:
             self.overhead("GPT-124M", ours(self.large), 3, 0.5)
 
     def overhead(self, name: str, step: Step, rounds: int, must: float):
-        params = msign.select(step.model.named_parameters(), "blocks")
-        times = alternate({"step": step, "msign": application(params)}, rounds)
+        times = alternate({"step": step, "msign": application(step.model)}, rounds)
         steps = ratios(times["msign"], times["step"])
         share = 100 * statistics.median(steps) / PERIOD
+        count = len(msign.find(step.model, "blocks"))
         self.report.row(f"MSign on all block matrices, every {PERIOD} steps, against AdamW alone", **{
-            "model": name, "matrices": len(params), "ms": ms(times["msign"]), "step, ms": ms(times["step"], 0),
+            "model": name, "matrices": count, "ms": ms(times["msign"]), "step, ms": ms(times["step"], 0),
             "r, steps an application": spread(steps, 4), "share of training": f"{share:.4f} %",
         })  # fmt: skip
-        self.report.target(f"MSign, {name}", share, must, 0.1, " %", smaller_is_better=True)
+        self.report.target(f"MSign, {name}", share, must=must, aim=0.1, unit=" %", smaller_is_better=True)
 
     def measure_experts(self):
         """A mixture of experts against a dense MLP of the same FLOPs a token, forward and backward."""
@@ -508,13 +525,13 @@ class Bench:
             "tokens": cfg.micro_batch * cfg.block_size, "dense, ms": ms(times["dense"]),
             "experts, ms": ms(times["experts"]), "speed of the experts": spread(speed),
         })  # fmt: skip
-        self.report.target("experts against a dense MLP, speed", statistics.median(speed), 0.5, 1, " ×")
+        self.report.target("experts against a dense MLP, speed", statistics.median(speed), must=0.5, aim=1, unit=" ×")
 
     def measure_ranks(self, ranks: int = 2):
         """MSign by one process against MSign by `ranks`, each with one thread, for a model of LLaMA-1B's depth."""
         cfg = config("llama_1b_adamw", name="LLaMA-1B", d_model=512, n_head=4, d_ff=1360)
-        params = msign.select(budget.on_meta(cfg).named_parameters(), "blocks")
-        shapes = {name: tuple(p.shape) for name, p in params.items()}
+        found = msign.find(budget.on_meta(cfg), "blocks")
+        shapes = {name: tuple(target.parameter.shape) for name, target in found.items()}
         with tempfile.TemporaryDirectory() as folder:
             torch.multiprocessing.spawn(sharing, (ranks, shapes, self.few, folder), ranks)
             times = json.loads(Path(folder, "times.json").read_text())
@@ -527,7 +544,7 @@ class Bench:
                 f"{ranks} processes, s": f"{statistics.median(seconds):.2f}", "ratio": spread(shares),
             })  # fmt: skip
         what = f"MSign, time of {ranks} processes over one's"
-        self.report.target(what, max(medians), 0.65, 0.5, " ×", smaller_is_better=True)
+        self.report.target(what, max(medians), must=0.65, aim=0.5, unit=" ×", smaller_is_better=True)
 
     def measure_instruments(self):
         """The time of everything that train.py measures by default over that of a step, for two models."""
@@ -559,13 +576,15 @@ class Bench:
             cells = {"what": name, "ms": ms(times[name]), "steps": spread(steps), "every": every}
             self.report.row(section, **cells, **{"share of training": f"{share:.3f} %"})
         self.report.row(section, what="all", **{"share of training": f"{together:.3f} %"})
-        self.report.target(f"all instruments, {cfg.name}", together, 3, 1, " %", smaller_is_better=True)
+        self.report.target(f"all instruments, {cfg.name}", together, must=3, aim=1, unit=" %", smaller_is_better=True)
 
     def measure_reproduce(self):
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, ROOT / "scripts" / "reproduce.py", f"--runs_dir={folder}"]
             seconds = timed(lambda: subprocess.run(command, check=True, capture_output=True))()
-        self.report.target("make reproduce, after set-up", seconds / 60, 5, 2, " min", smaller_is_better=True)
+        self.report.target(
+            "make reproduce, after set-up", seconds / 60, must=5, aim=2, unit=" min", smaller_is_better=True
+        )
 
 
 def norms(model: GPT, tokens: Tensor) -> float:

@@ -1,8 +1,9 @@
 """Inject faults into training runs and check how each run ends.
 
 Every fault is a generator. For each injection it yields None if all went as expected, or else a line that says what
-did not. Expected are three things: at most one line of error; no step lost before the last checkpoint; a resumed run
-that ends bit for bit like a run without a fault. A *victim* is a run that carries a fault inside.
+did not. A run must print at most one line of error and keep every step up to its last checkpoint. Resumed, it must end
+bit for bit like a run without a fault. Where a fault has another rule, its function says so. A *victim* is a run that
+carries a fault inside.
 """
 
 import contextlib
@@ -47,8 +48,9 @@ class Deadly:
         self.calls += 1
         due = self.calls == self.nth
         if due and self.moment == "half":
-            args[1].write(b"PK" + bytes(10_000))
-            args[1].flush()
+            file = args[1]  # of torch.save(object, file)
+            file.write(b"PK" + bytes(10_000))
+            file.flush()
         if due and self.moment != "after":
             os.kill(os.getpid(), signal.SIGKILL)
         result = self.function(*args, **kwargs)
@@ -102,7 +104,7 @@ def until_finished(place: Place, name: str, start: Callable, kill: Callable, ref
 
 
 class Kills:
-    """SIGKILL at random moments, `count` in all: of a run of one process, or of one rank of a run of several."""
+    """Kills a run `count` times at random moments; of several processes, one rank is killed."""
 
     def __init__(self, place: Place, count: int, processes: int, seed: int):
         self.place, self.left, self.processes = place, count, processes
@@ -114,8 +116,8 @@ class Kills:
         wait_until(lambda: self.place.steps(name) not in (0, before), process)
         time.sleep(self.rng.exponential(0.1))
         ranks = children(process) if self.processes > 1 else []
-        alive = process.poll() is None and len(ranks) == (self.processes if self.processes > 1 else 0)
-        if not alive or not self.left:
+        started = self.processes == 1 or len(ranks) == self.processes
+        if process.poll() is not None or not started or not self.left:
             return False
         if ranks:
             ranks[self.rng.integers(len(ranks))].kill()
@@ -155,6 +157,7 @@ def kills_in_checkpoints(place: Place, count: int) -> Outcome:
 
 
 def hung_rank(place: Place, count: int) -> Outcome:
+    """Suspend one of two ranks. The other must end with an error instead of waiting for ever."""
     for i in range(count):
         name = f"hung{i}"
         process = place.start(f"--name={name}", "--max_steps=1000000", victim=("impatient", 0), processes=2)
@@ -173,7 +176,10 @@ def hung_rank(place: Place, count: int) -> Outcome:
 
 # --- damaged and foreign files ---
 def unfinished(place: Place, name: str) -> Path:
-    """Copy the reference run as `name`, without its summary, so that it can be resumed; its last checkpoint's path."""
+    """Copy the reference run as `name`, without its summary, so that it can be resumed.
+
+    Returns the path of its last checkpoint.
+    """
     shutil.copytree(place.of("whole"), place.of(name))
     (place.of(name) / "summary.json").unlink()
     record = json.loads((place.of(name) / "record.json").read_text())
@@ -238,7 +244,7 @@ def damaged_data(place: Place, count: int) -> Outcome:
     rng, path = np.random.default_rng(3), place.corpus / "train.bin"
     good, other = path.read_bytes(), (place.corpus / "val.bin").read_bytes()
     damages = {
-        "changed": lambda: flipped(good, rng, every=2),
+        "changed": lambda: flipped(good, rng, every=2),  # the low byte, so that the token stays in the vocabulary
         "cut": lambda: good[: rng.integers(100, len(good) // 2) * 2],
         "swapped": lambda: other,
         "odd": lambda: good[:-1],
@@ -331,7 +337,7 @@ class Planted:
     def __init__(self, where: str, name: str, value: float, names: list[str], at: int):
         self.where, self.name, self.value, self.names, self.at = where, name, value, names, at
         self.step, self.params = 0, {}
-        self.originals = torch.optim.AdamW.step, parallel.clip_, GPT.forward
+        self.plain_step, self.plain_clip, self.plain_forward = torch.optim.AdamW.step, parallel.clip_, GPT.forward
 
     def __enter__(self):
         def optimizer_step(optimizer, closure=None):
@@ -343,7 +349,7 @@ class Planted:
         torch.optim.AdamW.step, parallel.clip_, GPT.forward = optimizer_step, self.clip, forward
 
     def __exit__(self, *_):
-        torch.optim.AdamW.step, parallel.clip_, GPT.forward = self.originals
+        torch.optim.AdamW.step, parallel.clip_, GPT.forward = self.plain_step, self.plain_clip, self.plain_forward
 
     def due(self, *places: str) -> bool:
         return self.step == self.at and self.where in places
@@ -356,12 +362,12 @@ class Planted:
         self.params.update(zip(self.names, parameters, strict=True))
         if self.due("gradient"):
             self.plant(self.params[self.name].grad)
-        return self.originals[1](parameters, limit)
+        return self.plain_clip(parameters, limit)
 
     def optimizer_step(self, optimizer, closure):
         if self.due("clipped gradient"):
             self.plant(self.params[self.name].grad)
-        result = self.originals[0](optimizer, closure)
+        result = self.plain_step(optimizer, closure)
         if self.due("weight"):
             self.plant(self.params[self.name].data)
         if self.due("exp_avg", "exp_avg_sq"):
@@ -369,12 +375,15 @@ class Planted:
         return result
 
     def forward(self, model, tokens, targets):
-        out = self.originals[2](model, tokens, targets)
+        out = self.plain_forward(model, tokens, targets)
         return out * self.value if self.due("loss") and targets is not None else out
 
 
 def planted_values(place: Place, count: int) -> Outcome:
-    """Plant NaN or infinity in runs of 40 steps, at step 31 or at step 32, where a checkpoint is due."""
+    """Plant NaN or infinity in runs of 40 steps, at step 31 or at step 32, where a checkpoint is due.
+
+    The run must stop, say so in its summary, and have no such value in its last checkpoint.
+    """
     with torch.device("meta"):
         names = [name for name, _ in GPT(load_config([str(place.config)])).named_parameters()]
     tensors_of = ("weight", "gradient", "clipped gradient", "exp_avg", "exp_avg_sq")
@@ -426,8 +435,9 @@ def inject(names: list[str], quick: bool, place: Place) -> tuple[pd.DataFrame, l
     rows, exceptions = [], []
     torch.set_num_threads(1)
     for name in names:
-        title, often, seldom = FAULTS[NAMES[name]]
-        outcomes = list(NAMES[name](place, count)) if (count := seldom if quick else often) else []
+        title, full_count, quick_count = FAULTS[NAMES[name]]
+        count = quick_count if quick else full_count
+        outcomes = list(NAMES[name](place, count)) if count else []
         wrong = [outcome for outcome in outcomes if outcome]
         rows.append({"fault": title, "times": len(outcomes), "as expected": len(outcomes) - len(wrong)})
         exceptions += [f"{title}: {text}" for text in wrong]

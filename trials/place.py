@@ -35,6 +35,7 @@ class Place:
         self.corpus.mkdir()
         rng = np.random.default_rng(0)
         for split, count in (("train", 5000), ("val", 1000)):
+            # each token is the last plus 0 to 3, so that there is something to learn
             (np.cumsum(rng.integers(0, 4, count)) % 256).astype(np.uint16).tofile(self.corpus / f"{split}.bin")
         self.config.write_text(f"{CONFIG}dataset = {str(self.corpus)!r}\nruns_dir = {str(self.runs)!r}\n")
         if self.here("--name=whole"):
@@ -52,7 +53,11 @@ class Place:
     def start(
         self, *overrides: str, victim: tuple = (), processes: int = 1, first: Callable | None = None, **environment
     ) -> subprocess.Popen:
-        """Start train.py in new processes. victim: arguments of `plan_victim`; first: called before it."""
+        """Start train.py in new processes.
+
+        victim: arguments of `plan_victim`. first: a function that the new process calls before it becomes train.py or,
+        with several processes, torchrun.
+        """
         script = "scripts/faults.py" if victim else "train.py"
         program = [str(ROOT / script), *(["--victim", *map(str, victim)] if victim else [])]
         if processes > 1:
@@ -83,7 +88,7 @@ class Place:
         return checkpoint.step_of(found[-1]) if found else None
 
     def differs(self, name: str, reference: str = "whole") -> str | None:
-        """How a finished run differs first from `reference`, in metrics, weights or moments; None if it does not."""
+        """The first difference of a finished run from `reference`, in metrics, weights or moments; None without one."""
         lines = [(self.of(run) / "metrics.jsonl").read_text().split("\n") for run in (reference, name)]
         if lines[0] != lines[1]:
             same = [one == other for one, other in zip(*lines, strict=False)]

@@ -2,14 +2,14 @@
 # stable rank that falls before the gradient norm rises?
 #
 # The protocol was written before the runs. AdamW, constant rates after 300 steps of warm-up, 6000 steps, one seed, the
-# paper's β₂ = 0.95 unless an arm says otherwise. First only the rate changes, then one other thing at a time at twice
-# the paper's rate. An arm counts if its loss rises or is no longer finite (rules 1 and 2 of collapse.py) after the
-# first third of the run, and if no gradient norm in that third is ten times the run's median. An arm that counts is
-# repeated with more seeds, and with MSign.
+# paper's β₂ = 0.95 unless an arm says otherwise. First only the rate changes. The other arms change something else, at
+# twice the paper's rate unless the name gives another. An arm counts if its loss rises or is no longer finite (rules 1
+# and 2 of collapse.py) after the first third of the run, and if no gradient norm in that third is ten times the run's
+# median. An arm that counts is repeated with more seeds, and with MSign.
 #
 # None of the first sixteen arms counted. Two arms collapsed, one without decay and one with little of it, but their
-# loss stalled from step 750 on, long before it rose. The last four arms were written after that. They ask whether the
-# same happens later, and after smooth training, at lower rates.
+# loss stalled from step 750 on, long before it rose. The four arms without decay that also name a rate were added after
+# that. They ask whether the same happens later, and after smooth training, at lower rates.
 
 config = "configs/stress_constant.py"
 beta2 = 0.95

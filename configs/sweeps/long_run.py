@@ -2,10 +2,11 @@
 # it is given time?
 #
 # The protocol, written before the runs. The 24 x 48 model on bytes, 512 tokens a step; β₂ 0.95,
-# decay 0.1, clip 1, warm-up of 2000 steps, then a constant rate; every run goes on for 200 000
-# steps, or until train.py's rules call it collapsed. Two regimes: the paper's rate and twice that.
-# Five seeds each. A collapse is what stability/collapse.py calls one, here and in every other grid.
-# A run that does not collapse is reported with the number of its steps.
+# decay 0.1, clip 1, warm-up of 2000 steps, then a constant rate. Every run goes on for 200 000
+# steps, or until a value is not finite; after a collapse it is run on. Two regimes: the paper's rate
+# and twice that. Five seeds each. Whether and at which step a run collapsed is what
+# stability/collapse.py says, here and in every other grid. A run that does not collapse is reported
+# with the number of its steps.
 #
 # Pilots of one seed went to 40 000 steps before this was written: at the paper's rate single
 # gradient norms above 10 came ever more often after step 20 000 (the largest 1 699), at twice the
