@@ -24,7 +24,8 @@ from config import Config
 
 NORM_EPS = 1e-5
 ROWS = 64  # queries in one chunk of chunked_attention
-LOGITS = 2**24  # the loss never holds more logits than about this many; it computes them in chunks
+LOGITS = 2**24  # up to this many logits, the loss holds them all; above, it computes them in chunks
+GPU_ROWS = 2048  # tokens in such a chunk on a GPU, whose matrix units smaller products would leave idle
 
 
 def uses_chunked(kernel: str, d_head: int, device: torch.device) -> bool:
@@ -218,7 +219,7 @@ class Stack(nn.Module):
 
     Stack(E, n, m) names the inputs n before the outputs m, as nn.Linear does.
     Inputs are sorted by expert. Padded to C inputs for every expert, they are (E, C, n) and the result is (E, C, m).
-    Without padding (on a GPU in bf16) M inputs in all are (M, n) and the result is (M, m); `ends` (E,) then holds the
+    Without padding (in bf16) M inputs in all are (M, n) and the result is (M, m); `ends` (E,) then holds the
     row at which each expert's inputs end.
     """
 
@@ -236,8 +237,8 @@ class MoE(nn.Module):
     """Mixture of experts, each of them a gated or a plain MLP; (B, T, d) -> (B, T, d).
 
     The router takes a softmax over all experts. A token goes to the top_k experts with the largest shares, and these
-    shares are rescaled to sum to 1, as in Mixtral (arXiv 2401.04088). No token is dropped. On a GPU in bf16 the experts
-    may get different numbers of tokens; elsewhere each is padded to the largest number.
+    shares are rescaled to sum to 1, as in Mixtral (arXiv 2401.04088). No token is dropped. In bf16 the experts may
+    get different numbers of tokens; in fp32 each is padded to the largest number.
 
     `balance` is the load-balancing loss of the last forward pass, E Σₑ fₑ Pₑ (Switch, arXiv 2101.03961). fₑ is the
     fraction of tokens that go to expert e, and Pₑ is the mean over tokens of its softmax share. The loss equals top_k
@@ -268,8 +269,8 @@ class MoE(nn.Module):
         expert, order = expert.flatten().sort(stable=True)  # the N · top_k pairs of token and expert, by expert
         ends = torch.searchsorted(expert, torch.arange(E, device=x.device), right=True)
         gathered = flat.index_select(0, order // self.top_k)  # indexing with flat[…] has a slower backward pass
-        if x.is_cuda and torch.is_autocast_enabled("cuda"):
-            y = self.experts(gathered.to(torch.get_autocast_dtype("cuda")), ends.int())
+        if torch.is_autocast_enabled(x.device.type):
+            y = self.experts(gathered.to(torch.get_autocast_dtype(x.device.type)), ends.int())
             slot = order.argsort()  # the row of y for each pair, with the pairs in the order of the tokens again
         else:
             begins = F.pad(ends, (1, -1))  # where each expert's inputs begin: `ends` shifted by one, 0 in front
@@ -309,6 +310,40 @@ class RMSNorm(nn.RMSNorm):
 def norm(cfg: Config, d: int) -> nn.Module:
     """The normalisation layer that cfg.norm names, over d dimensions."""
     return RMSNorm(d, eps=NORM_EPS) if cfg.norm == "rmsnorm" else LayerNorm(d, eps=NORM_EPS, bias=False)
+
+
+class ReadOut(torch.autograd.Function):
+    """Mean cross-entropy in nats of logits x Wᵀ, with products in `dtype` and all else in fp32.
+
+    x (N, d), W (V, d), targets (N,). Only the logits of `rows` tokens exist at a time. Therefore the gradients are
+    computed in the forward pass, and W's are summed in fp32. PyTorch's linear_cross_entropy does the same and is up to
+    a third faster in fp32, but ignores autocast, and returns a loss rounded to bf16 for arguments in bf16.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W, targets, rows, dtype):
+        low_W, loss = W.to(dtype), torch.zeros((), device=x.device)
+        training = any(ctx.needs_input_grad)
+        dx, dW = (torch.empty_like(x), torch.zeros_like(W)) if training else (None, None)
+        for at in range(0, len(x), rows):
+            low_x, label = x[at : at + rows].to(dtype), targets[at : at + rows, None]
+            logits = (low_x @ low_W.T).float()
+            logits -= logits.logsumexp(1, keepdim=True)
+            loss -= logits.gather(1, label).sum()
+            if training:
+                error = logits.exp_().scatter_add_(1, label, -torch.ones_like(label, dtype=logits.dtype))
+                error = error.div_(len(x)).to(dtype)
+                dx[at : at + rows] = error @ low_W
+                dW += error.T @ low_x
+        if training:
+            ctx.save_for_backward(dx, dW)
+        return loss / len(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_loss):
+        dx, dW = ctx.saved_tensors  # changed in place, so PyTorch refuses a second backward pass
+        return dx.mul_(d_loss), dW.mul_(d_loss), None, None, None
 
 
 class Block(nn.Module):
@@ -387,9 +422,13 @@ class GPT(nn.Module):
         if targets.numel() * self.cfg.vocab_size <= LOGITS:
             return F.cross_entropy(self.logits(x).flatten(0, 1).float(), targets.flatten())
         x = self.final_norm(x).flatten(0, 1) * self.logit_scale
-        rows = max(1, LOGITS // self.cfg.vocab_size)
+        rows = GPU_ROWS
         if x.device.type == "cpu":  # a chunk's logits are then no larger than the head, and both stay in the cache
-            rows = min(rows, self.cfg.d_model)
+            rows = max(1, min(LOGITS // self.cfg.vocab_size, self.cfg.d_model))
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            with torch.autocast(x.device.type, enabled=False):
+                return ReadOut.apply(x, self.head.weight, targets.flatten(), rows, dtype)
         # chunking_method=None: chunks have `rows` rows, not a size that PyTorch chooses
         options = LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
         return F.linear_cross_entropy(x, self.head.weight, targets.flatten(), options=options)
@@ -426,5 +465,6 @@ class GPT(nn.Module):
         # recomputation keeps the fp32 input of every block, and all of one block at a time
         blocks = cfg.n_layer * 4 * cfg.d_model + block if cfg.recompute else cfg.n_layer * block
         tokens = cfg.micro_batch * cfg.block_size
-        logits = 3 * min(tokens * cfg.vocab_size, LOGITS)  # logits, log-softmax and their gradient, in fp32
+        # logits, log-softmax and their gradient, in fp32, of all tokens or of a GPU's chunk
+        logits = 3 * min(tokens * cfg.vocab_size, max(LOGITS, GPU_ROWS * cfg.vocab_size))
         return tokens * blocks + logits * 4

@@ -110,20 +110,24 @@ def test_no_token_is_dropped_when_all_go_to_one_expert():
         assert moe.balance > 3.9 * 0.9  # E · f · P = 4 · 1 · (nearly 1); balanced would be 1
 
 
-def test_the_path_without_padding_gives_the_same():
-    """A GPU runs groups of any length without padding in bf16; the same code runs here in fp32."""
-    moe = mixture().float()
-    x = randn(10, 16)
-    expert = torch.tensor([0, 0, 0, 2, 2, 3, 3, 3, 3, 3])
-    ends = torch.tensor([3, 3, 5, 10], dtype=torch.int32)
+def test_in_bf16_experts_without_padding_give_the_same_to_its_rounding(monkeypatch):
+    product, calls = F.grouped_mm, []
+    monkeypatch.setattr(F, "grouped_mm", lambda *args, **kwargs: calls.append(args) or product(*args, **kwargs))
+    moe, x = mixture(top_k=1).float(), randn(2, 8, 16, seed=9).abs()
     with torch.no_grad():
-        expected = torch.cat(
-            [
-                moe.W_down.weight[e] @ (F.silu(moe.W_gate.weight[e] @ t) * (moe.W_up.weight[e] @ t))
-                for e, t in zip(expert, x, strict=True)
-            ]
-        )
-        torch.testing.assert_close(moe.experts(x, ends).flatten(), expected, rtol=1e-4, atol=1e-5)
+        moe.router.weight.zero_()[1] = 1.0
+        moe.router.weight[3, :8] = 2.0  # no token goes to the experts 0 and 2
+    results = []
+    for bf16 in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            y = moe(x)
+        assert y.dtype == (torch.bfloat16 if bf16 else torch.float32)
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), list(moe.parameters())[1:])])
+    assert len(calls) == 3  # W_gate, W_up, W_down in bf16
+    for padded, grouped in zip(*results, strict=True):
+        assert (grouped - padded).norm() < 2e-2 * padded.norm()
+    for gradient in results[1][1:]:
+        assert [bool(of_expert.any()) for of_expert in gradient] == [False, True, False, True]
 
 
 def test_the_loss_is_the_cross_entropy_and_its_gradient_balances_the_experts():

@@ -1,11 +1,14 @@
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mup
 from config import ROOT, load_config
-from model import GPT, chunked_attention, uses_chunked
+from model import GPT, ReadOut, chunked_attention, uses_chunked
 from tests.conftest import small
 
 
@@ -148,3 +151,47 @@ def test_flops_agree_with_pytorchs_counter():
     attention = 12 * cfg.n_layer * cfg.d_model * cfg.block_size
     assert model.flops_per_token() - attention <= counted * 1.01
     assert counted <= model.flops_per_token() * 1.25
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products by the dtype of their factors."""
+
+    NAMES = ("mm", "bmm", "addmm", "baddbmm", "_grouped_mm", "linear")
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.__name__.split(".")[0] in self.NAMES:
+            self.dtypes.update(x.dtype for x in args if isinstance(x, torch.Tensor))
+        return func(*args, **kwargs or {})
+
+
+def loss_and_gradients(model, tokens, autocast: bool):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model(tokens, tokens)
+    return loss, torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+def test_loss_in_chunks_under_autocast_multiplies_in_bf16_and_adds_in_fp32(monkeypatch):
+    model = built(small(vocab_size=5000))
+    tokens = torch.randint(5000, (8, 8), generator=torch.Generator().manual_seed(1))
+    exact, expected = loss_and_gradients(model, tokens, autocast=False)
+    monkeypatch.setattr("model.LOGITS", 5 * 5000)
+    with Products() as products:
+        loss, got = loss_and_gradients(model, tokens, autocast=True)
+    assert set(products.dtypes) == {torch.bfloat16}
+    assert loss.dtype == torch.float32 and got.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-4)  # rounded to bf16, it would be off by up to 4e-3
+    assert (got - expected).norm() < 2e-2 * expected.norm()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model(tokens, tokens).item() == loss.item()
+
+
+def test_the_read_outs_gradient_cannot_be_taken_twice():
+    x, W, labels = torch.ones(4, 2, requires_grad=True), torch.ones(3, 2), torch.arange(4) % 3
+    loss = ReadOut.apply(x, W, labels, 2, torch.float32)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        loss.backward()
