@@ -2,9 +2,9 @@
 
 A grid file is plain assignments to the names of config.py, and to `config`, the config file that the runs start from.
 A name that is assigned a list is an axis. `arm` is an axis, too: a dict that maps an arm's name to a dict of fields.
-Every other assignment holds for all runs. A point is one combination of the axes' values. It is one run of train.py
-in runs_dir/<grid>/<point>, where <point> is made of its values. Points that differ only in a field without effect, such
-as msign_targets where MSign is never applied, are one point.
+Every other assignment holds for all runs. A point is one combination of the axes' values. It is one run of train.py, or
+of the program that `program` names, in runs_dir/<grid>/<point>, where <point> is made of its values. Points that differ
+only in a field without effect, such as msign_targets where MSign is never applied, are one point.
 """
 
 import collections
@@ -58,7 +58,8 @@ class Point(Job):
     def __init__(self, axes: dict, given: dict, cfg: Config):
         self.axes, self.cfg, self.error = axes, cfg, None
         options = {**given, "name": cfg.name, "runs_dir": cfg.runs_dir, "wandb_group": cfg.wandb_group}
-        command = [sys.executable, str(ROOT / "train.py"), options.pop("config"), "--resume"]
+        program = ROOT / options.pop("program", "train.py")
+        command = [sys.executable, str(program), options.pop("config"), "--resume"]
         command += [f"--{name}={value}" for name, value in options.items()]
         super().__init__(cfg.name, Path(cfg.runs_dir) / cfg.name, command)
         self.summary = self.read("summary.json")
@@ -172,6 +173,10 @@ def check(name: str, value, path: Path):
     if name == "arm":
         check_arms(value, path)
         return
+    if name == "program":
+        if not isinstance(value, str) or not (ROOT / value).is_file():
+            raise UserError(f"program = {value!r}: must be a file of this repository, such as scripts/client.py")
+        return
     if name not in FIELDS and name != "config":
         raise unknown_key(name, f"in {path}")
     if value == [] or (name in PER_GRID and isinstance(value, list)):
@@ -242,7 +247,7 @@ def point_fields(values: dict, on_axes: dict, group: str) -> tuple[dict, dict, d
     on_axes = {name: arm if name == "arm" else given[name] for name in on_axes if name == "arm" or name in given}
     fields = base | {"wandb_group": group} | given
     fields["runs_dir"] = str(Path(fields.get("runs_dir", FIELDS["runs_dir"].default)) / group)
-    return on_axes, given, {name: value for name, value in fields.items() if name not in ("config", "name")}
+    return on_axes, given, {name: value for name, value in fields.items() if name not in ("config", "program", "name")}
 
 
 def name_of(on_axes: dict) -> str:

@@ -8,9 +8,10 @@
 
 A grid file is plain assignments to the names of config.py, and to `config`, the config file that the runs start from.
 A name that is assigned a list is an axis. `arm` is an axis, too: a dict that maps an arm's name to a dict of fields.
-Every other assignment holds for all runs. A point is one combination of the axes' values. It is one run of train.py
-in runs_dir/<grid>/<point>, where <point> is made of its values. Points that differ only in a field without effect, such
-as msign_targets where MSign is never applied, are one point. results.csv beside the runs has a line for each point.
+Every other assignment holds for all runs. A point is one combination of the axes' values. It is one run of train.py, or
+of the program that `program` names, in runs_dir/<grid>/<point>, where <point> is made of its values. Points that differ
+only in a field without effect, such as msign_targets where MSign is never applied, are one point. results.csv beside
+the runs has a line for each point.
 Each GPU runs one point at a time. A CPU runs as many as it has cores for: cores divided by the threads of a run.
 
 With --wandb nothing is run here. The script registers the points that are not done and prints a `wandb agent` command.

@@ -11,10 +11,10 @@ from tests.conftest import ROOT
 
 # a room imports from itself and from the floors below its own; ROOMS maps a room to its files
 FLOORS = (
-    {"scripts"}, {"trials"}, {"train", "analysis"}, {"engine", "stability"}, {"mup"}, {"model", "remedies", "data"},
-    {"config", "msign"},
+    {"scripts"}, {"trials"}, {"train", "analysis", "clients"}, {"engine", "stability"}, {"mup"},
+    {"model", "remedies", "data"}, {"config", "msign"},
 )  # fmt: skip
-PACKAGES = ("scripts", "trials", "analysis", "engine", "stability", "remedies", "data")
+PACKAGES = ("scripts", "trials", "analysis", "clients", "engine", "stability", "remedies", "data")
 ROOMS = {path.stem: [path] for path in ROOT.glob("*.py")} | {
     name: sorted((ROOT / name).glob("*.py")) for name in PACKAGES
 }
