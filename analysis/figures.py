@@ -92,16 +92,35 @@ def curves(runs: pd.DataFrame, columns: int, label: str = "arm", colors: dict | 
             ax.plot(values(run), color=colors[name], label=name, alpha=0.85, lw=1)
         ax.set(title=title, ylabel=ylabel)
     losses, norms = axes.flat[:2]
-    for row in runs[runs["collapsed"]].itertuples():
-        losses.plot(row.end, mean_loss(row.run)[row.end], "x", color=colors[getattr(row, label)], ms=9, mew=2.5)
-    visible = pd.concat([mean_loss(run)[len(run.steps) // 5 :] for run in runs["run"]])  # without the fall from ln V
-    if visible.notna().any():
-        losses.set_ylim(visible.min() - 0.05, visible.max() + 0.1)
+    mark_collapses(losses, runs, label, colors)
     legend(losses, [losses])
     whole_decades(norms)
     for ax in axes[-1]:
         ax.set_xlabel("step")
     return fig, axes
+
+
+def mark_collapses(ax: Axes, runs: pd.DataFrame, label: str, colors: dict):
+    """Put a cross where the mean loss of a run in `ax` collapsed, and show the losses after the fall from ln V."""
+    for row in runs[runs["collapsed"]].itertuples():
+        ax.plot(row.end, mean_loss(row.run)[row.end], "x", color=colors[getattr(row, label)], ms=9, mew=2.5)
+    visible = pd.concat([mean_loss(run)[len(run.steps) // 5 :] for run in runs["run"]])
+    if visible.notna().any():
+        ax.set_ylim(visible.min() - 0.05, visible.max() + 0.1)
+
+
+def losses(runs: pd.DataFrame, panel: str) -> Figure:
+    """The mean loss of every run against the step, a panel for each value of the column `panel`, a colour per arm."""
+    colors, groups = colors_of(runs["arm"]), runs.groupby(panel, sort=False)
+    fig, axes = plt.subplots(1, groups.ngroups, figsize=(9, 3.2), squeeze=False)
+    for ax, (name, of) in zip(axes.flat, groups, strict=True):
+        for row in of.itertuples():
+            ax.plot(mean_loss(row.run)[::5], color=colors[row.arm], label=row.arm, alpha=0.85, lw=1)
+        mark_collapses(ax, of, "arm", colors)
+        ax.set(title=name, xlabel="step")
+    axes[0, 0].set_ylabel("training loss, mean of 100 steps")
+    legend(axes[0, 0], [axes[0, 0]])
+    return fig
 
 
 def overview(runs: pd.DataFrame) -> Figure:

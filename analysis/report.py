@@ -37,6 +37,8 @@ FINDINGS = {
 # lines of a figure and a table: the grid, and the number by which its arms are named
 LINES = {"MSign every P steps": ("table3_small", "msign_period", "P = {}"),
          "only below a stable rank": ("adaptive", "msign_below", "below {:g}")}  # fmt: skip
+# programs of others: the stem of the configuration, and its name
+CLIENTS = {"nanogpt": "nanoGPT", "gpt2": "Trainer, GPT-2", "llama": "Trainer, Llama"}
 THEOREMS = {  # a theorem: what it states, and what else is said of its measurements
     "4.2": ("product of the Jacobians above its bound", "at {count[holds]:.0f} measurements of the Jacobians"),
     "4.4": ("‖W‖₂ = ‖W‖_F / √srank(W), every matrix", "largest relative error {max[error]:.0e}"),
@@ -78,6 +80,10 @@ FINDING = FELL | {
 CALM = {
     "std of log gradient norm in 100 steps": ("fluctuation", said), "p": ("calmer", adjusted),
     "spikes in 1000 steps": ("spikes", said, 1), "loss after an application": ("application_cost", said, 3),
+}  # fmt: skip
+CLIENT = COLLAPSED | {
+    "at step": ("fell_at", spread, 0), "at learning rate": ("rate", spread, 3), "final loss": ("loss", spread),
+    "below attention-off": ("below_floor", spread),
 }  # fmt: skip
 PERIODS = FELL | LOSS | {"time": ("time", said)}
 THRESHOLDS = {"matrices replaced in 1000 steps": ("applications", said, 0)} | COLLAPSED | LOSS | {
@@ -300,6 +306,16 @@ def regimes() -> pd.DataFrame:
     return pd.concat([runs.assign(regime=regime) for regime, runs in of.items()], ignore_index=True)
 
 
+@functools.cache
+def clients(folder: Path = RESULTS) -> pd.DataFrame:
+    """The runs of other people's programs; a floor is that of the same client and seed."""
+    of = {stem: [] for stem in CLIENTS}
+    for run in packed("clients", folder):
+        of[Path(run.axes["config"]).stem].append(run)
+    runs = pd.concat([judged(of[stem]).assign(client=name) for stem, name in CLIENTS.items()], ignore_index=True)
+    return runs.assign(rate=runs["lr_multiple"] * runs["lr"])
+
+
 def all_grids() -> pd.DataFrame:
     """Every grid but that of the floors."""
     return pd.concat(frame(grid, off="attention_off") for grid in GRIDS if grid != "attention_off")
@@ -337,6 +353,7 @@ BLOCKS: dict[str, Callable[[str], str | pd.DataFrame]] = {
     "ranks": lambda name: ranks_table(all_grids()),
     "ledger": lambda name: ledger_table(regimes()),
     "cost": lambda name: paper_table() + "\n",
+    "clients": lambda name: by_arm(clients(), CLIENT, "client"),
     "file": file,
     "targets": lambda name: file(name).split("\n\n")[0] + "\n",  # of a file only the first table
 }
@@ -374,6 +391,7 @@ def drawn() -> Iterator[tuple[str, Figure]]:
     yield "texts", figures.against(texts.assign(line=texts["arm"], panel=panels), "srank", "gap", 3.6, **words)
     yield "calm", figures.fig3(frame("table2_small").query("arm in @FIRST"))
     yield "late_seeds", figures.fig3(frame("late_seeds"))
+    yield "clients", figures.losses(clients(), "client")
     for name in ("constant", "ramp"):
         yield name, figures.overview(recorded(name))
         yield f"{name}_heatmaps", figures.heatmaps(recorded(name).query("seed == 0"))

@@ -15,7 +15,8 @@ from engine import exchange
 from msign import NonFiniteWeightError
 from stability.adapters import monitor_trainer
 
-NO_DROPOUT = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}}  # its config class drops a tenth
+# GPT-2's config class drops a tenth, and names a token that a vocabulary of bytes has not
+OTHER = {"gpt2": dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None)}
 
 
 class Rows(Dataset):
@@ -37,7 +38,7 @@ def build_model(cfg: Config):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     family = exchange.counterpart(cfg)
-    settings = exchange.settings_of(cfg, exchange.FAMILIES[family]) | NO_DROPOUT.get(family, {})
+    settings = exchange.settings_of(cfg, exchange.FAMILIES[family]) | OTHER.get(family, {})
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
 
 

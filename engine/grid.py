@@ -211,17 +211,18 @@ def points(path: Path, values: dict) -> list[Point]:
     Raises UserError if a point's fields contradict each other.
     """
     axes = axes_of(values)
-    found: dict[Config, tuple[dict, dict]] = {}
+    found: dict[tuple[Config, str], tuple[dict, dict]] = {}
     for combination in itertools.product(*(values[name] for name in axes)):
         on_axes, given, fields = point_fields(values, dict(zip(axes, combination, strict=True)), path.stem)
         try:
-            found.setdefault(Config(**fields), (on_axes, given))
+            file = given["config"] if "program" in given else ""  # a program may read more in it than its fields
+            found.setdefault((Config(**fields), file), (on_axes, given))
         except UserError as error:
             raise UserError(f"{error} (point {name_of(on_axes) or path.stem} of {path})") from error
     names = [name_of(on_axes) or path.stem for on_axes, _ in found.values()]
     often = collections.Counter(map(str.lower, names))  # some file systems do not tell upper case from lower
     result = []
-    for name, (cfg, (on_axes, given)) in zip(names, found.items(), strict=True):
+    for name, ((cfg, _), (on_axes, given)) in zip(names, found.items(), strict=True):
         if often[name.lower()] > 1 or len(name) > 120:
             name = f"{name[:100]}-{hashlib.sha256(repr(on_axes).encode()).hexdigest()[:6]}"
         result.append(Point(on_axes, given, dataclasses.replace(cfg, name=name)))

@@ -1,22 +1,7 @@
+# The Trainer of transformers with a GPT-2 as its config class makes it, but without dropout; else as nanogpt.py.
+
+from configs.clients.nanogpt import *
+
 norm = "layernorm"
-n_layer = 4
-d_model = 64
-n_head = 4
-d_ff = 256
-vocab_size = 256
-block_size = 32
-base_width = 0
-dataset = "stdlib-bytes"
-batch_size = 16
-micro_batch = 16
-lr = 0.05
-weight_decay = 0.0
-schedule = "constant"
-warmup_steps = 800
-max_steps = 1100
-beta2 = 0.999
-probe_every = 25
-layers_every = 0
-jacobian_every = 0
-eval_every = 0
-threads = 1
+mlp = "gelu"
+position = "learned"
