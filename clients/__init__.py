@@ -1,6 +1,4 @@
-"""Other people's training programs, run unmodified with MSign and recorded in the form of this repository's runs.
+"""nanoGPT and the Trainer of transformers as they are, with MSign around their optimizers, recorded as our runs are.
 
-A client is such a program: nanoGPT's train.py, or the Trainer of transformers. A module here translates a Config to the
-client's own settings, puts MSign around the optimizer and logs what the client computes. Nothing here trains, and no
-model is defined here.
+Holds what translates a Config to a client's own settings and logs what it computes. Nothing here defines a model.
 """
