@@ -391,7 +391,6 @@ def drawn() -> Iterator[tuple[str, Figure]]:
     yield "texts", figures.against(texts.assign(line=texts["arm"], panel=panels), "srank", "gap", 3.6, **words)
     yield "calm", figures.fig3(frame("table2_small").query("arm in @FIRST"))
     yield "late_seeds", figures.fig3(frame("late_seeds"))
-    yield "clients", figures.losses(clients(), "client")
     for name in ("constant", "ramp"):
         yield name, figures.overview(recorded(name))
         yield f"{name}_heatmaps", figures.heatmaps(recorded(name).query("seed == 0"))
