@@ -1,32 +1,17 @@
-"""Recorded runs, read and written.
+"""Recorded runs as data frames: run folders (runs/<name>, or copies under results/), offline W&B runs, and grids."""
 
-Runs are read from run folders (runs/<name>, or copies under results/), offline W&B runs, and recorded grids. A grid
-is a folder of Parquet files: runs.parquet has a row a run, with columns such as config.lr, axes.seed and code.git;
-steps-0.parquet and those that follow have a row a run and step, to four digits, whole runs in one file.
-"""
-
-import gzip
-import json
 import math
-import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from config import FIELDS, UserError
+from config import UserError
+from engine.records import DEFAULTS, read_grid, read_record
 from engine.runlog import PER_LAYER, read_metrics, read_wandb
 
-DEFAULTS = {name: f.default for name, f in FIELDS.items()}  # of fields that a record is older than
-# what a grid keeps of its runs: three values of every step, the others at their cadences
-KEPT = ("lr", "train/loss", "grad_norm", "val/loss", "srank/attention", "srank/mlp", "sigma1/attention",
-        "attention/max_logit", "attention/entropy", "log_z", "residual/gain", "jacobian/alignment", "jacobian/sigma1",
-        "jacobian/product", "precision/error", "msign/matrices")  # fmt: skip
-ROWS = 150_000  # of one file of steps, which keeps it below 1 MB; a longer run has a file for itself
 OFF = "attention off"
 
 
@@ -74,12 +59,15 @@ class Run:
 
 def frames(lines: Sequence[dict]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """`Run.steps` and `Run.layers` of the lines of a metrics.jsonl."""
-    per_layer = {key for key in set().union(*lines) if PER_LAYER.fullmatch(key)}
+    keys = dict.fromkeys(key for line in lines for key in line if key != "iter")
+    per_layer = {key for key in keys if PER_LAYER.fullmatch(key)}
     rows = [{key: math.inf if value is None else value for key, value in line.items()} for line in lines]
-    steps = [{key: value for key, value in row.items() if key not in per_layer} for row in rows]
-    layers = [{key: value for key, value in row.items() if key == "iter" or key in per_layer} for row in rows]
-    layers = [row for row in layers if len(row) > 1]  # a matrix of all steps and layers would be large
-    return tuple(pd.DataFrame(part or [{"iter": 1}]).set_index("iter").astype(float) for part in (steps, layers))
+    of_layers = [row for row in rows if row.keys() & per_layer]  # a matrix of all steps and layers would be large
+    parts = (
+        (rows, [key for key in keys if key not in per_layer]),
+        (of_layers, [key for key in keys if key in per_layer]),
+    )
+    return tuple(pd.DataFrame(of, columns=["iter", *names]).set_index("iter").astype(float) for of, names in parts)
 
 
 def load_run(path: str | Path) -> Run:
@@ -87,9 +75,10 @@ def load_run(path: str | Path) -> Run:
     naming what is missing."""
     path = Path(path)
     if (path / "record.json").is_file():
-        record, lines = json.loads((path / "record.json").read_text()), read_metrics(path)
+        record, lines = read_record(path), read_metrics(path)
     else:
-        record, lines = read_offline(path)
+        config, lines = read_wandb(path)
+        record = {"config": DEFAULTS | config}
     if not lines:
         raise UserError(f"{path}: no step was recorded")
     for key in ("iter", "train/loss", "grad_norm", "lr"):
@@ -97,79 +86,16 @@ def load_run(path: str | Path) -> Run:
             raise UserError(f"{path}: not a run of train.py (a line without {key})")
     if [line["iter"] for line in lines] != list(range(1, len(lines) + 1)):
         raise UserError(f"{path}: its steps are not 1, 2, 3, …; a part of a run cannot be judged")
-    summary = path / "summary.json"
-    more = {"code": record.get("code", {}), "summary": json.loads(summary.read_text()) if summary.is_file() else {}}
-    return Run(path, DEFAULTS | record["config"], *frames(lines), **more)
-
-
-def read_offline(path: Path) -> tuple[dict, list[dict]]:
-    """Record and lines of an offline W&B run. One that was resumed left a file per part, all of the same name."""
-    files = [path] if path.is_file() and path.suffix == ".wandb" else sorted(path.rglob("*.wandb"))
-    names = sorted({file.name for file in files})
-    if len(names) != 1:
-        raise UserError(f"{path}: not a run (no record.json, and {', '.join(names) or 'no .wandb file'} in it)")
-    parts = [read_wandb(file) for file in files]
-    by_step = {line["iter"]: line for _, lines in parts for line in lines if "iter" in line}
-    return {"config": parts[0][0]}, [by_step[step] for step in sorted(by_step)]
+    return Run(path, record.pop("config"), *frames(lines), **record)
 
 
 def load_runs(folder: str | Path) -> list[Run]:
     """The runs of a recorded grid, as they were recorded, or of a folder of run folders, by name. Raises UserError if
     there is none."""
     folder = Path(folder)
-    if not (folder / "runs.parquet").is_file():
-        runs = [load_run(path.parent) for path in sorted(folder.glob("*/record.json"))]
-        if not runs:
-            raise UserError(f"{folder}: no recorded runs; scripts/sweep.py and reproduce.py write them with --record")
-        return runs
-    parts = pd.concat(map(pd.read_parquet, folder.glob("steps-*.parquet")))
-    steps = {name: of.drop(columns="run").set_index("iter") for name, of in parts.groupby("run")}
-    runs = []
-    for row in pq.read_table(folder / "runs.parquet").to_pylist():
-        record = {"config": dict(DEFAULTS), "axes": {}, "code": {}, "summary": {}}
-        for column, value in row.items():
-            part, key = column.split(".", 1)
-            record[part] |= {} if value is None else {key: value}
-        name = record["config"]["name"]
-        runs.append(Run(folder / name, steps=steps[name], **record))
+    if (folder / "runs.parquet").is_file():
+        return [Run(folder / record["config"]["name"], steps=steps, **record) for record, steps in read_grid(folder)]
+    runs = [load_run(path.parent) for path in sorted(folder.glob("*/record.json"))]
+    if not runs:
+        raise UserError(f"{folder}: no recorded runs; scripts/sweep.py and reproduce.py write them with --record")
     return runs
-
-
-def short(value):
-    return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
-def record_grid(folder: Path, runs: Iterable[Run]):
-    """Write runs to a grid's folder, in the place of those of the same names; others that it holds stay."""
-    before = load_runs(folder) if (folder / "runs.parquet").is_file() else []
-    rows, parts = [], [[]]
-    for name, run in {run.config["name"]: run for run in (*before, *runs)}.items():
-        summary = {key: short(value) for key, value in run.summary.items() if not isinstance(value, dict)}
-        record = {"config": portable(run.config), "axes": run.axes, "code": run.code, "summary": summary}
-        rows.append({f"{part}.{key}": value for part, values in record.items() for key, value in values.items()})
-        if parts[-1] and sum(map(len, parts[-1])) + len(run.steps) > ROWS:
-            parts.append([])
-        parts[-1].append(run.steps.reindex(columns=KEPT).map(short).reset_index(names="iter").assign(run=name))
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("steps-*.parquet"):
-        path.unlink()
-    for number, part in enumerate(parts):
-        steps = pa.Table.from_pandas(pd.concat(part), preserve_index=False)
-        pq.write_table(steps, folder / f"steps-{number}.parquet", compression="zstd", compression_level=19)
-    columns = dict.fromkeys(column for row in rows for column in row)
-    pq.write_table(pa.Table.from_pylist([columns | row for row in rows]), folder / "runs.parquet", compression="zstd")
-
-
-def portable(config: dict) -> dict:
-    """A run's configuration without the place on this machine where it was recorded."""
-    return config | {"runs_dir": DEFAULTS["runs_dir"]}
-
-
-def pack_run(folder: Path, target: Path):
-    """Copy a run's small records to `target` for results/: record.json, events, summary and gzipped metrics."""
-    target.mkdir(parents=True, exist_ok=True)
-    record = json.loads((folder / "record.json").read_text())
-    (target / "record.json").write_text(json.dumps(record | {"config": portable(record["config"])}, indent=1) + "\n")
-    for path in filter(Path.is_file, (folder / "events.jsonl", folder / "summary.json")):
-        shutil.copyfile(path, target / path.name)
-    (target / "metrics.jsonl.gz").write_bytes(gzip.compress((folder / "metrics.jsonl").read_bytes(), mtime=0))

@@ -371,25 +371,31 @@ def wandb_payload(line: dict) -> tuple[dict, dict]:
 def read_wandb(path: str | Path) -> tuple[dict, list[dict]]:
     """(config, lines) of an offline W&B run, as in record.json and metrics.jsonl; a layer's null has become 0.0.
 
-    path: a .wandb file, or a folder that contains one at any depth. Raises UserError if there is none or more than one
-    (a resumed run has one for each part), if the file is damaged or its run has not ended, or if the installed wandb
-    cannot read it.
+    path: a .wandb file, or a folder that contains one at any depth. A run that was resumed left a file per part, all of
+    the same name; of a step in two parts the later one counts. Raises UserError if there is no file or those of several
+    runs, if one is damaged or its run has not ended, or if the installed wandb cannot read it.
     """
     path = Path(path)
-    files = [path] if path.is_file() else sorted(path.rglob("*.wandb"))
-    if not files:
-        raise UserError(f"{path}: no .wandb file there; give one, or the folder of an offline run that holds one")
-    if len(files) > 1:
-        raise UserError(f"{path}: {len(files)} .wandb files in it; give one of them, such as {files[0]}")
+    files = [path] if path.suffix == ".wandb" and path.is_file() else sorted(path.rglob("*.wandb"))
+    names = sorted({file.name for file in files})
+    if len(names) != 1:
+        raise UserError(f"{path}: not a run (no record.json, and {', '.join(names) or 'no .wandb file'} in it)")
+    parts = [read_part(file) for file in files]
+    by_step = {line["iter"]: line for _, lines in parts for line in lines if "iter" in line}
+    return parts[0][0], [by_step[step] for step in sorted(by_step)]
+
+
+def read_part(file: Path) -> tuple[dict, list[dict]]:
+    """(config, lines) of one .wandb file."""
     # wandb has no other reader of its files than this command; it reports damage on stderr but still returns 0
-    inspect = [sys.executable, "-W", "ignore", "-m", "wandb", "leet", "inspect", "--json", files[0]]
+    inspect = [sys.executable, "-W", "ignore", "-m", "wandb", "leet", "inspect", "--json", file]
     done = subprocess.run(inspect, capture_output=True, env={**os.environ, "WANDB_MODE": "offline"})
     complaint = done.stderr.decode(errors="replace").strip().split("\n")[-1]
     if re.search("No such (command|option)|No module named", complaint):
-        raise UserError(f"{files[0]}: read by wandb 0.31, not by the one installed here ({complaint})")
+        raise UserError(f"{file}: read by wandb 0.31, not by the one installed here ({complaint})")
     if complaint or done.returncode or b'"type":"exit"' not in done.stdout:  # a run that was killed has no such record
         why = complaint or "no record of its end"
-        raise UserError(f"{files[0]}: must be the whole, undamaged file of a run that has ended ({why})")
+        raise UserError(f"{file}: must be the whole, undamaged file of a run that has ended ({why})")
     records = [json.loads(record) for record in done.stdout.splitlines()]
     config = next(record["run"]["config"]["update"] for record in records if record["type"] == "run")
     # the command prints 1.0 as 1, so fields of type float are converted back

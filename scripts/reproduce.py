@@ -24,11 +24,12 @@ from tqdm import tqdm
 from analysis import page
 from analysis.figures import overview, save
 from analysis.report import markdown, overview_table
-from analysis.runs import load_run, pack_run
+from analysis.runs import load_run
 from analysis.statistics import judged
 from config import Number, Parser, UserError, output_folder, read_config_file, run_cli
 from data import stdlib
 from engine.pool import Job, Pool
+from engine.records import pack_run
 
 PERIOD = 100
 ARMS = {

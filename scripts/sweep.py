@@ -22,17 +22,16 @@ W&B hands it the points.
 import argparse
 import collections
 import contextlib
-import dataclasses
 import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from analysis.runs import load_run, load_runs, record_grid
 from config import Number, Parser, UserError, output_folder, run_cli
 from data.corpora import open_splits
 from engine.grid import Point, axes_of, points, read_grid, register, run, slots, table, write_results
+from engine.records import record_grid
 
 USAGE = "sweep.py GRID.py [--dry_run] [--workers=N] [--record=FOLDER] [--wandb] [--point=NAME] [--field=value ...]"
 
@@ -64,8 +63,8 @@ def record(grid: list[Point], folder: Path):
     if not done:
         print(f"nothing to pack into {folder}: none of {len(grid)} points is done")
         return
-    record_grid(folder, (dataclasses.replace(load_run(point.folder), axes=point.axes) for point in done))
-    print(f"{len(done)} of {len(grid)} points packed into {folder}, which holds {len(load_runs(folder))}")
+    held = record_grid(folder, {point.folder: point.axes for point in done})
+    print(f"{len(done)} of {len(grid)} points packed into {folder}, which holds {held}")
 
 
 def become(name: str, grid: list[Point], path: Path):

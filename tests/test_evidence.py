@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 
 from analysis import report, statistics
-from analysis.runs import Run, frames, load_run, load_runs, record_grid
+from analysis.runs import Run, frames, load_run, load_runs
 from analysis.statistics import judged, said
 from config import UserError
+from engine.records import record_grid
 from tests.conftest import ROOT
 from tests.test_runs import made_up
 
@@ -21,7 +22,7 @@ def stamp(folder):
 
 def grid(tmp_path, arms, seeds=range(5), steps=1000):
     """A packed grid: arm -> (final loss, configuration), each seed at its own level, with a little noise of its own."""
-    runs = []
+    runs = {}
     for arm, (level, config) in arms.items():
         for seed in seeds:
             rng = np.random.default_rng([seed, int(1000 * level)])
@@ -34,9 +35,9 @@ def grid(tmp_path, arms, seeds=range(5), steps=1000):
             }
             (folder / "summary.json").write_text(json.dumps(summary | {"peak_memory_gib": 0.5}))
             stamp(folder)
-            runs.append(replace(load_run(folder), axes={"arm": arm, "seed": seed}))
+            runs[folder] = {"arm": arm, "seed": seed}
     target = tmp_path / "grid"
-    record_grid(target, runs)
+    assert record_grid(target, runs) == len(runs)
     return target, runs
 
 
@@ -49,8 +50,8 @@ ARMS = {
 
 
 def test_a_packed_grid_is_small_and_says_the_same(tmp_path):
-    target, runs = grid(tmp_path, ARMS)
-    packed = load_runs(target)
+    target, recorded = grid(tmp_path, ARMS)
+    runs, packed = [replace(load_run(folder), axes=axes) for folder, axes in recorded.items()], load_runs(target)
     size = sum(path.stat().st_size for path in target.glob("steps-*.parquet"))
     assert size < 0.5 * sum((run.folder / "metrics.jsonl").stat().st_size for run in runs)
     for run, again in zip(runs, packed, strict=True):
@@ -60,26 +61,23 @@ def test_a_packed_grid_is_small_and_says_the_same(tmp_path):
             pd.testing.assert_series_equal(again.series(key), run.series(key), rtol=1e-3)
         assert again.summary == pytest.approx(run.summary, rel=1e-3) and again.summary["peak_memory_gib"] == 0.5
     assert judged(packed).collapse.map(str).tolist() == judged(runs).collapse.map(str).tolist()
-    record_grid(tmp_path / "again", runs)
-    record_grid(tmp_path / "again", packed[::-1])  # in the place of those of the same names
+    record_grid(tmp_path / "again", recorded)
+    record_grid(tmp_path / "again", dict(reversed(recorded.items())))  # in the place of those of the same names
     for path in target.iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_a_long_grid_is_several_files(tmp_path, monkeypatch):
     """Whole runs in one file, as many as fit; a later grid that is shorter leaves none of an earlier one's files."""
-    monkeypatch.setattr("analysis.runs.ROWS", 25)
-    runs = [
-        replace(load_run(made_up(tmp_path / f"r{n}-{i}", [2.0 + i] * n)), summary={})
-        for i, n in enumerate((10, 10, 40, 10))
-    ]
-    record_grid(tmp_path / "grid", runs)
+    monkeypatch.setattr("engine.records.ROWS", 25)
+    folders = [made_up(tmp_path / f"r{n}-{i}", [2.0 + i] * n) for i, n in enumerate((10, 10, 40, 10))]
+    record_grid(tmp_path / "grid", {folder: {} for folder in folders})
     rows = {path.name: len(pd.read_parquet(path)) for path in (tmp_path / "grid").glob("steps-*")}
     assert rows == {"steps-0.parquet": 20, "steps-1.parquet": 40, "steps-2.parquet": 10}
     again = load_runs(tmp_path / "grid")
-    pd.testing.assert_frame_equal(*(judged(of)[["name", "loss", "steps"]] for of in (again, runs)))
-    monkeypatch.setattr("analysis.runs.ROWS", 100)
-    record_grid(tmp_path / "grid", [])
+    pd.testing.assert_frame_equal(*(judged(of)[["name", "loss", "steps"]] for of in (again, map(load_run, folders))))
+    monkeypatch.setattr("engine.records.ROWS", 100)
+    record_grid(tmp_path / "grid", {})
     assert [path.name for path in (tmp_path / "grid").glob("steps-*")] == ["steps-0.parquet"]
     assert len(load_runs(tmp_path / "grid")) == 4
 
@@ -93,7 +91,7 @@ def test_values_that_are_not_finite_stay_so(tmp_path):
     folder = made_up(tmp_path / "x", [2.0, None, 2.0])
     (folder / "summary.json").write_text('{"tokens_per_second": 1.0, "peak_memory_gib": 0.5}')
     stamp(folder)
-    record_grid(tmp_path / "grid", [load_run(folder)])
+    record_grid(tmp_path / "grid", {folder: {}})
     (run,) = load_runs(tmp_path / "grid")
     assert run.steps["train/loss"].tolist() == [2.0, math.inf, 2.0] and run.series("train/loss").to_dict() == {
         1: 2.0,
@@ -163,13 +161,13 @@ def test_no_such_grid(tmp_path):
 
 def test_sensitivity_is_the_mean_loss_above_the_best(tmp_path):
     """By hand: initial loss 4; at rates 1, 2, 4 seed 0 ends at 2.0, 2.5, beyond 4, seed 1 at 2.2, 2.1, beyond 4."""
-    runs = []
+    runs = {}
     for seed, ends in enumerate(([2.0, 2.5, 9.0], [2.2, 2.1, 9.0])):
         for rate, end in zip((1.0, 2.0, 4.0), ends, strict=True):
             folder = made_up(tmp_path / f"{seed}-{rate}", [4.0, *[2.6] * 200, *[end] * 400], seed=seed, lr_scale=rate)
             (folder / "summary.json").write_text('{"tokens_per_second": 1.0, "peak_memory_gib": 0.5}')
             stamp(folder)
-            runs.append(replace(load_run(folder), axes={"arm": "AdamW"}))
+            runs[folder] = {"arm": "AdamW"}
     record_grid(tmp_path / "grid", runs)
     (cells,) = report.margin_table(judged(load_runs(tmp_path / "grid"), same="lr_scale")).to_numpy().tolist()
     mean = ((0 + 0.5 + 2.0) / 3 + (0.1 + 0 + 1.9) / 3) / 2
@@ -228,7 +226,7 @@ def test_columns_of_ones_own(tmp_path):
 
 def test_texts_are_told_apart_and_ranks_correlated(tmp_path):
     """Within the small text the gap falls with the stable rank, within the large one it rises."""
-    runs = []
+    runs = {}
     for text, slope in (("small", -1.0), ("large", 1.0)):
         for seed in range(5):
             folder = made_up(tmp_path / f"{text}-{seed}", [2.0] * 300, seed=seed, dataset=text)
@@ -237,7 +235,7 @@ def test_texts_are_told_apart_and_ranks_correlated(tmp_path):
             (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             (folder / "summary.json").write_text('{"tokens_per_second": 1.0, "peak_memory_gib": 0.5}')
             stamp(folder)
-            runs.append(replace(load_run(folder), axes={"arm": "AdamW"}))
+            runs[folder] = {"arm": "AdamW"}
     record_grid(tmp_path / "grid", runs)
     runs = judged(load_runs(tmp_path / "grid"))
     text = "small AdamW 5 2.00 ± 0.00 2.80 ± 0.20 0.80 ± 0.20 4.0 ± 2.0"

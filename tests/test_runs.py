@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from analysis.report import THEOREMS, onsets_table, overview_table, theory_table
-from analysis.runs import DEFAULTS, frames, load_run, load_runs, pack_run
+from analysis.runs import frames, load_run, load_runs
 from analysis.statistics import judged
 from config import UserError
+from engine.records import DEFAULTS, pack_run
 from stability import theory
 from tests.conftest import ROOT
 from tests.test_theory import a_model
@@ -128,16 +129,16 @@ def lines(*steps, loss=2.0):
 
 
 def offline(folder, monkeypatch, parts):
-    """Empty files <part>.wandb, in which read_wandb is made to find the lines of {part: lines}."""
+    """Empty files <part>.wandb, in which read_part is made to find the lines of {part: lines}."""
     for part in parts:
         path = folder / f"{part}.wandb"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
 
-    def read_wandb(path):
+    def read_part(path):
         return {"name": path.stem, "seed": 3}, parts[path.relative_to(folder).with_suffix("").as_posix()]
 
-    monkeypatch.setattr("analysis.runs.read_wandb", read_wandb)
+    monkeypatch.setattr("engine.runlog.read_part", read_part)
 
 
 def test_an_offline_wandb_run_is_a_run(tmp_path, monkeypatch):

@@ -117,9 +117,9 @@ def test_what_cannot_be_read_is_one_line(recorded, tmp_path, monkeypatch):
     for name, data in damage.items():
         (tmp_path / f"{name}.wandb").write_bytes(data)
         refused(tmp_path / f"{name}.wandb", "must be the whole, undamaged file of a run that has ended")
-    refused(tmp_path, f"5 .wandb files in it; give one of them, such as {tmp_path}/changed.wandb")
-    refused(tmp_path / "nowhere", "no .wandb file there; give one")
-    refused(recorded / "metrics.jsonl", "Not a .wandb file")
+    refused(tmp_path, "changed.wandb, cut between records.wandb, cut.wandb, empty.wandb, other.wandb in it")
+    for path in (tmp_path / "nowhere", recorded / "metrics.jsonl"):
+        refused(path, "not a run (no record.json, and no .wandb file in it)")
     # an older wandb, whose command line has no `leet inspect`
     old = tmp_path / "old" / "wandb"
     old.mkdir(parents=True)
