@@ -222,10 +222,12 @@ class Config:
     attn_kernel: Literal["auto", "chunked", "math", "flash", "efficient", "cudnn"] = opt(
         "auto", "run", "auto = chunked, model.py's own, for heads up to 64 on a CPU, else PyTorch's choice")
     compile: Literal["off", "blocks", "whole"] = opt(
-        "off", "run", "torch.compile each block (fast to start) | the whole loss, with CUDA graphs on a GPU")
+        "off", "run", "torch.compile each block (fast to start) | the whole loss; on a GPU with CUDA graphs if a step "
+        "has one micro-batch")
     parallel: Literal["auto", "ddp", "fsdp"] = opt(
         "auto", "run", "with several processes: ddp = a whole model on each | fsdp = shards | auto = ddp where it fits")
     recompute: bool = opt(False, "run", "keep only the blocks' inputs, compute them again in the backward pass")
+    deterministic: bool = opt(False, "run", "on a GPU, only kernels that repeat every bit; slower")
     threads: int = opt(0, "run", "CPU threads; 0 = PyTorch's choice", Number(int, 0, 1024))
     wandb: Literal["auto", "online", "offline", "off"] = opt(
         "auto", "run", "auto = online when logged in, else offline")

@@ -564,12 +564,8 @@ def apply_(
     then. Raises ValueError for any other way of sharding.
     """
     params = {name: target.parameter for name, target in targets.items()}
-    sharded = {name: p for name, p in params.items() if hasattr(p, "placements")}
-    for name, p in sharded.items():
-        if len(p.placements) != 1 or not p.placements[0].is_shard(0):
-            raise ValueError(
-                f"{name} is distributed as {p.placements}; MSign needs [Shard(0)] on a mesh of one dimension"
-            )
+    sharded = _sharded(targets)
+    for p in sharded.values():
         group = group or p.device_mesh.get_group()
     _require_finite(params, group)
     ranks = dist.get_world_size(group) if group else 1
@@ -590,6 +586,17 @@ def apply_(
         for chunk in _chunks(matrices, size * ranks):
             exchange(chunk, shape[-2:], change, first_owner, group)
             first_owner += len(chunk)  # the next shape's first matrix goes to the next rank, which evens out the work
+
+
+def _sharded(targets: dict[str, Target]) -> dict[str, Tensor]:
+    """The parameters that are sharded. Raises ValueError if one is sharded in another way than by rows."""
+    sharded = {name: t.parameter for name, t in targets.items() if hasattr(t.parameter, "placements")}
+    for name, p in sharded.items():
+        if len(p.placements) != 1 or not p.placements[0].is_shard(0):
+            raise ValueError(
+                f"{name} is distributed as {p.placements}; MSign needs [Shard(0)] on a mesh of one dimension"
+            )
+    return sharded
 
 
 def _require_finite(params: dict[str, Tensor], group: dist.ProcessGroup | None):
@@ -670,11 +677,11 @@ class MSign(Optimizer):
     reset:  after each application set the state of the targets' parameters in `base` to 0, both moments and step
             count. Of a fused weight this is the state of the whole weight.
 
-    Learning-rate schedulers, closures, gradient scalers and hooks see an ordinary optimizer with the parameter groups
-    of `base`. state_dict is that of `base` with one more entry, "msign". The constructor raises ValueError for a period
-    below 1, an unknown backend, and what `find` refuses. `step` raises NonFiniteWeightError, after the base's
-    step, when a target is not finite. The attribute `observe`, a function, is called with "before" and "after" around
-    every application.
+    Learning-rate schedulers, closures, gradient scalers and hooks see an ordinary optimizer with the parameter
+    groups of `base`. state_dict is that of `base` with one more entry, "msign". The constructor raises ValueError
+    for a period below 1, an unknown backend, what `find` refuses, and what `apply_` does not update. `step` raises
+    NonFiniteWeightError, after the base's step, when a target is not finite. The attribute `observe`, a function,
+    is called with "before" and "after" around every application.
     """
 
     def __init__(
@@ -696,6 +703,7 @@ class MSign(Optimizer):
         self.base = base
         self.period = period
         self.targets = find(model, targets, split)
+        _sharded(self.targets)  # refuses now what an application would refuse
         self.update = update or partial(restored_sign, backend=backend)
         self.group = group
         self.reset = reset

@@ -74,8 +74,7 @@ class Run:
     """
 
     def __init__(self, cfg: Config):
-        if cfg.threads:
-            torch.set_num_threads(cfg.threads)
+        machine.prepare(cfg)
         self.cfg = cfg
         self.folder = Path(cfg.runs_dir) / cfg.name
         self.train_data, self.val_data, notes = corpora.open_splits(cfg)
@@ -99,7 +98,9 @@ class Run:
         self.arithmetic = machine.set_arithmetic(device, matrices)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
         self.replica = parallel.Replica(self.model, world, self.sharded)
-        self.loss_of, compilation, announced = machine.compiled(cfg, self.model, device, self.autocast, self.replica)
+        self.loss_of, compilation, announced = machine.compiled(
+            cfg, self.model, device, self.autocast, self.replica, self.accumulate
+        )
         self.arithmetic |= compilation
         self.notes += announced
         for note in self.notes if world.main else []:
@@ -154,9 +155,6 @@ class Run:
     def draw(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """This process's inputs and targets of a step, each (micro_batch, block_size), perhaps still being copied."""
         x, y = map(self.world.share, self.train_data.batch(self.cfg.seed, step, self.cfg.batch_size))
-        if self.device.type == "cuda":
-            x, y = x.pin_memory(), y.pin_memory()
-        x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
         return list(zip(x.split(self.cfg.micro_batch), y.split(self.cfg.micro_batch), strict=True))
 
     def not_measured(self, why: str):
@@ -228,7 +226,7 @@ def update(run: Run) -> dict[str, float]:
         new = counts - before
         here = torch.tensor([float(new[key]) for key in ("fallbacks", "matrices")], device=run.device)
         metrics["msign/fallbacks"], metrics["msign/matrices"] = run.world.sum(here).tolist()
-    run.optimizer.zero_grad(set_to_none=True)
+    run.replica.zero_grad()
     return run.instruments.updates(run.step) | metrics
 
 

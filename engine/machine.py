@@ -4,6 +4,7 @@ The record is what `engine/runlog.py` writes about a run before its first step.
 """
 
 import contextlib
+import logging
 import os
 import platform
 import resource
@@ -163,6 +164,21 @@ def kernel_runs(cfg: Config, device: torch.device) -> bool:
     return True
 
 
+def prepare(cfg: Config):
+    """Set the number of threads and which kernels are allowed. To be called before anything is computed.
+
+    With cfg.deterministic two runs on GPUs of one kind have the same bits. Otherwise they do not, because the backward
+    passes of attention and of embeddings add up in any order there. PyTorch raises RuntimeError for an operation that
+    it cannot repeat.
+    """
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    torch.use_deterministic_algorithms(cfg.deterministic)
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
+        torch.utils.deterministic.fill_uninitialized_memory = False  # no uninitialised memory is ever read
+
+
 def set_arithmetic(device: torch.device, matrices: Iterable[Tensor]) -> dict[str, str]:
     """Make fp32 arithmetic on a CPU faster and no less exact. Returns the choices, for the record; {} on other devices.
 
@@ -195,29 +211,41 @@ def product_error(n: int, k: int) -> float:
     return ((X @ W.T - exact).norm() / exact.norm()).item()
 
 
+def compile_mode(device: torch.device, accumulate: int) -> str | None:
+    """torch.compile's mode for the whole loss: with CUDA graphs, unless a step has several micro-batches.
+
+    A graph writes its gradients to the same memory each time, and PyTorch may then add up wrong ones (its issues 96693
+    and 169545).
+    """
+    return "reduce-overhead" if device.type == "cuda" and accumulate == 1 else None
+
+
 def compiled(
-    cfg: Config, model: GPT, device: torch.device, autocast, run: Callable | None = None
+    cfg: Config, model: GPT, device: torch.device, autocast, run: Callable | None = None, accumulate: int = 1
 ) -> tuple[Callable, dict, list[str]]:
     """The loss function, compiled as cfg.compile says; what to record; and lines to announce.
 
     run: the uncompiled loss function, such as a wrapper that spreads the model over processes; None means the model.
+    accumulate: the micro-batches of a step on this process.
 
     The compiled function is tried on one micro-batch, so no step's time includes compilation. If compilation fails
     (on a CPU, PyTorch needs a C++ compiler), the run is uncompiled from its first step, and a line says so.
     """
     run = run or model
-    loss_of = run
+    loss_of, mode = run, None
     if cfg.compile == "off":
         return run, {}, []
+    if not torch.cuda.is_available():  # the compiler imports a module that warns of a CUDA that it finds without a GPU
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if cfg.compile == "whole":
-        mode = "reduce-overhead" if device.type == "cuda" else None
+        mode = compile_mode(device, accumulate)
         loss_of = torch.compile(run, mode=mode, dynamic=False)
     else:
         for block in model.blocks:
             # with dynamic=None, a second batch size would replace it by slower code that serves all sizes
             block.compile(dynamic=False)
     windows = torch.zeros(cfg.micro_batch, cfg.block_size + 1, dtype=torch.long)
-    x, y = windows[:, :-1].to(device), windows[:, 1:].to(device)  # with the data's strides, for which it is compiled
+    x, y = windows[:, :-1].contiguous().to(device), windows[:, 1:].contiguous().to(device)  # with a batch's strides
     began = time.perf_counter()
     try:
         with autocast, chosen_kernel(cfg):
@@ -229,7 +257,8 @@ def compiled(
         return run, {}, [f"COMPILE: {cfg.compile!r} failed, running uncompiled: {reason}"]
     finally:
         model.zero_grad(set_to_none=True)
-    return loss_of, {"compile": cfg.compile, "compile_seconds": round(time.perf_counter() - began, 1)}, []
+    seconds = round(time.perf_counter() - began, 1)
+    return loss_of, {"compile": cfg.compile, "compile_mode": mode, "compile_seconds": seconds}, []
 
 
 def peak_memory(device: torch.device) -> int:

@@ -53,8 +53,9 @@ class World:
         return values
 
     def share(self, rows: Tensor) -> Tensor:
-        """This rank's rows: every rank gets equally many of `rows`."""
-        return rows.chunk(self.size)[self.rank]
+        """This rank's rows on its device, perhaps still being copied: every rank gets equally many of `rows`."""
+        mine = rows.chunk(self.size)[self.rank].contiguous()  # of memory with gaps, a copy would be copied, unpinned
+        return mine.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else mine
 
     def on_main(self, do: Callable, otherwise):
         """What do() returns on rank 0, `otherwise` elsewhere. A UserError of rank 0 is raised on all ranks."""
@@ -213,7 +214,11 @@ def fill(p: Tensor, value: Tensor):
 
 
 class Replica:
-    """The loss function that a training step calls with a micro-batch; it averages gradients over ranks on demand."""
+    """The loss function that a training step calls with a micro-batch; it averages gradients over the ranks.
+
+    Each rank holds a gradient once: DDP's lie in the buffers that the ranks exchange, its buckets, from the first
+    step on, and FSDP2's are sharded after every micro-batch.
+    """
 
     def __init__(self, model: GPT, world: World, sharded: bool):
         self.model, self.sharded = model, sharded
@@ -221,17 +226,24 @@ class Replica:
         if world.size > 1 and not sharded:
             ids = [world.device.index] if world.device.type == "cuda" else None
             self.run = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+            token = torch.zeros(1, 1, dtype=torch.long, device=world.device)
+            for _ in range(2):  # the first pass makes the buckets, the second one orders them by their use
+                self.run(token, token).backward()
+            self.zero_grad()
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         return self.run(x, y)
 
     def accumulating(self, last: bool):
-        """A context for a micro-batch's forward and backward pass. Gradients are averaged over ranks only if `last`."""
-        if self.sharded:
-            self.model.set_requires_gradient_sync(last)
-        elif self.run is not self.model and not last:
-            return self.run.no_sync()
-        return nullcontext()
+        """A context for a micro-batch's forward and backward pass. DDP averages gradients only after the `last`.
+
+        FSDP2 averages them after every micro-batch, because until then each rank holds them whole.
+        """
+        return nullcontext() if last or self.run is self.model else self.run.no_sync()
+
+    def zero_grad(self):
+        """Forget the gradients. Under DDP they become zero and keep their memory, which is the buckets'."""
+        self.model.zero_grad(set_to_none=self.run is self.model)
 
     def reshard(self):
         """Shard FSDP2's outermost parameters again, which a forward pass without a backward pass leaves whole."""

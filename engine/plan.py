@@ -30,7 +30,10 @@ PAPER = {
 
 @dataclass(frozen=True)
 class GPU:
-    """A GPU's data sheet: peak FLOP/s without sparsity, memory in bytes, bytes/s one way inside and between nodes."""
+    """A GPU: peak FLOP/s without sparsity, bytes/s one way inside and between nodes, as its data sheet says.
+
+    memory: the bytes that PyTorch sees on one; the data sheet's round number is another.
+    """
 
     bf16: float
     fp32: float
@@ -41,9 +44,9 @@ class GPU:
 
 
 GPUS = {
-    "H100": GPU(989e12, 67e12, 67e12, 80e9, 450e9),
-    "A100": GPU(312e12, 19.5e12, 19.5e12, 80e9, 300e9, 25e9),
-    "RTX4090": GPU(165e12, 83e12, 1.3e12, 24e9, 32e9),
+    "H100": GPU(989e12, 67e12, 67e12, 79.18 * 2**30, 450e9),
+    "A100": GPU(312e12, 19.5e12, 19.5e12, 79.15 * 2**30, 300e9, 25e9),
+    "RTX4090": GPU(165e12, 83e12, 1.3e12, 23.65 * 2**30, 32e9),
 }
 
 

@@ -18,6 +18,7 @@ set -eu
 cd "${SLURM_SUBMIT_DIR:-.}"
 PATH="$PWD/.venv/bin:$PATH"
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# exec: SLURM's signal reaches torchrun, which hands it to every rank
+# exec: SLURM's signal reaches torchrun, which hands it to every rank; without --shutdown-timeout, torchrun would kill
+# the ranks after 30 s, perhaps before the checkpoint is written
 exec srun --kill-on-bad-exit=1 torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="${NPROC:-gpu}" \
-  --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="$head:${MASTER_PORT:-29500}" train.py "$@" --resume
+  --shutdown-timeout=110 --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="$head:${MASTER_PORT:-29500}" train.py "$@" --resume

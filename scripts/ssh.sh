@@ -11,7 +11,7 @@ read -ra hosts <<< "$1"
 shift
 for i in "${!hosts[@]}"; do
   launch=(torchrun --nnodes="${#hosts[@]}" --node_rank="$i" --nproc_per_node="${NPROC:-gpu}"
-    --master_addr="${hosts[0]}" --master_port="${MASTER_PORT:-29500}" train.py "$@" --resume)
+    --shutdown-timeout=110 --master_addr="${hosts[0]}" --master_port="${MASTER_PORT:-29500}" train.py "$@" --resume)
   # -tt: the remote processes end with the connection
   ssh -tt "${hosts[$i]}" "cd $(printf %q "$PWD") && PATH=$(printf %q "$PWD/.venv/bin"):\$PATH && exec ${launch[*]@Q}" &
 done

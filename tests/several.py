@@ -15,7 +15,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import msign
 import train
-from config import load_config, run_cli
+from config import Config, load_config, run_cli
 from engine import budget, parallel
 
 
@@ -98,19 +98,45 @@ def signs() -> dict:
     return out
 
 
+def gradients(kind: str) -> bool:
+    """Whether this rank holds every gradient once, and at the same place, after each of six micro-batches."""
+    cfg = Config(n_layer=2, d_model=16, n_head=2, d_ff=32, vocab_size=64, block_size=8)
+    world = parallel.World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    model = parallel.build(cfg, world, kind == "fsdp")
+    replica = parallel.Replica(model, world, kind == "fsdp")
+    parameters, tokens, places = list(model.parameters()), torch.arange(8)[None], []
+    for last in (False, False, True) * 2:
+        with replica.accumulating(last):
+            replica(tokens, tokens).backward()
+        local = [p.grad.to_local() if kind == "fsdp" else p.grad for p in parameters]
+        places.append([grad.data_ptr() for grad in local])
+        if last:
+            assert any(grad.any() for grad in local)
+            replica.zero_grad()
+    if kind == "fsdp":  # as large as the shards
+        return sum(grad.numel() for grad in local) == sum(p.to_local().numel() for p in parameters)
+    buckets = {grad.untyped_storage().data_ptr() for grad in local}  # each holds several
+    return all(now == places[0] for now in places) and len(buckets) < len(parameters)
+
+
 def refusals() -> dict:
     """Each rank's error message for a weight that is not finite on one rank, and for shardings that MSign refuses."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    line, grid = (init_device_mesh("cpu", shape) for shape in ((dist.get_world_size(),), (1, dist.get_world_size())))
     out = {}
-    for kind in ("nan", "columns", "replicated"):
+    for kind, mesh, placements in (
+        ("nan", line, [Shard(0)]), ("columns", line, [Shard(1)]), ("replicated", line, [Replicate()]),
+        ("hybrid", grid, [Replicate(), Shard(0)]),
+    ):  # fmt: skip
         W = weights()
         if kind == "nan":
             W["b"][-1, 0] = float("nan")  # in the last rank's rows
-        placement = {"nan": Shard(0), "columns": Shard(1), "replicated": Replicate()}[kind]
-        several = {n: distribute_tensor(x, mesh, [placement]) for n, x in W.items()}
+        several = {n: distribute_tensor(x, mesh, placements) for n, x in W.items()}
         before = several["a"].to_local().clone()
         try:
-            msign.apply_(msign.find(several.items(), "*"))
+            if kind == "nan":
+                msign.apply_(msign.find(several.items(), "*"))
+            else:
+                msign.MSign(torch.optim.AdamW(several.values()), several.items(), targets="*")
             said = "nothing"
         except ValueError as error:
             said = f"{type(error).__name__}: {error}"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -64,6 +65,15 @@ def test_ssh_stops_all_when_one_machine_fails(cluster, config_file):
         cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 9
+
+
+def test_torchrun_waits_for_the_last_checkpoint_but_not_longer_than_slurm():
+    patience = {}
+    for script in ("slurm.sh", "ssh.sh"):
+        text = (ROOT / "scripts" / script).read_text()
+        patience[script] = int(re.search(r"--shutdown-timeout=(\d+) .*train\.py", text, re.DOTALL)[1])
+    before_the_end = int(re.search("--signal=TERM@(\\d+)", (ROOT / "scripts" / "slurm.sh").read_text())[1])
+    assert 30 < patience["ssh.sh"] == patience["slurm.sh"] < before_the_end  # 30 s is torchrun's own
 
 
 def test_ssh_says_how_it_is_called():

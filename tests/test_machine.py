@@ -1,4 +1,5 @@
 import contextlib
+import os
 import subprocess
 import sys
 
@@ -54,6 +55,22 @@ def test_nothing_is_chosen_on_a_gpu():
     assert machine.set_arithmetic(torch.device("cuda"), []) == {}
 
 
+def test_on_request_only_kernels_that_repeat_their_bits_are_allowed(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    for on in (True, False):
+        machine.prepare(small(deterministic=on))
+        assert torch.are_deterministic_algorithms_enabled() == on
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+
+
+def test_cuda_graphs_are_made_only_of_steps_of_one_micro_batch():
+    cuda = torch.device("cuda")
+    assert machine.compile_mode(cuda, accumulate=1) == "reduce-overhead"
+    assert machine.compile_mode(cuda, accumulate=2) is None
+    assert machine.compile_mode(CPU, accumulate=1) is None
+
+
 def test_peak_memory_is_the_processs_own():
     """On Linux, getrusage starts a child process with the peak of its parent."""
     ballast = torch.ones(150_000_000)  # 0.6 GB
@@ -63,13 +80,19 @@ def test_peak_memory_is_the_processs_own():
     assert machine.peak_memory(CPU) > ballast.nbytes
 
 
-def test_a_block_compiles_for_the_shapes_of_training_only():
-    """Another batch size, such as the probes', must not replace the compiled code by slower code for any batch size."""
+def test_a_block_compiles_for_the_shapes_of_training_only(monkeypatch, caplog):
+    """Another batch size, such as the probes', must not replace the compiled code by slower code for any batch size.
+
+    The compiler looks for CUDA, and what it says when it finds it without a GPU is kept from the user.
+    """
+    monkeypatch.setenv("CUDA_HOME", "/usr")
     cfg = small(compile="blocks")
     model = GPT(cfg)
     loss_of, record, notes = machine.compiled(cfg, model, CPU, contextlib.nullcontext())
     assert record["compile"] == "blocks"
     assert not notes
+    assert torch.utils.cpp_extension._find_cuda_home() == "/usr"
+    assert not [record for record in caplog.records if "CUDA runtime" in record.getMessage()]
     assert all(p.grad is None for p in model.parameters())
     tokens = torch.zeros(cfg.micro_batch, cfg.block_size + 1, dtype=torch.long)
     compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]

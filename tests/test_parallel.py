@@ -172,10 +172,15 @@ def test_msign_on_several_ranks_is_one_processs_and_each_computes_its_share(rank
     assert max(found["sharded"]["bytes"]) < max(found["replicated"]["bytes"])
 
 
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_gradients_are_held_once_while_they_accumulate(way):
+    assert several(2, "gradients", way)
+
+
 def test_msign_refuses_on_all_ranks_at_once():
     found = several(2, "refusals")
     assert found["nan"] == ["NonFiniteWeightError: b holds a value that is not finite; MSign changed no weight"] * 2
-    for kind in ("columns", "replicated"):
+    for kind in ("columns", "replicated", "hybrid"):
         assert len(set(found[kind])) == 1
         assert found[kind][0].startswith("ValueError: a is distributed as")
 
