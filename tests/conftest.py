@@ -102,7 +102,8 @@ def command(*args) -> list[str]:
 # importing PyTorch takes longer than most tests: each pytest worker has a server that imports it once and is forked
 FORKS = multiprocessing.get_context("forkserver")
 RUN = subprocess.run
-FORKS.set_forkserver_preload(["tests.conftest", "train", "analysis.figures"])
+# the first optimizer imports torch._dynamo, which takes four times as long as a run of a test
+FORKS.set_forkserver_preload(["tests.conftest", "train", "analysis.figures", "torch._dynamo"])
 
 
 def _as_script(words: list[str], cwd: str, env: dict[str, str], output: tuple[str | int, str | int]):
