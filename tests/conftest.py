@@ -106,8 +106,11 @@ RUN = subprocess.run
 FORKS.set_forkserver_preload(["tests.conftest", "train", "analysis.figures", "torch._dynamo"])
 
 
-def _as_script(words: list[str], cwd: str, env: dict[str, str], output: tuple[str | int, str | int]):
-    """Do in the forked process what `python words` does; output: files, or open descriptors, for stdout and stderr."""
+def _as_script(words: list[str], cwd: str, env: dict[str, str], output: tuple[str | int, str | int], first=None):
+    """Do in the forked process what `python words` does; output: files, or open descriptors, for stdout and stderr.
+
+    first: a function that is called before the script, such as one that sets a limit.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):  # not those of the script that forked this process
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     for descriptor, target in zip((1, 2), output, strict=True):
@@ -115,7 +118,10 @@ def _as_script(words: list[str], cwd: str, env: dict[str, str], output: tuple[st
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
+    if first:
+        first()
     if ROOT in Path(words[0]).parents:
+        engine.pool.EVERY = 0.05
         engine.pool.subprocess = types.SimpleNamespace(Popen=Forked, STDOUT=subprocess.STDOUT)
         subprocess.run = Forked.run if Path(words[0]).name == "evidence.py" else RUN
     else:  # perhaps of a copy of the project, whose modules it brings along
@@ -151,11 +157,11 @@ class Forked:
         return subprocess.CompletedProcess(command, process.returncode)
 
 
-def start(*args, cwd=ROOT, output=(os.devnull, os.devnull), **env) -> multiprocessing.Process:
+def start(*args, cwd=ROOT, output=(os.devnull, os.devnull), first=None, **env) -> multiprocessing.Process:
     """Start a script of the repository in its own process, forked from one that has already imported PyTorch."""
     words = [str(ROOT / args[0]), *map(str, args[1:])]
     process = FORKS.Process(
-        target=_as_script, args=(words, str(cwd), {**os.environ, "OMP_NUM_THREADS": "1", **env}, output)
+        target=_as_script, args=(words, str(cwd), {**os.environ, "OMP_NUM_THREADS": "1", **env}, output, first)
     )
     process.start()
     return process
@@ -180,11 +186,12 @@ def finished(processes: dict[multiprocessing.Process, str], timeout: float) -> l
     ]
 
 
-def run(*args, cwd=ROOT, timeout=300, **env) -> subprocess.CompletedProcess:
+def run(*args, cwd=ROOT, timeout=300, first=None, **env) -> subprocess.CompletedProcess:
     """Run a script of the repository in its own process; returns its exit code and output."""
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/0"
-        (done,) = finished({start(*args, cwd=cwd, output=(path + ".out", path + ".err"), **env): path}, timeout)
+        output = (path + ".out", path + ".err")
+        (done,) = finished({start(*args, cwd=cwd, output=output, first=first, **env): path}, timeout)
     return done
 
 

@@ -13,7 +13,7 @@ import pytest
 from analysis.runs import load_runs
 from config import UserError
 from engine.grid import name_of, points, read_grid
-from tests.conftest import ROOT, command, refused, run
+from tests.conftest import ROOT, command, refused, run, start
 
 
 @pytest.fixture
@@ -33,10 +33,6 @@ NAMES = [f"period{which}-seed{seed}" for which in ("0", "2-attention", "2-mlp") 
 def results(tmp_path) -> dict[str, dict]:
     with open(tmp_path / "runs" / "grid" / "results.csv", newline="") as f:
         return {row["point"]: row for row in csv.DictReader(f)}
-
-
-def environment(**more):
-    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
 
 
 def test_points_that_are_the_same_run_are_one(grid):
@@ -75,13 +71,11 @@ def test_runs_what_is_missing_resumes_what_was_cut_skips_what_is_done(grid, tmp_
     # a run that was cut after step 5, as train.py leaves it
     cut = tmp_path / "runs" / "grid" / NAMES[3]
     point = next(p for p in points(grid, read_grid(grid, [])) if p.name == NAMES[3])
-    process = subprocess.Popen(
-        [*point.command, "--ckpt_every=1"], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    while not list(cut.glob("ckpt_*.pt")) and process.poll() is None:
+    process = start(*point.command[1:], "--ckpt_every=1")
+    while not list(cut.glob("ckpt_*.pt")) and process.is_alive():
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    process.communicate()
+    process.terminate()
+    process.join()
     assert not (cut / "summary.json").exists()
 
     said = run("scripts/sweep.py", grid, "--dry_run", "--ckpt_every=1")
@@ -116,7 +110,8 @@ def test_a_point_that_fails_is_told_and_the_others_go_on(grid, tmp_path):
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(grid, tmp_path):
     arguments = command("scripts/sweep.py", grid, "--msign_period=0", "--seed=0", "--max_steps=400", "--ckpt_every=100")
-    process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # real processes, unlike those of the other tests
+    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     folder = tmp_path / "runs" / "grid" / NAMES[0]
     while not (folder / "metrics.jsonl").is_file() and process.poll() is None:
         time.sleep(0.02)
@@ -125,7 +120,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(grid, tmp_path):
     assert process.returncode == 130, said
     assert "1 to go with the same command" in said
     assert list(folder.glob("ckpt_*.pt"))  # train.py was told, and saved
-    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=300)
+    done = run(*arguments[1:])
     assert done.returncode == 0, done.stderr
     assert results(tmp_path)[NAMES[0]]["steps"] == "400"
 
