@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from engine import checkpoint, parallel
 from engine.runlog import PER_LAYER
 from engine.sampling import open_model
 from model import GPT
-from tests.conftest import ROOT, SMALL, ranks, refused, small
+from tests.conftest import ROOT, SMALL, ranks, refused, small, start
 from train import train
 
 LLAMA = ["--norm=rmsnorm", "--mlp=swiglu", "--position=rope", "--n_kv_head=1"]
@@ -31,7 +32,8 @@ MODELS = {
 
 
 def torchrun(n: int, script, *arguments) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--master_port=0",
+    """What `start` starts as torchrun, whose processes are not forked."""
+    return [find_spec("torch.distributed.run").origin, f"--nproc_per_node={n}", "--master_port=0",
             "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(ROOT / script), *map(str, arguments)]  # fmt: skip
 
 
@@ -222,28 +224,22 @@ def test_a_checkpoint_of_another_model_is_refused_everywhere(runs):
         changed = json.loads(text)
         changed["config"]["d_ff"] = 128
         record.write_text(json.dumps(changed))
-        command = torchrun(2, "train.py", runs / "small.py", "--name=gpt-one", "--resume", "--d_ff=128")
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.returncode != 0
-        assert "checkpoint of another architecture (d_ff = 64 there, 128 here)" in done.stderr
+        done = ranks(2, "train.py", runs / "small.py", "--name=gpt-one", "--resume", "--d_ff=128", timeout=120)
+        assert [rank.returncode for rank in done] == [2, 2]
+        for rank in done:
+            assert "checkpoint of another architecture (d_ff = 64 there, 128 here)" in rank.stderr
     finally:
         record.write_text(text)
         summary.rename(record.with_name("summary.json"))
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_when_a_rank_dies_the_others_stop_and_the_run_goes_on_from_the_last_checkpoint(runs, way):
+def test_when_a_rank_dies_the_others_stop_and_the_run_goes_on_from_the_last_checkpoint(runs, tmp_path, way):
     name = f"dies-{way}"
     arguments = [runs / "small.py", f"--name={name}", f"--parallel={way}", "--ckpt_every=50", "--max_steps=100000",
                  "--probe_every=0", "--jacobian_every=0", "--eval_every=0"]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        torchrun(2, "train.py", *arguments),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        env=environment,
-    )
+    said = tmp_path / "said"
+    process = start(*torchrun(2, "train.py", *arguments), output=(os.devnull, str(said)))
     folder = runs / "runs" / name
     deadline = time.time() + 120
     while not checkpoint.checkpoints(folder) and time.time() < deadline:
@@ -255,9 +251,9 @@ def test_when_a_rank_dies_the_others_stop_and_the_run_goes_on_from_the_last_chec
     assert len(ranks) == 2
     began = time.time()
     os.kill(ranks[1], signal.SIGKILL)
-    _, said = process.communicate(timeout=90)
+    process.join(90)
     assert time.time() - began < 60
-    assert process.returncode != 0 and "SIGKILL" in said
+    assert process.exitcode and "SIGKILL" in said.read_text()
     saved = checkpoint.step_of(checkpoint.checkpoints(folder)[-1])
     done = several(2, "stopped", saved + 5, [[str(a) for a in arguments] + ["--resume"]])
     assert done == [128 + signal.SIGTERM]
