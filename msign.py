@@ -15,14 +15,16 @@ it (`find`) and refuses a weight that it cannot split. Do not use MSign on embed
 which the paper leaves alone.
 """
 
+import heapq
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -542,10 +544,6 @@ def _local(p: Tensor) -> Tensor:
     return p.to_local() if hasattr(p, "to_local") else p
 
 
-def _chunks(items: list, size: int) -> Iterable[list]:
-    return (items[i : i + size] for i in range(0, len(items), size))
-
-
 @torch.no_grad()
 def apply_(
     targets: dict[str, Target],
@@ -554,38 +552,33 @@ def apply_(
 ):
     """Replace the matrices of the targets in place: `update` gets a stack (N, m, n) and returns their replacements.
 
-    With a process group of several ranks the parameters are dealt out, and every rank updates those that it owns.
-    Parameters that all ranks hold (DDP) need one all-gather of the results. Parameters that are sharded by rows (FSDP2)
-    need two exchanges: one all-to-all brings each whole parameter to its owner, another one returns the rows.
+    With a process group of several ranks the matrices are dealt out (`deal`), and every rank updates those that it
+    owns. Owners of matrices that all ranks hold (DDP) broadcast the results. Matrices that are sharded by rows (FSDP2)
+    need two exchanges: one all-to-all brings the whole matrices to their owners, another one returns the rows.
     Parameters of three dimensions (experts) that are sharded along the first one need no exchange, because each matrix
     lies on one rank.
 
     Raises NonFiniteWeightError, on all ranks, naming the first parameter that is not finite; no parameter has changed
     then. Raises ValueError for any other way of sharding.
     """
-    params = {name: target.parameter for name, target in targets.items()}
     sharded = _sharded(targets)
     for p in sharded.values():
         group = group or p.device_mesh.get_group()
-    _require_finite(params, group)
+    _require_finite({name: target.parameter for name, target in targets.items()}, group)
     ranks = dist.get_world_size(group) if group else 1
-    stacks, first_owner = defaultdict(list), 0
+    alone, dealt = [], defaultdict(list)
     for name, target in targets.items():
         p, parts = target.parameter, None if target.alone else (target.layout, target.roles)
-        stacks[p.shape, p.dtype, p.device, name in sharded, parts].append(p)
-    for (shape, _, _, is_sharded, parts), same_shape in stacks.items():
-        change = update if parts is None else partial(parts[0].apply, update, parts[1])
-        matrices = [M for p in same_shape for M in _matrices(_local(p))]
-        size = max(1, STACK_ELEMENTS // shape[-2:].numel())
-        if ranks == 1 or (is_sharded and len(shape) > 2):
-            for chunk in _chunks(matrices, size):
-                for M, new in zip(chunk, change(torch.stack(chunk)).unbind(), strict=True):
-                    M.copy_(new)
-            continue
-        exchange = _by_rows if is_sharded else _replicated
-        for chunk in _chunks(matrices, size * ranks):
-            exchange(chunk, shape[-2:], change, first_owner, group)
-            first_owner += len(chunk)  # the next shape's first matrix goes to the next rank, which evens out the work
+        for values in _matrices(_local(p)):
+            matrix = _Matrix(values, p.shape[-2:], parts)
+            here = ranks == 1 or (name in sharded and p.ndim > 2)
+            (alone if here else dealt[name in sharded, p.dtype, p.device]).append(matrix)
+    _update(alone, update)
+    for (is_sharded, *_), matrices in dealt.items():
+        by_owner = [[] for _ in range(ranks)]
+        for matrix, owner in zip(matrices, deal([matrix.shape for matrix in matrices], ranks), strict=True):
+            by_owner[owner].append(matrix)
+        (_by_rows if is_sharded else _replicated)(by_owner, update, group)
 
 
 def _sharded(targets: dict[str, Target]) -> dict[str, Tensor]:
@@ -615,52 +608,88 @@ def _matrices(W: Tensor) -> Iterable[Tensor]:
     return [W] if W.ndim == 2 else W.flatten(0, -3).unbind()
 
 
-def _owned(matrices: list, first: int, group) -> list[list]:
-    """The matrices that each rank owns, one list per rank; matrix 0 belongs to rank `first`, matrix 1 to the next."""
-    ranks = dist.get_world_size(group)
-    return [matrices[(rank - first) % ranks :: ranks] for rank in range(ranks)]
+class _Matrix(NamedTuple):
+    """What this process holds of a parameter's matrix, all or some rows; the whole matrix's shape; what is fused in it.
 
-
-def _replicated(matrices: list[Tensor], shape, update, first: int, group):
-    """Update matrices (m, n) that every rank holds: each rank updates those it owns and gathers the other results."""
-    owned, rank = _owned(matrices, first, group), dist.get_rank(group)
-    most = max(map(len, owned))
-    mine = matrices[0].new_zeros(most, *shape)
-    if owned[rank]:
-        mine[: len(owned[rank])] = update(torch.stack(owned[rank]))
-    everyones = [torch.empty_like(mine) for _ in owned]
-    dist.all_gather(everyones, mine, group)
-    counts["bytes"] += mine.nbytes * (len(owned) - 1)
-    for theirs, new in zip(owned, everyones, strict=True):
-        for M, value in zip(theirs, new.unbind(), strict=False):
-            M.copy_(value)
-
-
-def _by_rows(matrices: list[Tensor], shape, update, first: int, group):
-    """Update matrices (m, n) of which every rank holds some rows, dealt out as torch.chunk does.
-
-    The rows travel in flat buffers: `pieces` is this rank's rows of all matrices, in the order of their owners, and
-    `wholes` is all rows of the matrices that this rank owns, in the order of the ranks that hold the rows.
+    parts: the layout and the roles to be updated, or None where the matrix is a target as a whole.
     """
-    owned, rank = _owned(matrices, first, group), dist.get_rank(group)
-    mine, by_owner = len(owned[rank]), [M for theirs in owned for M in theirs]
-    m, n = shape
-    most = math.ceil(m / len(owned))
-    rows = [max(0, min(most, m - r * most)) for r in range(len(owned))]  # of every matrix, on each rank
-    pieces = torch.cat([M.reshape(-1) for M in by_owner])
-    piece_sizes = [len(theirs) * rows[rank] * n for theirs in owned]  # elements to or from each rank
-    whole_sizes = [mine * r * n for r in rows]
+
+    values: Tensor
+    shape: torch.Size
+    parts: tuple[Layout, tuple[str, ...]] | None
+
+
+def deal(shapes: Sequence[tuple[int, ...]], ranks: int) -> list[int]:
+    """The process that computes each of these matrices (m, n): the dearest first, each to the one with least to do.
+
+    A matrix, m ≥ n, costs about n² (m + n). The busiest process has at most 4/3 of the best possible maximum (Graham 1969).
+    """
+    costs = [min(shape) ** 2 * sum(shape) for shape in shapes]
+    loads, owners = [(0, rank) for rank in range(ranks)], [0] * len(costs)
+    for i in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
+        load, owners[i] = loads[0]
+        heapq.heapreplace(loads, (load + costs[i], owners[i]))
+    return owners
+
+
+def _update(matrices: Iterable[_Matrix], update: Callable[[Tensor], Tensor]):
+    """Update whole matrices in place; those that are alike share stacks."""
+    alike = defaultdict(list)
+    for matrix in matrices:
+        alike[matrix.shape, matrix.values.dtype, matrix.values.device, matrix.parts].append(matrix.values)
+    for (shape, _, _, parts), values in alike.items():
+        change = update if parts is None else partial(parts[0].apply, update, parts[1])
+        size = max(1, STACK_ELEMENTS // shape.numel())
+        for stack in (values[i : i + size] for i in range(0, len(values), size)):
+            for W, new in zip(stack, change(torch.stack(stack)).unbind(), strict=True):
+                W.copy_(new)
+
+
+def _replicated(by_owner: list[list[_Matrix]], update, group):
+    """Update matrices that every process holds: each updates those it owns, then sends them to all others."""
+    rank = dist.get_rank(group)
+    _update(by_owner[rank], update)
+    for owner, theirs in enumerate(by_owner):
+        most = max((matrix.shape.numel() for matrix in theirs), default=1)
+        size = max(1, STACK_ELEMENTS // most)
+        for part in (theirs[i : i + size] for i in range(0, len(theirs), size)):
+            flat = torch.cat([matrix.values.reshape(-1) for matrix in part])
+            dist.broadcast(flat, group=group, group_src=owner)
+            counts["bytes"] += flat.nbytes * (len(by_owner) - 1) * (owner == rank)
+            for matrix, new in zip(part, flat.split([matrix.shape.numel() for matrix in part]), strict=True):
+                matrix.values.copy_(new.view(matrix.shape))
+
+
+def _by_rows(by_owner: list[list[_Matrix]], update, group):
+    """Update matrices of which every process holds some rows, dealt out as torch.chunk does.
+
+    The rows travel in flat buffers: `pieces` is this process's rows of all matrices, in the order of their owners, and
+    `wholes` is all rows of the matrices that it owns, in the order of the processes that hold the rows.
+    """
+    ranks, rank = len(by_owner), dist.get_rank(group)
+    mine, ordered = by_owner[rank], [matrix.values for theirs in by_owner for matrix in theirs]
+    rows = []  # of each of `mine`, on each process
+    for m, _ in (matrix.shape for matrix in mine):
+        most = math.ceil(m / ranks)
+        rows.append([max(0, min(most, m - other * most)) for other in range(ranks)])
+    # elements of each of `mine` on each process, and to or from each process in all
+    elements = [[of[other] * matrix.shape[1] for of, matrix in zip(rows, mine, strict=True)] for other in range(ranks)]
+    whole_sizes = list(map(sum, elements))
+    piece_sizes = [sum(matrix.values.numel() for matrix in theirs) for theirs in by_owner]
+    pieces = torch.cat([values.reshape(-1) for values in ordered])
     wholes = pieces.new_empty(sum(whole_sizes))
     dist.all_to_all_single(wholes, pieces, whole_sizes, piece_sizes, group)
-    if mine:
-        parts = [x.view(mine, r, n) for x, r in zip(wholes.split(whole_sizes), rows, strict=True)]
-        new = update(torch.cat(parts, 1))
-        wholes = torch.cat([x.reshape(-1) for x in new.split(rows, 1)])
+    from_each = [part.split(sizes) for part, sizes in zip(wholes.split(whole_sizes), elements, strict=True)]
+    whole = [matrix._replace(values=torch.cat(parts).view(matrix.shape))
+             for matrix, *parts in zip(mine, *from_each, strict=True)]  # fmt: skip
+    _update(whole, update)
+    to_each = zip(*(matrix.values.split(of) for matrix, of in zip(whole, rows, strict=True)), strict=True)
+    wholes = torch.cat([wholes[:0], *(part.reshape(-1) for parts in to_each for part in parts)])
     dist.all_to_all_single(pieces, wholes, piece_sizes, whole_sizes, group)
-    kept = piece_sizes[rank] + whole_sizes[rank]  # elements that a rank sends to itself
+    kept = piece_sizes[rank] + whole_sizes[rank]  # elements that a process sends to itself
     counts["bytes"] += (pieces.numel() + wholes.numel() - kept) * pieces.itemsize
-    for M, new_rows in zip(by_owner, pieces.view(len(matrices), rows[rank], n).unbind(), strict=True):
-        M.copy_(new_rows)
+    for values, new in zip(ordered, pieces.split([values.numel() for values in ordered]), strict=True):
+        values.copy_(new.view(values.shape))
 
 
 class MSign(Optimizer):

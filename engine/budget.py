@@ -12,7 +12,7 @@ import torch
 
 from config import Config
 from model import GPT
-from msign import find, polar_steps, rank_cutoff
+from msign import deal, find, polar_steps, rank_cutoff
 
 ROOM = 0.9  # the share of a GPU's memory that a plan may use; the allocator needs the rest
 
@@ -97,29 +97,37 @@ def msign_flops(shapes: Iterable[tuple[int, ...]], flops=eigh_flops) -> float:
     return sum(torch.Size(shape[:-2]).numel() * flops(max(shape[-2:]), min(shape[-2:])) for shape in shapes)
 
 
+def msign_loads(shapes: Iterable[tuple[int, ...]], ranks: int, sharded: bool, flops=eigh_flops) -> list[float]:
+    """FLOPs of each rank in one application of MSign, as `msign.apply_` deals the matrices out."""
+    dealt, local = _dealt(shapes, ranks, sharded)
+    loads = [msign_flops(local, flops) / ranks] * ranks
+    for (m, n), owner in dealt:
+        loads[owner] += flops(max(m, n), min(m, n))
+    return loads
+
+
+def _dealt(shapes: Iterable[tuple[int, ...]], ranks: int, sharded: bool) -> tuple[list[tuple], list[tuple]]:
+    """(matrix, its owner) of the matrices that are dealt out, and the stacks of sharded experts, which are not."""
+    shapes = list(shapes)
+    local = [shape for shape in shapes if sharded and len(shape) > 2]
+    matrices = [s[-2:] for s in shapes if s not in local for _ in range(torch.Size(s[:-2]).numel())]
+    return list(zip(matrices, deal(matrices, ranks), strict=True)), local
+
+
 def msign_bytes(shapes: Iterable[tuple[int, ...]], ranks: int, sharded: bool) -> list[int]:
     """Bytes that every rank sends in one application, in fp32, as `msign.apply_` exchanges them.
 
-    Replicated matrices: each rank sends the signs that it computed to all others, in a buffer that is as large as that
-    of the rank with most signs. Sharded matrices: each rank sends its rows to the rank that computes this matrix's
-    sign, which sends the new rows back; stacks of experts are not sent. During a run, `msign.counts` counts the bytes
-    that are really sent.
+    Replicated matrices: each rank sends the signs that it computed to all others. Sharded matrices: each rank sends its
+    rows to the rank that computes this matrix's sign, which sends the new rows back; stacks of experts are not sent.
+    During a run, `msign.counts` counts the bytes that are really sent.
     """
-    sent, first = [0] * ranks, 0
-    stacks = {}
-    for shape in shapes:
-        stacks[shape] = stacks.get(shape, 0) + torch.Size(shape[:-2]).numel()
-    for shape, count in stacks.items():
-        m, n = shape[-2:]
-        if ranks == 1 or (sharded and len(shape) > 2):
-            continue
-        owned = [len(range((rank - first) % ranks, count, ranks)) for rank in range(ranks)]
+    sent = [0] * ranks
+    for (m, n), owner in _dealt(shapes, ranks, sharded)[0] if ranks > 1 else ():
         rows_a_rank = ceil(m / ranks)
         for rank in range(ranks):
             rows = max(0, min(rows_a_rank, m - rank * rows_a_rank))
             if sharded:
-                sent[rank] += 4 * n * (rows * (count - owned[rank]) + (m - rows) * owned[rank])
-            else:
-                sent[rank] += 4 * n * m * max(owned) * (ranks - 1)
-        first += count
+                sent[rank] += 4 * n * (m - rows if rank == owner else rows)
+            elif rank == owner:
+                sent[rank] += 4 * n * m * (ranks - 1)
     return sent

@@ -82,13 +82,13 @@ class Plan:
         return max(budget.msign_bytes(self.shapes, self.ranks, self.sharded))
 
     def application_seconds(self, backend: str) -> tuple[float, float]:
-        """Seconds of one application: of computing the signs, shared among the ranks, and of exchanging them."""
+        """Seconds of one application: the busiest rank's, of computing its signs and of exchanging them."""
         flops, peak = {
             "polar": (budget.polar_flops, self.gpu.fp32 * POLAR_SHARE),
             "eigh": (budget.eigh_flops, self.gpu.fp64 * EIGH_SHARE),
         }[backend]
         rate = self.gpu.inside if self.ranks <= self.per_node else self.gpu.outside
-        return budget.msign_flops(self.shapes, flops) / (self.ranks * peak), self.bytes_sent / rate
+        return max(budget.msign_loads(self.shapes, self.ranks, self.sharded, flops)) / peak, self.bytes_sent / rate
 
     def application_steps(self, backend: str) -> float:
         """How many training steps take as long as one application, with its exchange."""

@@ -158,3 +158,15 @@ def test_no_bytes_are_sent_alone():
     half_of_two_out_and_half_of_two_back = 2 * 2 * 32 * 4
     assert budget.msign_bytes([(8, 8)] * 4, 2, True) == [half_of_two_out_and_half_of_two_back] * 2
     assert budget.msign_bytes([(4, 6, 6)], 2, True) == [0, 0]
+
+
+@pytest.mark.parametrize("name, ranks", [("llama_1b", 8), ("llama_1b", 64), ("llama_moe_3b", 64), ("llama_1b", 512)])
+@pytest.mark.parametrize("sharded", [True, False])
+def test_no_rank_is_dealt_much_more_work_than_it_must_do(name, ranks, sharded):
+    """Dealt out by their number, matrices of several sizes would take twice the time at 64 ranks."""
+    shapes = budget.matrices(load_config([f"{ROOT}/configs/{name}_msign.py"]), "blocks")
+    flops = budget.polar_flops
+    loads = budget.msign_loads(shapes, ranks, sharded, flops)
+    assert sum(loads) == pytest.approx(budget.msign_flops(shapes, flops))
+    dearest = max(budget.msign_flops([shape[-2:]], flops) for shape in shapes if not (sharded and len(shape) > 2))
+    assert max(loads) < 1.5 * max(sum(loads) / ranks, dearest)
