@@ -5,3 +5,4 @@ from configs.clients.nanogpt import *
 norm = "rmsnorm"
 mlp = "swiglu"
 position = "rope"
+lr = 0.025  # the top of the ramp: with seed 100 AdamW collapses here already (configs/sweeps/clients.py)
