@@ -1,9 +1,17 @@
 """scripts/faults.py: a few of each fault; and that it would see it if something went wrong."""
 
+import os
+import subprocess
+import tempfile
+import types
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
 import pytest
 
 from engine import checkpoint, parallel
-from tests.conftest import ROOT, refused, run
+from tests.conftest import ROOT, here, refused, start
 from trials import faults
 from trials.place import Place
 
@@ -14,8 +22,43 @@ def table(path) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
-def test_a_few_of_each_fault_do_no_harm(tmp_path):
-    done = run("scripts/faults.py", "--quick", f"--out={tmp_path / 'faults'}", timeout=600)
+def in_a_session_of_its_own(first: Callable | None):
+    os.setsid()
+    if first:
+        first()
+
+
+class Started:
+    """What trials/place.py needs of subprocess.Popen, by a fork: the new process need not import PyTorch again."""
+
+    def __init__(self, command: list[str], preexec_fn: Callable | None, env: dict[str, str], **_):
+        folder = Path(tempfile.mkdtemp())
+        self.said = folder / "out", folder / "err"
+        first = partial(in_a_session_of_its_own, preexec_fn)
+        self.process = start(*command[1:], output=tuple(map(str, self.said)), first=first, **env)
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    returncode = property(poll)
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.process.join(timeout)
+        if self.process.is_alive():
+            raise subprocess.TimeoutExpired("", timeout)
+        return self.process.exitcode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.wait(timeout)
+        return tuple(path.read_text() for path in self.said)
+
+
+def test_a_few_of_each_fault_do_no_harm(tmp_path, monkeypatch):
+    """In forked processes; tests/test_readme.py injects a fault into one that is started as a user starts it."""
+    names = {"Popen": Started, "PIPE": subprocess.PIPE, "TimeoutExpired": subprocess.TimeoutExpired}
+    monkeypatch.setattr("trials.place.subprocess", types.SimpleNamespace(**names))
+    done = here("scripts/faults.py", "--quick", f"--out={tmp_path / 'faults'}")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = table(tmp_path / "faults.md")
     assert len(rows) == len(faults.FAULTS)
