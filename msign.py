@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -43,7 +43,7 @@ STACK_ELEMENTS = 2**26  # a process stacks matrices of one shape up to this many
 # are not 0 then differ from 1 by about half of this.
 POLAR_TOLERANCE = 1e-4
 # what this process has done: "matrices" whose sign it took, "fallbacks" among them, "bytes" it sent to other ranks
-counts = Counter()
+counts: Counter[str] = Counter()
 
 
 def msign(W: Tensor, backend: str = "auto") -> Tensor:
@@ -115,7 +115,7 @@ def polar_steps(low: float, accuracy: float = 1e-2) -> tuple[tuple[float, float,
     digits. A quintic fitted to smaller values would map some large values close to 0. It would do so by cancellation,
     and only three fp32 digits would be left.
     """
-    steps = []
+    steps: list[tuple[float, float, float]] = []
     while True:
         fit = max(low, CUSHION)
         a, b, c, E = _nearest_to_one(fit)
@@ -145,7 +145,8 @@ def _exact_products(device: torch.device):
     if device.type not in ("cpu", "cuda"):
         yield
         return
-    matmul = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    # PyTorch puts mkldnn's attributes in place at run time
+    matmul = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul  # type: ignore
     before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
     try:
         yield
@@ -161,7 +162,7 @@ def _scaled(X: Tensor) -> Tensor:
     tiny = torch.finfo(torch.float32).tiny
     X = X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(tiny)
     B = X.mT @ X
-    log_bound = 0.0  # the logarithm of the bound of s₁²
+    log_bound = X.new_zeros(())  # the logarithm of the bound of s₁²
     for power in (1, 2, 4, 8):
         B = B if power == 1 else B @ B
         norm = torch.linalg.matrix_norm(B, keepdim=True).clamp_min(tiny)
@@ -198,11 +199,7 @@ def _polar(W: Tensor) -> Tensor:
     return X.view(W.shape)
 
 
-def _auto(W: Tensor) -> Tensor:
-    return _polar(W) if W.is_cuda else _eigh(W)
-
-
-BACKENDS = {"auto": _auto, "svd": _svd, "eigh": _eigh, "polar": _polar}
+BACKENDS = {"auto": lambda W: _polar(W) if W.is_cuda else _eigh(W), "svd": _svd, "eigh": _eigh, "polar": _polar}
 
 
 def restored_sign(W: Tensor, backend: str = "auto") -> Tensor:
@@ -313,11 +310,8 @@ NAMES = {
 ROLES = {kind: {name: role for role, names in table.items() for name in names.split()} for kind, table in NAMES.items()}
 # what part of a dotted name, or the end of a class's name, shows that a module is attention or an MLP
 KINDS = {
-    "attention": (re.compile("attn|attention", re.I), re.compile("(attention|attn)2?$", re.I)),
-    "mlp": (
-        re.compile("mlp|ffn|feed_?forward|expert|moe$", re.I),
-        re.compile("(mlp|ffn|feedforward|experts|moe)$", re.I),
-    ),
+    "attention": (re.compile("(?i)attn|attention"), re.compile("(?i)(attention|attn)2?$")),
+    "mlp": (re.compile("(?i)mlp|ffn|feed_?forward|expert|moe$"), re.compile("(?i)(mlp|ffn|feedforward|experts|moe)$")),
 }
 FUSED = {
     "attention": re.compile("kv|c_attn|in_proj|qk|query_key_value", re.I),
@@ -370,7 +364,8 @@ class _Weight:
         kinds = [_kind(self.key, None)] + [_kind(n.rpartition(".")[2], modules.get(n)) for n in around]
         first = next((i for i, kind in enumerate(kinds) if kind), 0)
         end = next((i for i in range(first, len(kinds)) if kinds[i] != kinds[first]), len(kinds)) if kinds[first] else 2
-        self.kind, self.module, self.container = kinds[first], around[max(end - 2, 0)], around[0]
+        self.kind, self.module = kinds[first], around[max(end - 2, 0)]
+        self.around = self.module if self.kind == "attention" else around[0]
         inside = [modules[n] for n in around[: max(end - 1, 1)] if n in modules]
         self.places = [place for module in inside for place in (module, getattr(module, "config", None))]
         self.block = next((int(part) for part in path if part.isdecimal()), None)
@@ -395,9 +390,8 @@ class _Weight:
 
     def experts_are_transposed(self) -> bool:
         """Whether gate_up_proj is (E, d, 2f) and down_proj (E, f, d), not (E, 2f, d) and (E, d, f)."""
-        up, down = (getattr(self.holder, name, None) for name in ("gate_up_proj", "down_proj"))
-        stacks = all(isinstance(W, Tensor) and W.ndim == 3 for W in (up, down))
-        return stacks and up.shape[-1] == 2 * down.shape[-2]
+        up, down = (tuple(getattr(getattr(self.holder, n, None), "shape", ())) for n in ("gate_up_proj", "down_proj"))
+        return len(up) == len(down) == 3 and up[-1] == 2 * down[-2]
 
     def from_split(self, given) -> Layout:
         """The layout that the user gave."""
@@ -424,7 +418,8 @@ class _Weight:
     def from_class(self) -> Layout | None:
         """The layout of a fused weight of a class that a rule knows."""
         m, h, kv, classes = self.rows, self.heads, self.kv_heads, _classes(self.places[0] if self.places else None)
-        parts, groups = (), 1
+        parts: tuple[tuple[str, int], ...] = ()
+        groups = 1
         nope, v, latent, rope = map(self.number, ("qk_nope_head_dim", "v_head_dim", "kv_lora_rank", "qk_rope_head_dim"))
         if self.key == "gate_up_proj" and self.holder is not None:
             mixed = not getattr(self.holder, "is_concatenated", True) or "GptOssExperts" in _classes(self.holder)
@@ -443,9 +438,10 @@ class _Weight:
         layout = Layout(parts, groups, self.transposed)
         return layout if parts and layout.rows == m else None
 
-    def target(self, roles: tuple[str, ...]) -> Target:
+    def target(self, layout: Layout, chosen: set[str]) -> Target:
         heads = (self.heads, self.kv_heads) if self.kind == "attention" else (None, None)
-        return Target(self.p, self.layout, roles, self.module, self.block, *heads)
+        roles = tuple(role for role in layout.roles if role in chosen)
+        return Target(self.p, layout, roles, self.module, self.block, *heads)
 
     def refusal(self) -> str:
         """Why the layout is not known, and what to write."""
@@ -463,15 +459,19 @@ class _Weight:
 
 def _doubt_large_weights(weights: list[_Weight]):
     """Take the layouts from weights of W_Q and W_up that have not as many rows as W_O and W_down have columns."""
-    inputs, latent = {}, {w.module for w in weights if w.layout and "W_DKV" in w.layout.roles}
+    latent = {w.module for w in weights if w.layout and "W_DKV" in w.layout.roles}
+    inputs = {
+        (w.around, w.layout.roles[0]): w.p.shape[-2 if w.transposed else -1]
+        for w in weights
+        if w.layout and w.layout.roles in (("W_O",), ("W_down",))
+    }
     for w in weights:
-        if w.layout and w.layout.roles in (("W_O",), ("W_down",)):
-            around = w.module if w.kind == "attention" else w.container
-            inputs[around, w.layout.roles[0]] = w.p.shape[-2 if w.transposed else -1]
-    for w in weights:
-        for role, rows in w.layout.parts if w.layout and not w.given and w.module not in latent else ():
-            reader = {"W_Q": (w.module, "W_O"), "W_up": (w.container, "W_down")}.get(role)
-            if inputs.get(reader, rows * w.layout.groups) != rows * w.layout.groups:
+        layout = w.layout
+        if layout is None or w.given or w.module in latent:
+            continue
+        for role, rows in layout.parts:
+            reader = w.around, {"W_Q": "W_O", "W_up": "W_down"}.get(role, "")
+            if inputs.get(reader, rows * layout.groups) != rows * layout.groups:
                 w.layout, w.fused = None, True
 
 
@@ -505,7 +505,7 @@ def find(
         named = any(entry not in TARGETS and _names(entry, w.name) for entry in entries)
         if named and not w.layout and not w.fused:
             w.layout = Layout(((w.key, w.rows),), transposed=w.transposed)
-    chosen = {w.name: set() for w in weights}
+    chosen: dict[str, set[str]] = {w.name: set() for w in weights}
     for entry in entries:
         roles, found = TARGETS.get(entry, (entry,)), False
         kinds = [kind for kind in KINDS if set(roles) & set(TARGETS[kind])]
@@ -519,18 +519,15 @@ def find(
         if not found:
             there = ", ".join([w.name for w in weights][:8])
             raise ValueError(f"MSign target {entry!r} matches no matrix; there are {there}, …")
-    return {
-        w.name: w.target(tuple(r for r in w.layout.roles if r in chosen[w.name])) for w in weights if chosen[w.name]
-    }
+    return {w.name: w.target(w.layout, chosen[w.name]) for w in weights if w.layout and chosen[w.name]}
 
 
 def describe(targets: Mapping[str, Target]) -> str:
     """A line for each kind of target: how often it occurs, its name with * for numbers, its shape and its matrices."""
     kinds: Counter[str] = Counter()
     for name, target in targets.items():
-        layout = target.layout
-        rows = {role: f"{role} ({layout.groups * n} rows)" for role, n in layout.parts}
-        what = ", ".join(target.roles if target.alone else map(rows.get, target.roles))
+        rows = {role: target.layout.groups * n for role, n in target.layout.parts}
+        what = ", ".join(role if target.alone else f"{role} ({rows[role]} rows)" for role in target.roles)
         anywhere = re.sub(r"\b\d+\b", "*", name)
         kinds[f"{anywhere} {tuple(target.parameter.shape)}: {what}"] += 1
     return "\n".join(f"  {n} × {kind}" for kind, n in kinds.items())
@@ -562,11 +559,11 @@ def apply_(
     then. Raises ValueError for any other way of sharding.
     """
     sharded = _sharded(targets)
-    for p in sharded.values():
-        group = group or p.device_mesh.get_group()
+    group = group or next(iter(sharded.values()), None)
     _require_finite({name: target.parameter for name, target in targets.items()}, group)
     ranks = dist.get_world_size(group) if group else 1
-    alone, dealt = [], defaultdict(list)
+    alone: list[_Matrix] = []
+    dealt: dict[tuple, list[_Matrix]] = defaultdict(list)
     for name, target in targets.items():
         p, parts = target.parameter, None if target.alone else (target.layout, target.roles)
         for values in _matrices(_local(p)):
@@ -575,21 +572,22 @@ def apply_(
             (alone if here else dealt[name in sharded, p.dtype, p.device]).append(matrix)
     _update(alone, update)
     for (is_sharded, *_), matrices in dealt.items():
-        by_owner = [[] for _ in range(ranks)]
+        by_owner: list[list[_Matrix]] = [[] for _ in range(ranks)]
         for matrix, owner in zip(matrices, deal([matrix.shape for matrix in matrices], ranks), strict=True):
             by_owner[owner].append(matrix)
         (_by_rows if is_sharded else _replicated)(by_owner, update, group)
 
 
-def _sharded(targets: dict[str, Target]) -> dict[str, Tensor]:
-    """The parameters that are sharded. Raises ValueError if one is sharded in another way than by rows."""
-    sharded = {name: t.parameter for name, t in targets.items() if hasattr(t.parameter, "placements")}
-    for name, p in sharded.items():
-        if len(p.placements) != 1 or not p.placements[0].is_shard(0):
-            raise ValueError(
-                f"{name} is distributed as {p.placements}; MSign needs [Shard(0)] on a mesh of one dimension"
-            )
-    return sharded
+def _sharded(targets: dict[str, Target]) -> dict[str, dist.ProcessGroup]:
+    """{name: its processes} of the sharded parameters. Raises ValueError for another way of sharding than by rows."""
+    groups = {}
+    for name, p in ((name, target.parameter) for name, target in targets.items()):
+        if hasattr(p, "placements") and hasattr(p, "device_mesh"):
+            if len(p.placements) != 1 or not p.placements[0].is_shard(0):
+                need = "MSign needs [Shard(0)] on a mesh of one dimension"
+                raise ValueError(f"{name} is distributed as {p.placements}; {need}")
+            groups[name] = p.device_mesh.get_group()
+    return groups
 
 
 def _require_finite(params: dict[str, Tensor], group: dist.ProcessGroup | None):
@@ -622,7 +620,7 @@ class _Matrix(NamedTuple):
 def deal(shapes: Sequence[tuple[int, ...]], ranks: int) -> list[int]:
     """The process that computes each of these matrices (m, n): the dearest first, each to the one with least to do.
 
-    A matrix, m ≥ n, costs about n² (m + n). The busiest process has at most 4/3 of the best possible maximum (Graham 1969).
+    A matrix, m ≥ n, costs about n² (m + n). The busiest process has at most 4/3 of the best maximum (Graham 1969).
     """
     costs = [min(shape) ** 2 * sum(shape) for shape in shapes]
     loads, owners = [(0, rank) for rank in range(ranks)], [0] * len(costs)
@@ -692,6 +690,11 @@ def _by_rows(by_owner: list[list[_Matrix]], update, group):
         values.copy_(new.view(values.shape))
 
 
+def _of_base(name: str) -> Any:
+    """An attribute of MSign that is the attribute of this name of its `base`."""
+    return property(lambda self: getattr(self.base, name), lambda self, value: setattr(self.base, name, value))
+
+
 class MSign(Optimizer):
     """An optimizer that steps as `base` does and, every `period` steps, applies MSign to the targets.
 
@@ -704,13 +707,14 @@ class MSign(Optimizer):
     update: a function from a stack of matrices to their replacements; None means `restored_sign`.
     group:  the processes that hold the same parameters (DDP) and share the work. DTensors (FSDP2) bring their own.
     reset:  after each application set the state of the targets' parameters in `base` to 0, both moments and step
-            count. Of a fused weight this is the state of the whole weight.
+            count.
 
-    Learning-rate schedulers, closures, gradient scalers and hooks see an ordinary optimizer with the parameter
-    groups of `base`. state_dict is that of `base` with one more entry, "msign". The constructor raises ValueError
-    for a period below 1, an unknown backend, what `find` refuses, and what `apply_` does not update. `step` raises
-    NonFiniteWeightError, after the base's step, when a target is not finite. The attribute `observe`, a function,
-    is called with "before" and "after" around every application.
+    Learning-rate schedulers, closures, gradient scalers and hooks see an ordinary optimizer with the parameter groups
+    of `base`. state_dict is that of `base` with one more entry, "msign". The constructor raises ValueError for a period
+    below 1, an unknown backend, what `find` refuses, what `apply_` does not update, and `reset` if only a part of a
+    weight is chosen, since its parts share one step count. `step` raises NonFiniteWeightError, after the base's step,
+    when a target is not finite. The attribute `observe`, a function, is called with "before" and "after" around every
+    application.
     """
 
     def __init__(
@@ -727,12 +731,15 @@ class MSign(Optimizer):
     ):
         if period < 1:
             raise ValueError(f"period = {period!r}: must be at least 1 step (math.inf for never)")
-        if backend not in BACKENDS:
-            raise ValueError(f"backend = {backend!r}: must be one of {', '.join(BACKENDS)}")
+        msign(torch.empty(0, 0), backend)  # refuses an unknown backend
         self.base = base
         self.period = period
         self.targets = find(model, targets, split)
         _sharded(self.targets)  # refuses now what an application would refuse
+        for name, t in self.targets.items() if reset else ():
+            if t.roles != t.layout.roles:
+                parts = f"all of {', '.join(t.layout.roles)}, not {', '.join(t.roles)} alone"
+                raise ValueError(f"reset = True sets the one step count of {name} to 0: targets must name {parts}")
         self.update = update or partial(restored_sign, backend=backend)
         self.group = group
         self.reset = reset
@@ -740,19 +747,11 @@ class MSign(Optimizer):
         self.observe: Callable[[str], None] = lambda when: None
         self.__setstate__({})  # sets up an Optimizer's hooks; Optimizer.__init__ would make a second param_groups
 
-    @property
-    def param_groups(self):
-        return self.base.param_groups
+    param_groups: list[dict[str, Any]] = _of_base("param_groups")
+    state: defaultdict[Tensor, Any] = _of_base("state")
+    defaults: dict[str, Any] = _of_base("defaults")
 
-    @property
-    def state(self):
-        return self.base.state
-
-    @property
-    def defaults(self):
-        return self.base.defaults
-
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         loss = self.base.step(closure)
         self.steps += 1
         if self.due(self.steps):

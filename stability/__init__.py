@@ -3,13 +3,18 @@
 Lives here: measurements and judgements. Does not: training, logging. `probes` and `collapse` need PyTorch alone.
 """
 
+from typing import TYPE_CHECKING
 
-def __getattr__(name: str):
-    if name == "Monitor":  # imported when it is asked for, because it imports PyTorch
-        from stability.monitor import Monitor
+if TYPE_CHECKING:
+    from stability.monitor import Monitor as Monitor
+else:
 
-        return Monitor
-    raise AttributeError(f"module 'stability' has no attribute {name!r}")
+    def __getattr__(name: str):
+        if name == "Monitor":  # imported when it is asked for, because it imports PyTorch
+            from stability.monitor import Monitor
+
+            return Monitor
+        raise AttributeError(f"module 'stability' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -29,7 +29,7 @@ def monitor_trainer(trainer, **options):
             raise ValueError(f"{name} = {getattr(args, name)!r}: must be {needed} for the monitor")
 
     class MonitorCallback(TrainerCallback):
-        monitor: Monitor | None = None
+        monitor: Monitor
 
         def on_train_begin(self, args, state, control, model, **_):
             self.monitor = Monitor(model, **options)
@@ -70,14 +70,15 @@ def lightning_callback(**options):
             self.norm = torch.nn.utils.get_total_norm(gradients)
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            if self.norm is None:  # the gradients of more batches are to be added
+            if self.monitor is None or self.norm is None:  # the gradients of more batches are to be added
                 return
             report, self.norm = self.monitor.step(outputs["loss"], self.norm), None
             for logger in trainer.loggers:
                 logger.log_metrics(numbers(report), step=report["iter"])
 
         def on_train_end(self, trainer, pl_module):
-            self.monitor.close()
+            if self.monitor:
+                self.monitor.close()
 
         def state_dict(self):
             return self.monitor.state_dict() if self.monitor else {}

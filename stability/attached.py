@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 from msign import ATTENTION, Target
 from stability.probes import Jacobians, geometric_mean, jacobians, refuse_wrapped, top_triples
@@ -26,7 +27,7 @@ def _spectra(matrices: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, floa
     A full eigendecomposition of a matrix of width 4096 would take seconds. Lanczos iteration takes a few products; it
     finds σ₁ to 1 %, and to 3e-4 where σ₁ stands out.
     """
-    stacks = defaultdict(list)
+    stacks: dict[tuple, list[tuple[str, Tensor]]] = defaultdict(list)
     for role, W in matrices:
         for M in W.reshape(-1, *W.shape[-2:]):
             stack = stacks[M.shape, M.device]
@@ -59,24 +60,28 @@ def weights(model: nn.Module, targets: Iterable[Target]) -> dict[str, float]:
     qk/sigma1: the largest σ₁(W_QᵀW_K) · scale of a head. Attention logits grow with it if queries and keys are not
         normalised. qk/layer and qk/head are the numbers of its attention module and of the head in it, from 0.
     """
-    modules, heads, parts = defaultdict(dict), {}, defaultdict(list)
+    modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    parts: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    heads = {}
     for target in targets:
         modules[target.module] |= target.matrices()
         heads[target.module] = target.heads, target.kv_heads
     named = ((role, W) for matrices in modules.values() for role, W in matrices.items())
-    for role, *values in _spectra(named):
+    for role, srank, sigma in _spectra(named):
         for part in (role, "attention") if role in ATTENTION else (role,):
-            parts[part].append(values)
-    found, grams = {}, {}
+            parts[part].append((srank, sigma))
+    found: dict[str, float] = {}
+    grams = {}
     for part, values in parts.items():
         sranks, sigmas = zip(*values, strict=True)
         found |= {f"srank/{part}": geometric_mean(sranks), f"sigma1/{part}": geometric_mean(sigmas)}
     attention = [name for name in modules if set(modules[name]) & set(ATTENTION)]
     for layer, name in enumerate(attention):
         W_Q, W_K = (modules[name].get(role) for role in ("W_Q", "W_K"))
-        if W_Q is not None and W_K is not None and W_Q.ndim == 2 and all(heads[name]):
-            scale = scale_of(model.get_submodule(name), len(W_Q) // heads[name][0])
-            grams[layer] = scale**2 * _gram_of_product(W_Q, W_K, *heads[name])
+        h, kv = heads[name]
+        if W_Q is not None and W_K is not None and W_Q.ndim == 2 and h and kv:
+            scale = scale_of(model.get_submodule(name), len(W_Q) // h)
+            grams[layer] = scale**2 * _gram_of_product(W_Q, W_K, h, kv)
     return found | _largest(grams)
 
 
@@ -173,9 +178,10 @@ def block_jacobians(model: nn.Module, blocks: Sequence[nn.Module], inputs: tuple
             hook.remove()
         for module in training:
             module.training = True
-    if not calls or [block for block, _, _ in calls] != list(blocks):
+    x = stream(*calls[0][1:]) if calls else None
+    if x is None or [block for block, _, _ in calls] != list(blocks):
         raise ValueError(f"{type(model).__name__}: found no blocks that it calls one after the other")
-    return jacobians([_Bound(*call) for call in calls], stream(*calls[0][1:]))
+    return jacobians([_Bound(*call) for call in calls], x)
 
 
 class _Logits(TorchDispatchMode):
@@ -188,13 +194,14 @@ class _Logits(TorchDispatchMode):
 
     def __init__(self, heads: int | None, timed: Callable[[], AbstractContextManager]):
         super().__init__()
-        self.heads, self.timed, self.largest, self.error = heads, timed, None, ""
+        self.heads, self.timed, self.error = heads, timed, ""
+        self.largest: Tensor | None = None
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         schema = getattr(func, "_schema", None)
-        name = schema.name if schema else ""
-        if "backward" not in name and (name.endswith("_softmax") or "scaled_dot_product" in name):
+        name = schema.name if schema else "backward"
+        if schema and "backward" not in name and (name.endswith("_softmax") or "scaled_dot_product" in name):
             try:
                 with self.timed():
                     self.look({a.name: v for a, v in zip(schema.arguments, args, strict=False)} | (kwargs or {}))
@@ -246,9 +253,12 @@ class Forward:
     """
 
     def __init__(self, attention: Mapping[nn.Module, int | None], block: nn.Module | None, timed):
-        self.timed, self.block, self.before, self.gain = timed, block, None, None
+        self.timed, self.block = timed, block
+        self.before: tuple[int, Tensor] | None = None
+        self.gain: Tensor | None = None
         self.modes = {module: _Logits(heads, timed) for module, heads in attention.items()}
-        self.inside, self.handles = set(), {}
+        self.inside: set[nn.Module] = set()
+        self.handles: dict[nn.Module, tuple[RemovableHandle, ...]] = {}
         for module in {**self.modes, **({} if block is None else {block: None})}:
             self.handles[module] = (
                 module.register_forward_pre_hook(self.enter, with_kwargs=True),

@@ -70,9 +70,9 @@ class Watch:
     last healthy one.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.step = 0
-        self.losses = deque(maxlen=WINDOW)
+        self.losses: deque[float] = deque(maxlen=WINDOW)
         self.lowest = math.inf
         self.rose_at: int | None = None
         self.finite = True
@@ -93,7 +93,7 @@ class Watch:
         for name, value in (("loss", loss), ("gradient norm", grad_norm)):
             if value is None or not math.isfinite(value):
                 self.not_finite(f"the {name} is not finite")
-        if not self.finite:
+        if not self.finite or loss is None:
             return self.collapse
         self.losses.append(loss)
         if len(self.losses) == WINDOW:
@@ -112,7 +112,8 @@ class Watch:
 def final_loss(losses: Sequence[float | None]) -> float:
     """Mean of the last 100 training losses; infinity if one of them is not finite."""
     last = losses[-WINDOW:]
-    return math.inf if any(v is None for v in last) else math.fsum(last) / len(last)
+    finite = [v for v in last if v is not None]
+    return math.fsum(finite) / len(last) if len(finite) == len(last) else math.inf
 
 
 def find_collapse(
@@ -128,8 +129,9 @@ def find_collapse(
     if watch.collapse or floor is None:
         return watch.collapse
     final = final_loss(losses)
-    high = SPIKE * median(grad_norms)
-    spikes = [step for step, norm in enumerate(grad_norms, 1) if step > WINDOW and norm > high]
+    norms = [norm for norm in grad_norms if norm is not None]  # all of them, by rule 1
+    high = SPIKE * median(norms)
+    spikes = [step for step, norm in enumerate(norms, 1) if step > WINDOW and norm > high]
     if final > floor and spikes:
         why = f"{len(spikes)} gradient norms beyond {SPIKE:g}x the median, "
         why += f"final loss {final:.2f} above attention-off's {floor:.2f}"
@@ -189,12 +191,16 @@ def find_onsets(lines: Sequence[Mapping[str, float | None]], until: int | None =
 
     until: the step of the collapse, beyond which nothing counts; None means the whole run.
     """
-    until = until or lines[-1]["iter"]
-    lines = [line for line in lines if until / 4 < line["iter"] <= until]
+
+    def step_of(line: Mapping[str, float | None]) -> int:
+        return int(line["iter"] or 0)
+
+    end = until or step_of(lines[-1])
+    lines = [line for line in lines if end / 4 < step_of(line) <= end]
 
     def series(key: str, direction: int) -> tuple[list[int], list[float]]:
         """The steps at which `key` was logged, and the logarithms of its values, higher being worse."""
-        found = [(line["iter"], line[key]) for line in lines if line.get(key) is not None]
+        found = [(step_of(line), value) for line in lines if (value := line.get(key)) is not None]
         if key != "log_z":
             found = [(step, math.log(value)) for step, value in found if value > 0]
         return [step for step, _ in found], [direction * value for _, value in found]

@@ -8,6 +8,7 @@ named <family>/<layer> or <family>/<layer>.<role>, where a role is what a parame
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,6 +78,49 @@ def norms(family: str, tensors: Mapping[str, Tensor], each_layer: bool) -> dict[
     return metrics | (by_layer(family, found) if each_layer else {})
 
 
+class Activations(NamedTuple):
+    """Values from one forward pass through L blocks; residual_rms, max_logit and entropy are on the CPU.
+
+    residual_rms: (L + 1,), root mean squares of H(0) … H(L).
+    max_logit:    (L,), the largest attention logit of each block.
+    entropy:      (L,), the entropy of the attention weights in nats, mean over heads and tokens.
+    log_z:        mean over tokens of log Σ exp(logits) of the output.
+    hidden:       H(L), (B, T, d).
+    errors:       a line for the first block whose output is not finite, if there is one.
+    """
+
+    residual_rms: Tensor
+    max_logit: Tensor
+    entropy: Tensor
+    log_z: float
+    hidden: Tensor
+    errors: tuple[str, ...]
+
+
+@torch.no_grad()
+@probes.default_products()
+def forward_pass(model: GPT, tokens: Tensor) -> Activations:
+    """The Activations on tokens (B, T), in the parameters' precision, attention on the math kernel.
+
+    Raises TypeError for a wrapped model.
+    """
+    probes.refuse_wrapped(model)
+    rms, max_logit, entropy, errors = [], [], [], []
+    with probes.uncompiled():
+        x = model.embed(tokens)
+        for i, block in enumerate(model.blocks):
+            rms.append(x.square().mean().sqrt())
+            logits = block.attn.logits(block.attn_norm(x))
+            max_logit.append(logits.amax())
+            entropy.append(torch.special.entr(torch.softmax(logits, -1)).sum(-1).mean())
+            before, x = x, block(x)
+            if not errors and not torch.isfinite(x).all():
+                errors.append(probes.not_finite(i, block, before))
+        rms.append(x.square().mean().sqrt())
+        log_z = model.logits(x).float().logsumexp(-1).mean().item()
+    return Activations(*(torch.stack(v).cpu().double() for v in (rms, max_logit, entropy)), log_z, x, tuple(errors))
+
+
 @torch.no_grad()
 def activations(
     model: GPT, tokens: Tensor, each_layer: bool, warn: Callable[[str], None], autocast=None
@@ -93,7 +137,7 @@ def activations(
 
     `warn` is called with a line for the first block whose output is not finite.
     """
-    found = probes.activations(model, tokens)
+    found = forward_pass(model, tokens)
     for error in found.errors:
         warn(f"activations: {error}")
     rms = found.residual_rms

@@ -60,10 +60,16 @@ class Monitor:
         if not 0 < share <= 1:
             raise ValueError(f"share = {share!r}: must be above 0 and at most 1, a part of the time")
         self.model, self.every, self.share, self.warn = model, every, share, warn
-        self.watch, self.history, self.onsets, self.said = Watch(), [], {}, set()
-        self.began, self.cost, self.last_cost, self.last = None, 0.0, 0.0, 0
+        self.watch, self.cost, self.last_cost, self.last = Watch(), 0.0, 0.0, 0
+        self.history: list[dict[str, float | None]] = []
+        self.onsets: dict[str, int] = {}
+        self.said: set[str] = set()
+        self.began: float | None = None
+        self.armed = False  # whether the next step is measured
         self.forward: Forward | None = None
-        self._forget()
+        self.taken: dict[str, float] = {}
+        self.shares: dict[str, float] = {}
+        self.before: dict[str, Tensor] = {}
         self.targets = self._find(split)
         if every is None and any(hasattr(t.parameter, "full_tensor") for t in self.targets.values()):
             raise ValueError("every = None: weights in shards need a number of steps, the same on all processes")
@@ -81,12 +87,12 @@ class Monitor:
         """
         self.began = perf_counter() if self.began is None else self.began
         self.measure()
-        loss, grad_norm = _number(loss), _number(grad_norm)
+        norm = _number(grad_norm)
+        line = {"iter": self.watch.step + 1, "loss": _number(loss), "grad_norm": norm}
         collapsed = self.watch.collapse is not None
-        self.watch.add(loss, grad_norm)
+        self.watch.add(line["loss"], norm)
         step = self.watch.step
-        line = {"iter": step, "loss": loss, "grad_norm": grad_norm}
-        line |= {name: _number(math.nan if grad_norm is None else v * grad_norm) for name, v in self.shares.items()}
+        line |= {name: _number(math.nan if norm is None else v * norm) for name, v in self.shares.items()}
         line |= {name: _number(v) for name, v in self.taken.items()}
         self.history.append(line)
         events = []
@@ -103,7 +109,7 @@ class Monitor:
             self._arm()
         return line | {"events": events}
 
-    def measure(self):
+    def measure(self) -> None:
         """Measure gradients and updates, if due; only for loops that set gradients to zero before they call `step`."""
         if not self.armed:
             return
@@ -126,7 +132,7 @@ class Monitor:
         self.taken["jacobian/alignment"] = found.alignment.nanmean().item()
         return found
 
-    def close(self):
+    def close(self) -> None:
         """Take every hook from the model. The monitor can go on with losses and gradient norms."""
         self._forget()
         self.targets, self.attention, self.blocks = {}, {}, []
@@ -171,7 +177,7 @@ class Monitor:
 
     def _find_blocks(self) -> list[nn.Module]:
         inside = {self.model.get_submodule(name) for name in self.attention}
-        longest = []
+        longest: list[nn.Module] = []
         for module in self.model.modules():
             if isinstance(module, nn.ModuleList | nn.Sequential):
                 longest = max(longest, [block for block in module if inside & {*block.modules()}], key=len)
@@ -181,7 +187,7 @@ class Monitor:
         """Whether to measure at the next step, `step`. The latest cost foretells the next one."""
         if self.every is not None:
             return step % self.every == 0
-        elapsed = perf_counter() - self.began
+        elapsed = perf_counter() - (self.began or 0.0)
         return step - self.last >= FEWEST and self.cost + self.last_cost <= self.share * elapsed
 
     @contextmanager
@@ -212,7 +218,8 @@ class Monitor:
 
     def _forward(self) -> dict[str, float]:
         """What the hooks have seen, and a word on what they have not."""
-        found, seen, self.forward = {}, self.forward, None
+        found: dict[str, float] = {}
+        seen, self.forward = self.forward, None
         if seen is None:
             return found
         seen.remove()
@@ -240,9 +247,9 @@ class Monitor:
 
     def _sentence(self, name: str, onsets: dict[str, int]) -> str:
         key, worse = SIGNALS.get(name, ("grad_norm", 1))
-        lines = [line for line in self.history if line.get(key) is not None and line["iter"] > self.watch.step / 4]
-        before = [line[key] for line in lines if line["iter"] < onsets[name]]
-        after = [line[key] for line in lines if line["iter"] >= onsets[name]]
+        values = [(step, v) for step, line in enumerate(self.history, 1) if (v := line.get(key)) is not None]
+        before = [v for step, v in values if self.watch.step / 4 < step < onsets[name]]
+        after = [v for step, v in values if step >= onsets[name]]
         best = median(before) if key == "grad_norm" else min(before) if worse > 0 else max(before)
         last = median(after[-WINDOW:]) if key == "grad_norm" else after[-1]
         first = min(onsets, key=lambda other: (onsets[other], other != name))

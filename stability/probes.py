@@ -8,7 +8,7 @@ gives its products with vectors, and Lanczos iteration turns these into its top 
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +36,7 @@ def spectra(params: Mapping[str, Tensor]) -> dict[str, Spectrum]:
     ‖W‖_F² is the trace and ‖W‖₂² the largest eigenvalue of the smaller Gram matrix, in fp64; matrices of one shape are
     computed together. The stable rank of a zero matrix is NaN. All values of a matrix that is not finite are NaN.
     """
-    stacks = defaultdict(dict)
+    stacks: dict[tuple, dict[str, Tensor]] = defaultdict(dict)
     for name, W in params.items():
         stacks[W.shape, W.device][name] = W
     out = {}
@@ -113,7 +113,7 @@ def top_triples(
     live, maps = list(range(G)), torch.arange(G * B)  # the unfinished groups, and their maps
     V, U = start.new_zeros(G * B, steps + 1, n), None
     bidiagonal = torch.zeros(G * B, steps, steps + 1, dtype=torch.float64)  # small; on the CPU, as MPS has no fp64
-    found = [None] * (G * B)
+    found: dict[int, tuple[Tensor, ...]] = {}
     _append(V, 0, start.flatten(0, 1))
     for k in range(steps):
         # J V = U C with C the first k + 1 columns of the upper bidiagonal matrix, Jᵀ U = V Cᵀ + β v_last e_lastᵀ with
@@ -136,12 +136,12 @@ def top_triples(
         u = (P[:, None, :, 0].to(x) @ U[:, : k + 1]).squeeze(1)
         v = (Qh[:, :1].to(x) @ V[:, : k + 1]).squeeze(1)
         for i in done.nonzero().flatten().tolist():
-            found[maps[i]] = sigma[i], ratio[i], residual[i], u[i], v[i]
+            found[int(maps[i])] = sigma[i], ratio[i], residual[i], u[i], v[i]
         if done.all():
             break
         maps, V, U, bidiagonal = (kept[(~done).to(kept.device)] for kept in (maps, V, U, bidiagonal))
         live = [g for g, ready in zip(live, done[::B].tolist(), strict=True) if not ready]
-    return Triples(*map(torch.stack, zip(*found, strict=True)))
+    return Triples(*map(torch.stack, zip(*(found[i] for i in range(G * B)), strict=True)))
 
 
 def _append(basis: Tensor, k: int, x: Tensor) -> Tensor:
@@ -237,7 +237,7 @@ class _LayerNorm(torch.autograd.Function):
         return _LayerNormVJP.apply(u, *ctx.at), None, None, None, None
 
     @staticmethod
-    def transposed(u, x, shape, mean, rstd, gain):
+    def transposed(u: Tensor, x: Tensor, shape, mean: Tensor, rstd: Tensor, gain: Tensor | None) -> Tensor:
         out = torch.ops.aten.native_layer_norm_backward(u, x, shape, mean, rstd, gain, None, [True, False, False])
         return out[0]
 
@@ -252,8 +252,8 @@ class _LayerNormVJP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, v):
-        *at, gain = ctx.at
-        jv = _LayerNorm.transposed(v, *at, None)
+        x, shape, mean, rstd, gain = ctx.at
+        jv = _LayerNorm.transposed(v, x, shape, mean, rstd, None)
         jv = jv if gain is None else jv * gain
         return jv, None, None, None, None, None
 
@@ -261,7 +261,7 @@ class _LayerNormVJP(torch.autograd.Function):
 @contextmanager
 def default_products():
     """Inside, a CPU computes fp32 products in PyTorch's default way, a third faster than oneDNN for small batches."""
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # type: ignore # PyTorch puts the attribute in place at run time
     chosen, matmul.fp32_precision = matmul.fp32_precision, "none"
     try:
         yield
@@ -321,7 +321,7 @@ class _Linearised:
         self._transpose()
 
     @classmethod
-    def along(cls, blocks: Sequence[nn.Module], x: Tensor) -> tuple["_Linearised", str | None]:
+    def along(cls, blocks: Iterable[nn.Module], x: Tensor) -> tuple["_Linearised", str | None]:
         """The blocks linearised at the residual stream that begins with x, and an error line or None.
 
         The line names the first block whose output is not finite; this block and those after it are left out.
@@ -407,7 +407,11 @@ def not_finite(i: int, block: nn.Module, x: Tensor) -> str:
 
 @default_products()
 def jacobians(
-    blocks: Sequence[nn.Module], x: Tensor, positions: Sequence[int] = (), steps: int = 12, seed: int = 0
+    blocks: Sequence[nn.Module] | nn.ModuleList,
+    x: Tensor,
+    positions: Sequence[int] = (),
+    steps: int = 12,
+    seed: int = 0,
 ) -> Jacobians:
     """The layer Jacobians of any modules that map a residual stream (B, T, d) to one of the same shape.
 
@@ -466,49 +470,6 @@ def _at_positions(block: Callable[[Tensor], Tensor], x: Tensor, positions: Seque
     t = torch.tensor(positions, device=x.device).repeat(B)
     row = torch.arange(B * P, device=x.device)
     return block(x.repeat_interleave(P, 0).index_put((row, t), h))[row, t]
-
-
-class Activations(NamedTuple):
-    """Values from one forward pass through L blocks; residual_rms, max_logit and entropy are on the CPU.
-
-    residual_rms: (L + 1,), root mean squares of H(0) … H(L).
-    max_logit:    (L,), the largest attention logit of each block.
-    entropy:      (L,), the entropy of the attention weights in nats, mean over heads and tokens.
-    log_z:        mean over tokens of log Σ exp(logits) of the output.
-    hidden:       H(L), (B, T, d).
-    errors:       a line for the first block whose output is not finite, if there is one.
-    """
-
-    residual_rms: Tensor
-    max_logit: Tensor
-    entropy: Tensor
-    log_z: float
-    hidden: Tensor
-    errors: tuple[str, ...]
-
-
-@torch.no_grad()
-@default_products()
-def activations(model: nn.Module, tokens: Tensor) -> Activations:
-    """The Activations of a `model.GPT` on tokens (B, T), in the parameters' precision, attention on the math kernel.
-
-    Raises TypeError for a wrapped model.
-    """
-    refuse_wrapped(model)
-    rms, max_logit, entropy, errors = [], [], [], []
-    with uncompiled():
-        x = model.embed(tokens)
-        for i, block in enumerate(model.blocks):
-            rms.append(x.square().mean().sqrt())
-            logits = block.attn.logits(block.attn_norm(x))
-            max_logit.append(logits.amax())
-            entropy.append(torch.special.entr(torch.softmax(logits, -1)).sum(-1).mean())
-            before, x = x, block(x)
-            if not errors and not torch.isfinite(x).all():
-                errors.append(not_finite(i, block, before))
-        rms.append(x.square().mean().sqrt())
-        log_z = model.logits(x).float().logsumexp(-1).mean().item()
-    return Activations(*(torch.stack(v).cpu().double() for v in (rms, max_logit, entropy)), log_z, x, tuple(errors))
 
 
 @torch.no_grad()

@@ -99,6 +99,16 @@ def test_reset_starts_the_targets_moments_anew_and_no_others():
     assert all(base.state[p]["exp_avg"].any() for p in model.parameters() if p.ndim == 2)
 
 
+def test_reset_refuses_a_part_of_a_weight_because_its_parts_share_one_step_count():
+    model = torch.nn.MultiheadAttention(16, 2)
+    base = torch.optim.AdamW(model.parameters())
+    said = "one step count of in_proj_weight to 0: targets must name all of W_Q, W_K, W_V, not W_Q, W_K alone"
+    with pytest.raises(ValueError, match=said):
+        MSign(base, model, targets="W_Q,W_K", reset=True)
+    for fine in (dict(targets="W_Q,W_K"), dict(targets="attention", reset=True), dict(targets="W_O", reset=True)):
+        MSign(base, model, **fine)
+
+
 def test_controls_serve_as_msigns_update():
     params = {"a.W_V": weights()[0].clone(), "b.W_V": weights()[2].clone()}
     apply_(find(params.items()), MAPS["clip"])

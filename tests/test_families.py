@@ -272,6 +272,14 @@ def test_what_cannot_be_told_apart_is_refused_by_name(targets):
         find(Odd(), targets)
 
 
+def test_a_weight_of_queries_that_the_output_contradicts_is_refused():
+    """c_attn has rows for 2 heads of width 8, and c_proj reads 12 numbers: the third of the rows is not W_Q."""
+    model = nn.ModuleDict({"attn": CausalSelfAttention()})
+    model["attn"].c_proj = nn.Linear(12, 16)
+    with pytest.raises(ValueError, match=r"attn.c_attn.weight \(48, 16\) seems to fuse several matrices"):
+        find(model)
+
+
 def test_split_says_what_the_names_do_not():
     model = Odd()
     (W_Q, W_K, W_V) = find(model, split={"qkv": (16, 12, 12)})["attn.qkv.weight"].matrices().values()

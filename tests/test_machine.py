@@ -8,7 +8,7 @@ import torch
 
 from engine import machine
 from model import GPT
-from stability import probes
+from stability import metrics, probes
 from tests.conftest import ROOT, small
 
 CPU = torch.device("cpu")
@@ -97,7 +97,7 @@ def test_a_block_compiles_for_the_shapes_of_training_only(monkeypatch, caplog):
     tokens = torch.zeros(cfg.micro_batch, cfg.block_size + 1, dtype=torch.long)
     compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     loss_of(tokens[:, :-1], tokens[:, 1:]).backward()
-    probes.activations(model, tokens[:2, :-1])
+    metrics.forward_pass(model, tokens[:2, :-1])
     probes.jacobians(model.blocks, model.embed(tokens[:2, :-1]))
     loss_of(tokens[:, :-1], tokens[:, 1:]).backward()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations

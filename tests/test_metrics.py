@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stability import metrics
-from stability.probes import activations, jacobians, spectra
+from stability.probes import jacobians, spectra
 from tests.conftest import noisy_model
 
 TOKENS = torch.arange(16).view(2, 8)
@@ -42,7 +42,7 @@ def test_weights(model):
 
 def test_activations(model):
     got = metrics.activations(model, TOKENS, True, no_warning, torch.autocast("cpu", torch.bfloat16))
-    found = activations(model, TOKENS)
+    found = metrics.forward_pass(model, TOKENS)
     assert got["residual/gain"] == pytest.approx((found.residual_rms[1] / found.residual_rms[0]).item())
     assert got["residual/rms"] == got["residual/rms/7"] == found.residual_rms[8].item()
     assert got["attention/max_logit"] == max(got[f"attention/max_logit/{i}"] for i in range(8))

@@ -331,6 +331,8 @@ def test_schedulers_closures_hooks_and_groups_keep_working():
     for bad in (dict(period=0), dict(backend="qr"), dict(targets="nothing")):
         with pytest.raises(ValueError, match=r"period|backend|nothing"):
             MSign(adamw, model, **bad)
+    optimizer.param_groups = adamw.param_groups[:1]
+    assert len(adamw.param_groups) == 1
 
 
 def test_gradient_scaler_skips_the_step_and_the_count():

@@ -78,9 +78,12 @@ def test_only_msign_and_what_needs_no_gpt_of_ours_is_packed(wheel):
     }  # fmt: skip
 
 
-def test_the_extras_are_the_requirements():
+def test_the_extras_are_the_requirements_and_all_are_locked():
     metadata = (ROOT / "pyproject.toml").read_text()
+    lock = (ROOT / "requirements.lock").read_text().lower().replace("_", "-")
     for extra, lines in requirements().items():
+        names = [re.match(r"[\w.-]+", line).group().lower().replace("_", "-") for line in lines]
+        assert [name for name in names if f"\n{name}==" not in lock] == []
         (listed,) = re.findall(rf"^{extra} = \[\n(.*?)^\]", metadata, flags=re.M | re.S)
         assert re.findall(r'"(.*)"', listed) == lines
 
@@ -95,3 +98,48 @@ def test_the_pages_examples_run_where_only_pytorch_is(python, tmp_path):
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([python, "-I", script], cwd=tmp_path, env=one_thread, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+USE = """# mypy: disallow-untyped-calls, disallow-untyped-defs, no-implicit-reexport
+from typing import Any
+
+import torch
+from msign import MSign, Target, describe, find, msign
+from stability import Monitor
+from stability.collapse import Collapse, Watch, find_collapse
+from stability.probes import Jacobians, jacobians
+from typing_extensions import assert_type
+
+model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2), 2)
+optimizer = MSign(torch.optim.SGD(model.parameters()), model, targets="attention", split={"x": (8, 8, 8)})
+optimizer.step()
+optimizer.step(lambda: 1.0)
+optimizer.load_state_dict(optimizer.state_dict())
+assert_type(optimizer.param_groups, list[dict[str, Any]])
+assert_type(find(model), dict[str, Target])
+assert_type(describe(find(model)), str)
+assert_type(msign(torch.eye(2)), torch.Tensor)
+monitor = Monitor(model, every=5)
+monitor.measure()
+report = monitor.step(torch.tensor(1.0), 1.0)
+print(report["loss"], report["events"])
+monitor.close()
+assert_type(monitor.jacobians(torch.zeros(2)), Jacobians)
+assert_type(jacobians(torch.nn.ModuleList(), torch.zeros(2)).sigma, torch.Tensor)
+assert_type(Watch().add(1.0, None), Collapse | None)
+find_collapse(["1.0"], [1.0])  # told: the loss is no number
+MSign(model, model)  # told: the model is no optimizer
+Monitor(model, evry=5)  # told: no such option
+"""
+
+
+def test_the_installed_package_is_typed(python, tmp_path):
+    """mypy finds nothing in the package, and in a program that uses it just what is wrong there."""
+    (tmp_path / "use.py").write_text(USE)
+    modules = ["-p", "msign", "-p", "stability", "-m", "use"]
+    options = ["--config-file", ROOT / "pyproject.toml", "--python-executable", python, "--no-error-summary"]
+    command = [sys.executable, "-m", "mypy", *options, "--cache-dir", tmp_path / "cache", *modules]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    found = [line.split(":")[:2] for line in done.stdout.splitlines() if " note: " not in line]
+    wrong = [number for number, line in enumerate(USE.splitlines(), 1) if "# told: " in line]
+    assert found == [["use.py", str(number)] for number in wrong], done.stdout + done.stderr

@@ -10,8 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import mup
 from config import Config
 from model import GPT
+from stability.metrics import forward_pass
 from stability.probes import (
-    activations,
     geometric_mean,
     ill_conditioned,
     jacobians,
@@ -287,7 +287,7 @@ def test_activations_are_their_definitions():
     model = noisy_model(n_layer=3)
     cfg = model.cfg
     tokens = torch.arange(16).view(2, 8)
-    got = activations(model, tokens)
+    got = forward_pass(model, tokens)
     x, T = model.embed(tokens), 8
     for i, block in enumerate(model.blocks):
         torch.testing.assert_close(got.residual_rms[i], x.double().square().mean().sqrt(), rtol=1e-5, atol=0)
@@ -305,7 +305,7 @@ def test_activations_are_their_definitions():
     torch.testing.assert_close(got.hidden, x)
     assert got.log_z == pytest.approx(model(tokens).exp().sum(-1).log().mean().item(), rel=1e-5)
     assert got.errors == ()
-    assert activations(model, tokens).hidden.grad_fn is None
+    assert forward_pass(model, tokens).hidden.grad_fn is None
 
 
 def test_activations_name_a_block_that_is_not_finite():
@@ -313,10 +313,10 @@ def test_activations_name_a_block_that_is_not_finite():
     model = GPT(cfg)
     mup.init_weights(model, cfg)
     tokens = torch.arange(16).view(2, 8)
-    whole = activations(model, tokens)
+    whole = forward_pass(model, tokens)
     with torch.no_grad():
         model.blocks[1].attn.W_V.weight[0, 0] = math.nan
-    got = activations(model, tokens)
+    got = forward_pass(model, tokens)
     assert got.errors == ("block 1: its attn.W_V.weight is not finite",)
     assert torch.equal(got.residual_rms[:2], whole.residual_rms[:2])
     assert got.residual_rms[2].isnan()
@@ -324,10 +324,10 @@ def test_activations_name_a_block_that_is_not_finite():
     with torch.no_grad():
         model.blocks[1].attn.W_V.weight[0, 0] = 0
         model.tok_emb.weight[tokens[0, 0]] = math.inf
-    for measured in (activations(model, tokens), jacobians(model.blocks, model.embed(tokens))):
+    for measured in (forward_pass(model, tokens), jacobians(model.blocks, model.embed(tokens))):
         assert measured.errors == ("block 0: its input is not finite",)
     with pytest.raises(TypeError, match="OptimizedModule"):
-        activations(torch.compile(model), tokens)
+        forward_pass(torch.compile(model), tokens)
 
 
 def test_norms():
