@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+STACK_ELEMENTS = 2**26  # of the matrices whose spectra are computed together: 0.5 GB in fp64
+
 
 class Spectrum(NamedTuple):
     """srank = ‖W‖_F² / ‖W‖₂² (Def. 3.1), sigma1 = ‖W‖₂ and fro = ‖W‖_F of a matrix W, or their means over a stack."""
@@ -33,25 +35,32 @@ class Spectrum(NamedTuple):
 def spectra(params: Mapping[str, Tensor]) -> dict[str, Spectrum]:
     """The Spectrum of every parameter in {name: (..., m, n)}, in the same order.
 
-    ‖W‖_F² is the trace and ‖W‖₂² the largest eigenvalue of the smaller Gram matrix, in fp64; matrices of one shape are
-    computed together. The stable rank of a zero matrix is NaN. All values of a matrix that is not finite are NaN.
+    ‖W‖_F² is the trace and ‖W‖₂² the largest eigenvalue of the smaller Gram matrix, in fp64. Matrices of one shape are
+    computed together, up to STACK_ELEMENTS elements at a time. The stable rank of a zero matrix is NaN. All values of a
+    matrix that is not finite are NaN.
     """
-    stacks: dict[tuple, dict[str, Tensor]] = defaultdict(dict)
+    alike: dict[tuple[torch.Size, torch.device], list[str]] = defaultdict(list)
     for name, W in params.items():
-        stacks[W.shape, W.device][name] = W
-    out = {}
-    for named in stacks.values():
-        W = torch.stack(list(named.values()))
-        W = W.cpu().double() if W.device.type == "mps" else W.double()
-        gram = W @ W.mT if W.shape[-2] < W.shape[-1] else W.mT @ W
-        bad = ~torch.isfinite(gram).all(dim=(-2, -1))
-        lam = torch.linalg.eigvalsh(torch.where(bad[..., None, None], 0.0, gram))[..., -1].clamp_min(0)
-        lam = torch.where(bad, math.nan, lam)
-        fro2 = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-        rows = torch.stack([fro2 / lam, lam.sqrt(), fro2.sqrt()], -1)  # a zero matrix gives 0 / 0 = NaN, as documented
-        rows = rows.flatten(1, -2).mean(1) if rows.ndim > 2 else rows
-        out.update({name: Spectrum(*row) for name, row in zip(named, rows.tolist(), strict=True)})
+        alike[W.shape, W.device].append(name)
+    out: dict[str, Spectrum] = {}
+    for (shape, _), names in alike.items():
+        size = max(1, STACK_ELEMENTS // max(1, shape.numel()))
+        for stack in (names[i : i + size] for i in range(0, len(names), size)):
+            out |= zip(stack, _spectra(torch.stack([params[name] for name in stack])), strict=True)
     return {name: out[name] for name in params}
+
+
+def _spectra(W: Tensor) -> Iterable[Spectrum]:
+    """The Spectrum of every entry of W (N, ..., m, n)."""
+    W = W.cpu().double() if W.device.type == "mps" else W.double()
+    gram = W @ W.mT if W.shape[-2] < W.shape[-1] else W.mT @ W
+    bad = ~torch.isfinite(gram).all(dim=(-2, -1))
+    lam = torch.linalg.eigvalsh(torch.where(bad[..., None, None], 0.0, gram))[..., -1].clamp_min(0)
+    lam = torch.where(bad, math.nan, lam)
+    fro2 = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    rows = torch.stack([fro2 / lam, lam.sqrt(), fro2.sqrt()], -1)  # a zero matrix gives 0 / 0 = NaN, as documented
+    rows = rows.flatten(1, -2).mean(1) if rows.ndim > 2 else rows
+    return (Spectrum(*row) for row in rows.tolist())
 
 
 def geometric_mean(values) -> float:

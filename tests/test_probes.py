@@ -51,6 +51,15 @@ def test_known_values_and_undefined_ones():
     assert all(math.isnan(value) for value in got["nan"])
 
 
+def test_spectra_of_many_matrices_are_computed_a_few_at_a_time(monkeypatch):
+    named = {f"W{i}": torch.randn(8, 8, generator=torch.Generator().manual_seed(i)) for i in range(5)}
+    expected, eigvalsh, stacks = spectra(named), torch.linalg.eigvalsh, []
+    monkeypatch.setattr("stability.probes.STACK_ELEMENTS", 2 * 64)
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda gram: stacks.append(len(gram)) or eigvalsh(gram))
+    assert spectra(named) == expected
+    assert stacks == [2, 2, 1]
+
+
 def test_geometric_mean():
     assert geometric_mean([1, 4, 16]) == pytest.approx(4)
     assert geometric_mean([math.nan, 0.0, 3.0]) == pytest.approx(3)
