@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -16,7 +17,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 import msign
 import train
 from config import Config, load_config, run_cli
-from engine import budget, parallel
+from engine import budget, machine, parallel
 
 
 def trainings(runs: list[list[str]]) -> list[int]:
@@ -117,6 +118,25 @@ def gradients(kind: str) -> bool:
         return sum(grad.numel() for grad in local) == sum(p.to_local().numel() for p in parameters)
     buckets = {grad.untyped_storage().data_ptr() for grad in local}  # each holds several
     return all(now == places[0] for now in places) and len(buckets) < len(parameters)
+
+
+def compiled() -> dict:
+    """Loss and gradient norm of a sharded model with recomputation, eager and compiled by block, and graph breaks."""
+    compile_module = torch.nn.Module.compile
+    # the graphs are traced and differentiated as ever; what the C++ compiler makes of them is tested on one process
+    torch.nn.Module.compile = lambda self, **options: compile_module(self, **options, backend="aot_eager")
+    world, found = parallel.World(dist.get_rank(), dist.get_world_size(), torch.device("cpu")), {}
+    tokens = torch.arange(world.rank, 16 + world.rank)[None]
+    for how in ("off", "blocks"):
+        cfg = Config(n_layer=2, d_model=16, n_head=2, d_ff=32, vocab_size=64, block_size=16, micro_batch=1,
+                     recompute=True, compile=how)  # fmt: skip
+        model = parallel.build(cfg, world, sharded=True)
+        replica = parallel.Replica(model, world, sharded=True)
+        loss_of, *_ = machine.compiled(cfg, model, world.device, nullcontext(), replica)
+        loss = loss_of(tokens, tokens)
+        loss.backward()
+        found[how] = [loss.item(), parallel.clip_(list(model.parameters()), 1.0).item()]
+    return found | {"breaks": sum(torch._dynamo.utils.counters["graph_break"].values())}
 
 
 def refusals() -> dict:

@@ -179,6 +179,13 @@ def test_gradients_are_held_once_while_they_accumulate(way):
     assert several(2, "gradients", way)
 
 
+def test_compiled_blocks_of_a_sharded_model_with_recomputation_give_the_same():
+    found = several(2, "compiled")
+    assert found["blocks"] == pytest.approx(found["off"], rel=1e-5)
+    assert found["off"][1] > 0
+    assert found["breaks"] == 0
+
+
 def test_msign_refuses_on_all_ranks_at_once():
     found = several(2, "refusals")
     assert found["nan"] == ["NonFiniteWeightError: b holds a value that is not finite; MSign changed no weight"] * 2
