@@ -235,12 +235,10 @@ def dots(ax: Axes, runs: pd.DataFrame, x: str, y: str, color: str = ""):
 
 def strips(runs: pd.DataFrame) -> Figure:
     """Final loss of every run, a row per arm; the line is attention-off's mean."""
-    names = runs["arm"].unique()
-    fig, ax = plt.subplots(figsize=(9, 0.9 + 0.34 * len(names)))
-    dots(ax, runs.assign(row=pd.factorize(runs["arm"])[0], loss=runs["loss"].clip(upper=99)), "loss", "row")
-    if OFF in names:
-        ax.axvline(runs.loc[runs["arm"] == OFF, "loss"].mean(), color=COLORS[OFF], lw=1, ls="--")
-    ax.set_yticks(range(len(names)), names)
+    fig, ax = plt.subplots(figsize=(9, 0.9 + 0.34 * runs["arm"].nunique()))
+    ax.yaxis.update_units(runs["arm"])  # the rows in their order, whichever run is drawn first
+    dots(ax, runs.assign(loss=runs["loss"].clip(upper=99)), "loss", "arm")
+    ax.axvline(runs.loc[runs["arm"] == OFF, "loss"].mean(), color=COLORS[OFF], lw=1, ls="--")
     ax.invert_yaxis()
     ax.set_xlabel(LOSS)
     return fig
@@ -319,16 +317,14 @@ def heatmaps(runs: pd.DataFrame) -> Figure:
     return fig
 
 
-# a theorem's panel -> its label, and what of it is logged, in words; how these are drawn
+# a theorem's panel -> its label, and what of it is logged, in words
 PANELS = {
-    "4.5: attention's Jacobian": ("‖∂Y/∂H‖₂", {"bound": "upper bound", "measured": "measured"}),
-    "4.6: MLP's Jacobian": ("‖∂Y/∂H‖₂", {"bound": "upper bound", "measured": "measured"}),
+    "4.5: attention's Jacobian": ("‖∂Y/∂H‖₂", {"measured": "measured", "bound": "upper bound"}),
+    "4.6: MLP's Jacobian": ("‖∂Y/∂H‖₂", {"measured": "measured", "bound": "upper bound"}),
     "4.8: gradient of W_down": ("log₁₀ ‖∂L/∂W‖_F", {"log10_measured": "measured", "log10_bound": "lower bound"}),
     "4.10: what the gradients inherit": (
         "stable rank", {"srank_hidden": "hidden states H", "srank_cohidden": "co-hidden states ∂L/∂Y"}),
 }  # fmt: skip
-SIDES = {"measured": ("o-", GREEN), "upper bound": ("v-", VERMILLION), "lower bound": ("^-", BLUE),
-         "hidden states H": ("s-", PURPLE), "co-hidden states ∂L/∂Y": ("D-", BLACK)}  # fmt: skip
 
 
 def theorems(run: Run) -> Figure:
@@ -338,13 +334,10 @@ def theorems(run: Run) -> Figure:
         raise UserError("needs a run that logs theory/… (theory_every)")
     fig, axes = plt.subplots(2, 2, sharex=True)
     for ax, (heading, (ylabel, sides)) in zip(axes.flat, PANELS.items(), strict=True):
-        for side, words in sides.items():
-            style, color = SIDES[words]
-            values = run.by_layer(f"theory/{heading.split(':')[0]}/{side}")[steps[-1]]
-            ax.plot(values, style, color=color, ms=4, label=words)
-        ax.set(title=f"Theorem {heading}", xlabel="layer", ylabel=ylabel)
-        ax.set_yscale("log" if "Jacobian" in heading else "linear")
-        ax.legend()
+        theorem = heading.split(":")[0]
+        values = {words: run.by_layer(f"theory/{theorem}/{side}")[steps[-1]] for side, words in sides.items()}
+        labels = {"title": f"Theorem {heading}", "xlabel": "layer", "ylabel": ylabel}
+        pd.DataFrame(values).plot(ax=ax, style=["o-", "D--"], ms=4, logy="Jacobian" in heading, **labels)
     axes[1, 1].set_ylim(1, None)
     fig.suptitle(f"{run.arm}, seed {run.config['seed']}, step {steps[-1]}")
     return fig

@@ -287,10 +287,8 @@ def recorded(experiment: str) -> pd.DataFrame:
 def finding(name: str, folder: Path = RESULTS) -> pd.DataFrame:
     """The runs of a finding: the arms in FIRST, whichever of the grids they are in, and the others."""
     own, *others = FINDINGS[name]
-    first = [run for grid in others for run in packed(grid, folder) if run.arm in FIRST]
-    order = {arm: place for place, arm in enumerate(FIRST)}
-    runs = judged(first + packed(own, folder), same="lr_scale")
-    return runs.sort_values("arm", key=lambda arms: arms.map(order), kind="stable", ignore_index=True)
+    runs = [run for grid in others for run in packed(grid, folder) if run.arm in FIRST] + packed(own, folder)
+    return judged(sorted(runs, key=lambda run: [*FIRST, run.arm].index(run.arm)), same="lr_scale")
 
 
 def numbered(line: str) -> pd.DataFrame:
