@@ -19,6 +19,7 @@ from tests.conftest import noisy_model
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=64, pad_token_id=0)
 GROUPED = dict(SMALL, num_key_value_heads=2, intermediate_size=48)
 NARROW = dict(GROUPED, head_dim=6)  # heads · head_dim is not the hidden size
+EXPERTS = dict(num_local_experts=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=20, head_dim=6)
 LATENT = dict(GROUPED, num_key_value_heads=4, kv_lora_rank=12, q_lora_rank=16, qk_rope_head_dim=4, v_head_dim=8,
               qk_nope_head_dim=6, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
               moe_intermediate_size=24, first_k_dense_replace=1)  # fmt: skip
@@ -27,10 +28,14 @@ FAMILIES = {
     "gpt_neox": ("gpt_neox", dict(SMALL, intermediate_size=48)),
     "llama": ("llama", GROUPED),
     "mistral": ("mistral", NARROW),
+    "ministral": ("ministral", NARROW),
     "qwen2": ("qwen2", GROUPED),
     "qwen3": ("qwen3", NARROW),
+    "qwen2_moe": ("qwen2_moe", dict(GROUPED, num_experts=4, moe_intermediate_size=20)),
+    "qwen3_moe": ("qwen3_moe", dict(GROUPED, **EXPERTS)),
     "gemma": ("gemma", NARROW),
     "gemma2": ("gemma2", NARROW),
+    "gemma3": ("gemma3_text", NARROW),
     "phi3": ("phi3", GROUPED),
     "mixtral": ("mixtral", dict(GROUPED, num_local_experts=4)),
     "falcon, one key head": ("falcon", dict(SMALL, new_decoder_architecture=False, multi_query=True)),
@@ -38,6 +43,8 @@ FAMILIES = {
     "falcon, grouped": ("falcon", dict(SMALL, new_decoder_architecture=True, num_kv_heads=2)),
     "olmo": ("olmo", GROUPED),
     "olmo2": ("olmo2", GROUPED),
+    "olmo3": ("olmo3", GROUPED),
+    "olmoe": ("olmoe", dict(GROUPED, num_experts=4, num_experts_per_tok=2)),
     "deepseek_v2": ("deepseek_v2", dict(LATENT, q_lora_rank=None)),
     "deepseek_v3": ("deepseek_v3", LATENT),
 }  # fmt: skip
@@ -48,7 +55,7 @@ def language_model(family: str) -> nn.Module:
     kind, fields = FAMILIES[family]
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **fields, attn_implementation="eager")
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.normal_(0, 0.3) if p.ndim > 1 else p.fill_(0.0 if "bias" in name else 1.0)
@@ -81,7 +88,8 @@ def check_one_application(model: nn.Module, targets: str = "attention"):
 
 
 def run_captured(model: nn.Module, monkeypatch, tokens) -> dict[str, torch.Tensor]:
-    """Queries, keys and values of the last block, (B, heads, width), as its attention function gets them, and x."""
+    """Queries, keys and values of the last block, (B, heads, T, width), as its attention function gets them, and the
+    input and the output of its attention module, x and y, (B, T, d)."""
     seen = {}
     attention = [m for name, m in model.named_modules() if name.split(".")[-1] in ("attn", "attention", "self_attn",
                                                                                  "self_attention")][-1]  # fmt: skip
@@ -97,6 +105,7 @@ def run_captured(model: nn.Module, monkeypatch, tokens) -> dict[str, torch.Tenso
     attention.register_forward_pre_hook(
         lambda _, args, kwargs: seen.update(x=args[0] if args else kwargs["hidden_states"]), with_kwargs=True
     )
+    attention.register_forward_hook(lambda _, args, out: seen.update(y=out[0] if isinstance(out, tuple) else out))
     seen["attention"] = attention
     model(input_ids=tokens)
     return seen
@@ -119,17 +128,21 @@ def test_the_found_matrices_are_those_of_the_forward_pass(family, monkeypatch):
         assert set(found) == ATTENTION
         for role in ("W_Q", "W_K", "W_V"):
             made = x @ found[role].T
-            if family in ("qwen3", "olmo2") and role != "W_V":
+            if hasattr(seen["attention"], "q_norm") and role != "W_V":
                 made = normalised(seen["attention"], role, made)
             heads = seen[role][:, :, 0]
             if family.startswith("falcon, grouped") and role != "W_Q":  # repeated for every query head
                 heads = heads[:, :: heads.shape[1] // 2]
             torch.testing.assert_close(made, heads.flatten(1), rtol=1e-4, atol=1e-4)
+    # a token that attends to itself alone gets its own value, in each of the 4 heads
+    value = seen["W_V"][:, :, 0]
+    mixed = value.repeat_interleave(4 // value.shape[1], 1).flatten(1)
+    torch.testing.assert_close(mixed @ found["W_O"].T, seen["y"][:, 0], rtol=1e-4, atol=1e-4)
     check_one_application(model, "blocks")
 
 
 def normalised(attention: nn.Module, role: str, made: torch.Tensor) -> torch.Tensor:
-    """Queries or keys after the model's QK-norm: of every head in Qwen 3, of all together in OLMo 2."""
+    """Queries or keys after the model's QK-norm: of every head (Qwen 3, Gemma 3), or of all together (OLMo 2)."""
     norm = {"W_Q": attention.q_norm, "W_K": attention.k_norm}[role]
     return norm(made.unflatten(-1, (-1, norm.weight.shape[0]))).flatten(1)
 
@@ -149,7 +162,6 @@ def check_latent(model, seen, found, x):
 
 
 GPT2 = dict(n_embd=32, n_layer=2, n_head=4, vocab_size=64)
-EXPERTS = dict(num_local_experts=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=20, head_dim=6)
 MLPS = {  # the activation function of a family's MLP
     "gpt2": (GPT2, "gelu_new"), "gpt_bigcode": (GPT2, "gelu_pytorch_tanh"), "gpt_neox": (SMALL, "gelu"),
     "falcon": (SMALL, "gelu"), "phi3": (GROUPED, "silu"),
@@ -200,11 +212,13 @@ def test_biases_of_several_dimensions_stay():
 
 
 def test_torchs_own_attention():
-    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
     (fused, out) = find(layer).values()
     for role, want in zip(("W_Q", "W_K", "W_V"), layer.self_attn.in_proj_weight.chunk(3), strict=True):
         torch.testing.assert_close(fused.matrices()[role], want)
-    assert torch.equal(out.matrices()["W_O"], layer.self_attn.out_proj.weight)
+    x = torch.randn(3, 1, 16)  # one token attends to itself alone, so its value is what W_O gets
+    y, _ = layer.self_attn(x, x, x)
+    torch.testing.assert_close(x @ fused.matrices()["W_V"].T @ out.matrices()["W_O"].T, y)
     assert set(find(layer, "mlp")) == {"linear1.weight", "linear2.weight"}
     check_one_application(layer)
     apart = nn.MultiheadAttention(16, 2, kdim=8, vdim=12)
@@ -220,9 +234,11 @@ def test_vision_transformer():
     attention.k_norm.register_forward_hook(lambda _, args, y: seen.update(W_K=args[0]))
     nn.init.zeros_(attention.qkv.bias)
     attention(x)
-    found = find(model)["blocks.0.attn.qkv.weight"].matrices()
+    found = {role: M for (_, role), M in parts(model).items()}
     for role in ("W_Q", "W_K"):
         torch.testing.assert_close((x @ found[role].T), seen[role].transpose(1, 2).flatten(2), rtol=1e-4, atol=1e-5)
+    nn.init.zeros_(attention.proj.bias)
+    torch.testing.assert_close(x[:, :1] @ found["W_V"].T @ found["W_O"].T, attention(x[:, :1]), rtol=1e-4, atol=1e-5)
     check_one_application(model, "blocks")
 
 
@@ -242,7 +258,11 @@ def test_nanogpt_and_this_repositorys_model():
     for role, want in zip(("W_Q", "W_K", "W_V"), model["attn"].c_attn(x).split(16, dim=1), strict=True):
         torch.testing.assert_close(x @ parts_of[role].T, want)
     check_one_application(model)
+    torch.testing.assert_close(x @ find(model)["attn.c_proj.weight"].matrices()["W_O"].T, model["attn"].c_proj(x))
     ours = noisy_model()
+    found = {role: M for (name, role), M in parts(ours).items() if "blocks.0." in name}
+    attention, x = ours.blocks[0].attn, torch.randn(3, 1, ours.cfg.d_model)
+    torch.testing.assert_close(x @ found["W_V"].T @ found["W_O"].T, attention(x), rtol=1e-4, atol=1e-5)
     assert [name.split(".")[3] for name in find(ours)] == 2 * ["W_Q", "W_K", "W_V", "W_O"]
     assert all(target.alone and (target.heads, target.kv_heads) == (2, 2) for target in find(ours).values())
     check_one_application(ours, "blocks")
