@@ -1,10 +1,12 @@
 """The monitor: each of its numbers against a direct computation, its words, and that training does not notice it."""
 
 import copy
+import csv
 import math
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -295,24 +297,29 @@ def test_what_cannot_be_measured_is_said_once():
     assert len(said) == 2 and all("not measured" in line for line in said)
 
 
-def replay(lines: list[dict], said: list[str]) -> list[str]:
+def replay(lines: list[dict], said: list[str], log=lambda report: None) -> list[str]:
     """The events of a monitor to which the values of made-up lines are given as if it had measured them."""
     monitor, events = stability.Monitor(nn.Linear(2, 2), warn=said.append), []
     for line in lines:
         monitor.taken = {name: v for name, v in line.items() if name not in ("loss", "grad_norm")}
-        events += monitor.step(line["loss"], line["grad_norm"])["events"]
+        report = monitor.step(line["loss"], line["grad_norm"])
+        log(report)
+        events += report["events"]
     return events
 
 
-def test_words_say_once_what_moved_and_whether_the_gradient_norm_has():
-    said = []
+def test_words_and_alerts_say_once_what_moved_and_whether_the_gradient_norm_has():
+    import wandb
+
+    said, alerts, run = [], [], wandb.init(mode="disabled")
+    run.alert = lambda title, text, level: alerts.append(text)
     lines = [
         {"loss": 3.0, "grad_norm": 1.0 if step < 600 else 5.0}
         | ({"attention/max_logit": 12.0 if step < 400 else 31.0} if step % 10 == 0 else {})
         for step in range(1, 901)
     ]
-    events = replay(lines, said)
-    assert said[2:] == events  # after two lines on what a linear layer does not have
+    events = replay(lines, said, lambda report: adapters.log_to_wandb(run, report))
+    assert said[2:] == alerts == events  # after two lines on what a linear layer does not have
     assert events == [
         "step 500: the largest attention logit moved first, at step 400 (12 → 31); the gradient norm has not",
         "step 750: the gradient norm moved at step 649 (1 → 5), 249 steps after the largest attention logit",
@@ -377,10 +384,21 @@ def test_values_out_of_range_are_refused(bad):
         stability.Monitor(nn.Linear(2, 2), **bad)
 
 
+def scalars(folder) -> dict[str, dict[int, float]]:
+    """{name: {step: value}} in the TensorBoard event file below the folder, as TensorBoard itself reads it."""
+    (file,) = folder.rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file)).Reload()
+    return {name: {e.step: e.value for e in events.Scalars(name)} for name in events.Tags()["scalars"]}
+
+
+def logged(history: list[dict], name: str) -> dict[int, float]:
+    return {line["iter"]: pytest.approx(line[name], rel=1e-6) for line in history if name in line}
+
+
 def trainer(folder, **options):
     from transformers import Trainer, TrainingArguments
 
-    fixed = dict(report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True, max_steps=5)
+    fixed = dict(report_to=["tensorboard"], use_cpu=True, save_strategy="no", disable_tqdm=True, max_steps=5)
     args = TrainingArguments(str(folder), **fixed, **{"logging_steps": 1, **options})
     return Trainer(llama("sdpa"), args, train_dataset=[{"input_ids": row, "labels": row} for row in TOKENS])
 
@@ -404,11 +422,14 @@ def test_transformers_trainer_logs_what_is_measured(tmp_path):
     for found in (lines, own.state.log_history):
         assert [i for i, line in enumerate(found, 1) if "attention/max_logit" in line] == [2, 4]
         assert all(found[1][name] > 0 for name in ("grad_norm/W_Q", "update_norm/W_Q", "qk/sigma1", "residual/gain"))
+    shown = scalars(tmp_path)
+    for name in ("attention/max_logit", "srank/attention", "grad_norm/W_Q"):
+        assert shown[f"train/{name}"] == logged(callback.monitor.history, name) and len(shown[f"train/{name}"]) == 2
 
 
 def test_lightning_logs_what_is_measured_and_resumes(tmp_path):
     import lightning.pytorch as pl
-    from lightning.pytorch.loggers import CSVLogger
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
     class Module(pl.LightningModule):
         def __init__(self):
@@ -425,14 +446,20 @@ def test_lightning_logs_what_is_measured_and_resumes(tmp_path):
         callback = adapters.lightning_callback(every=2)
         quiet = dict(enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
         training = dict(max_steps=steps, accelerator="cpu", gradient_clip_val=0.1, accumulate_grad_batches=2)
-        own = pl.Trainer(logger=CSVLogger(tmp_path, version=steps), callbacks=[callback], **training, **quiet)
+        loggers = [kind(tmp_path, version=steps) for kind in (CSVLogger, TensorBoardLogger)]
+        own = pl.Trainer(logger=loggers, callbacks=[callback], **training, **quiet)
         own.fit(Module(), torch.utils.data.DataLoader(range(20)), ckpt_path=checkpoint)
         own.save_checkpoint(tmp_path / f"{steps}.ckpt")
         return callback.monitor.history
 
     first = fit(3)
-    table = (tmp_path / "lightning_logs" / "version_3" / "metrics.csv").read_text().splitlines()
-    assert "attention/max_logit" in table[0] and len(table) == 4
+    folder = tmp_path / "lightning_logs" / "version_3"
+    rows, shown = list(csv.DictReader((folder / "metrics.csv").open())), scalars(folder)
+    assert len(rows) == 3
+    for name in ("loss", "attention/max_logit", "grad_norm/W_up"):
+        wanted = logged(first, name)
+        assert len(wanted) == (3 if name == "loss" else 1)
+        assert shown[name] == wanted == {int(row["step"]): float(row[name]) for row in rows if row[name]}
     assert first[1]["grad_norm/W_up"] > 0
     second = fit(5, tmp_path / "3.ckpt")
     assert second[:3] == first and [line["iter"] for line in second] == [1, 2, 3, 4, 5]
