@@ -14,9 +14,23 @@ NOTEBOOKS = {
 }
 
 
-def executed(notebook, folder):
-    """Everything the notebook printed or displayed as text, and the number of figures."""
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}}).execute()
+@pytest.fixture(scope="module")
+def client():
+    """A kernel for all notebooks, since each start of one imports PyTorch and more."""
+    folder = {"metadata": {"path": str(ROOT / "notebooks")}}
+    client = NotebookClient(nbformat.v4.new_notebook(), timeout=120, resources=folder)
+    with client.setup_kernel():
+        yield client
+
+
+FORGET = f"%reset -f\nimport sys\nsys.path[:] = [path for path in sys.path if path != {str(ROOT)!r}]\ndel sys"
+
+
+def executed(client, notebook):
+    """Everything the notebook printed or displayed as text, and the number of figures; no name is left from another."""
+    client.nb = notebook
+    client.nb.cells.insert(0, nbformat.v4.new_code_cell(FORGET))
+    client.execute(cleanup_kc=False)
     shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     texts = [output.get("text", "") + output.get("data", {}).get("text/markdown", "") for output in shown]
     return "\n".join(texts), sum("image/png" in output.get("data", {}) for output in shown)
@@ -34,14 +48,14 @@ def test_all_are_tested_and_stored_without_outputs():
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_notebook_runs(name):
-    text, figures = executed(opened(name), ROOT / "notebooks")
+def test_notebook_runs(client, name):
+    text, figures = executed(client, opened(name))
     for said in NOTEBOOKS[name]:
         assert said in text
     assert figures >= 3
 
 
-def test_your_run_opens_a_run_folder_and_an_offline_wandb_run(config_file, tmp_path):
+def test_your_run_opens_a_run_folder_and_an_offline_wandb_run(client, config_file, tmp_path):
     every = ["--max_steps=110", "--jacobian_every=50", "--theory_every=50"]
     assert run("train.py", config_file, *every, "--wandb=offline", "--eval_every=0").returncode == 0
     (written,) = (tmp_path / "runs").iterdir()
@@ -51,7 +65,7 @@ def test_your_run_opens_a_run_folder_and_an_offline_wandb_run(config_file, tmp_p
         (cell,) = [cell for cell in notebook.cells if cell.source.startswith("folders = ")]
         _, rest = cell.source.split("\n", 1)
         cell.source = f"folders = [Path({str(folders)!r})]\n{rest}"
-        both.append(executed(notebook, ROOT / "notebooks"))
+        both.append(executed(client, notebook))
     assert both[0] == both[1]
     assert "AdamW: no collapse" in both[0][0]
     assert both[0][1] == 6  # overview, figures 1 to 3, heat maps, theorems
