@@ -109,7 +109,7 @@ def mark_collapses(ax: Axes, runs: pd.DataFrame, label: str, colors: dict):
         ax.set_ylim(visible.min() - 0.05, visible.max() + 0.1)
 
 
-def losses(runs: pd.DataFrame, columns: int) -> Figure:
+def loss_panels(runs: pd.DataFrame, columns: int) -> Figure:
     """The mean loss of every run against the step, a panel for each value of the column `panel`, a colour per arm."""
     colors, groups = colors_of(runs["arm"]), runs.groupby("panel", sort=False)
     rows = -(-groups.ngroups // columns)

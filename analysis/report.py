@@ -39,6 +39,7 @@ FINDINGS = {
 LINES = {"MSign every P steps": ("table3_small", "msign_period", "P = {}"),
          "only below a stable rank": ("adaptive", "msign_below", "below {:g}")}  # fmt: skip
 # programs of others: the stem of the configuration, and its name
+CLIENT_GRIDS = ("clients",)
 CLIENTS = {"nanogpt": "nanoGPT", "gpt2": "Trainer, GPT-2", "llama": "Trainer, Llama"}
 THEOREMS = {  # a theorem: what it states, and what else is said of its measurements
     "4.2": ("product of the Jacobians above its bound", "at {count[holds]:.0f} measurements of the Jacobians"),
@@ -83,8 +84,8 @@ CALM = {
     "spikes in 1000 steps": ("spikes", said, 1), "loss after an application": ("application_cost", said, 3),
 }  # fmt: skip
 CLIENT = COLLAPSED | {
-    "at step": ("fell_at", spread, 0), "at learning rate": ("rate", spread, 3), "final loss": ("loss", spread),
-    "below attention-off": ("below_floor", spread),
+    "at step": ("fell_at", spread, 0), "at learning rate": ("rate", spread, 3), "largest rise": ("rise", spread),
+    "final loss": ("loss", spread), "below attention-off": ("below_floor", spread),
 }  # fmt: skip
 PERIODS = FELL | LOSS | {"time": ("time", said)}
 THRESHOLDS = {"matrices replaced in 1000 steps": ("applications", said, 0)} | COLLAPSED | LOSS | {
@@ -309,12 +310,14 @@ def regimes() -> pd.DataFrame:
 def clients(folder: Path = RESULTS) -> pd.DataFrame:
     """The runs of other people's programs; a floor is that of the same program, ramp and seed."""
     parts = []
-    for grid, (stem, name) in itertools.product(("clients", "clients_double"), CLIENTS.items()):
+    for grid, (stem, name) in itertools.product(CLIENT_GRIDS, CLIENTS.items()):
         runs = judged(run for run in packed(grid, folder) if Path(run.axes["config"]).stem == stem)
         top = (runs["lr"] * runs["lr_scale"]).map("{:g}".format)
         parts.append(runs.assign(program=name, top=top, panel=name + ", ramp to " + top))
     runs = pd.concat(parts, ignore_index=True)
-    return runs.assign(rate=runs["lr_multiple"] * runs["lr"])
+    means = [figures.mean_loss(run) for run in runs["run"]]
+    rises = [(mean - mean.cummin()).max() for mean in means]  # largest rise of the mean loss above its lowest value
+    return runs.assign(rate=runs["lr_multiple"] * runs["lr"], rise=rises)
 
 
 def all_grids() -> pd.DataFrame:
@@ -392,7 +395,7 @@ def drawn() -> Iterator[tuple[str, Figure]]:
     yield "texts", figures.against(texts.assign(line=texts["arm"], panel=panels), "srank", "gap", 3.6, **words)
     yield "calm", figures.fig3(frame("table2_small").query("arm in @FIRST"))
     yield "late_seeds", figures.fig3(frame("late_seeds"))
-    yield "clients", figures.losses(clients(), len(CLIENTS))
+    yield "clients", figures.loss_panels(clients(), len(CLIENTS))
     for name in ("constant", "ramp"):
         yield name, figures.overview(recorded(name))
         yield f"{name}_heatmaps", figures.heatmaps(recorded(name).query("seed == 0"))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import clients.trainer
+from analysis import report
 from clients import nanogpt
 from clients.record import Record
 from config import Config, UserError, load_config
@@ -19,9 +20,11 @@ from data.stdlib import prepare
 from engine.grid import points, read_grid
 from engine.runlog import read_metrics
 from msign import ATTENTION, find
+from stability.collapse import RISE
 from tests.conftest import ROOT, refused, run
 
 SHORT = ["--max_steps=20", "--warmup_steps=10", "--msign_period=10", "--probe_every=10", "--wandb=off", "--threads=1"]
+README, PAGE = (" ".join((ROOT / page).read_text().split()) for page in ("README.md", "docs/extending.md"))
 PYTHON = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
@@ -153,3 +156,35 @@ def test_a_grid_may_name_a_program_of_this_repository(tmp_path):
     grid.write_text("config = 'configs/clients/llama.py'\nprogram = 'scripts/none.py'\n")
     with pytest.raises(UserError, match=r"^program = 'scripts/none.py': must be a file"):
         read_grid(grid, [])
+
+
+def test_the_recorded_runs_are_those_of_the_protocol():
+    runs = report.clients()
+    every = ["program", "arm"]
+    assert runs.groupby(every)["seed"].agg(sorted).map(tuple).unique().tolist() == [(0, 1, 2)] and len(runs) == 27
+    assert dict(zip(runs["program"], runs["top"], strict=True)) == {
+        "nanoGPT": "0.05", "Trainer, GPT-2": "0.05", "Trainer, Llama": "0.025"
+    }  # fmt: skip
+    assert all(not run.code["dirty"] and len(run.steps) == 1100 for run in runs["run"])
+    cfg = runs.iloc[0]["run"].config
+    said = f"{cfg['n_layer']} blocks of width {cfg['d_model']} and {cfg['n_head']} heads, read {cfg['batch_size']} × "
+    said += f"{cfg['block_size']} bytes of"
+    assert said in PAGE and "rises linearly from 0 in 800 steps" in PAGE and f"commit {nanogpt.COMMIT[:7]}," in PAGE
+
+
+def test_the_page_says_what_the_recorded_runs_say():
+    runs = report.clients()
+    arms = dict(list(runs.groupby("arm")))
+    adamw, msign = arms["AdamW"], arms["MSign (attention)"]
+    assert adamw.groupby("program")["collapsed"].sum().tolist() == [2, 2, 2]
+    assert (adamw["rise"] > RISE).all() and "two of three seeds of each program. In all nine runs" in PAGE
+    assert adamw["collapsed"].sum() == 6 and "turns upwards in all nine runs and stays up in six" in README
+    assert not msign["collapsed"].any() and len(msign) == 9 and "MSign collapses in none of nine" in README
+
+    losses = runs.pivot(index=["program", "seed"], columns="arm", values="loss")
+    below = losses["AdamW"] - losses["MSign (attention)"]
+    others, llama = msign[msign["program"] != "Trainer, Llama"], msign[msign["program"] == "Trainer, Llama"]
+    assert (below[["nanoGPT", "Trainer, GPT-2"]] > 0).all() and others["rescued"].all()
+    assert (below["Trainer, Llama"] < 0).tolist() == (llama["rise"] >= RISE).tolist() == [True, True, False]
+    assert (others["rise"] < RISE).all() and "With two of three seeds its own mean loss rises by 0.1 nats" in PAGE
+    assert others["loss"].min() > 2.09 and "2.08 and 2.09, lower than all runs of MSign" in PAGE
