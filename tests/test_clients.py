@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -53,9 +54,9 @@ def client(name: str, folder: Path, *more: str) -> subprocess.CompletedProcess:
 
 
 def snippet(first: str) -> str:
-    """The block of code in docs/extending.md that begins with this line."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
-    return next(block for block in blocks if block.startswith(first))
+    """The indented block of code in docs/extending.md that begins with this line."""
+    page = (ROOT / "docs" / "extending.md").read_text()
+    return textwrap.dedent(re.search(rf"^    {first}\n(?:(?:    .*)?\n)*", page, re.M).group()).strip() + "\n"
 
 
 def equal_to_four_digits(lines: list[dict], said: str) -> bool:
