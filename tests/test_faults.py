@@ -54,10 +54,12 @@ class Started:
         return tuple(path.read_text() for path in self.said)
 
 
+FORKING = types.SimpleNamespace(Popen=Started, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired)
+
+
 def test_a_few_of_each_fault_do_no_harm(tmp_path, monkeypatch):
     """In forked processes; tests/test_readme.py injects a fault into one that is started as a user starts it."""
-    names = {"Popen": Started, "PIPE": subprocess.PIPE, "TimeoutExpired": subprocess.TimeoutExpired}
-    monkeypatch.setattr("trials.place.subprocess", types.SimpleNamespace(**names))
+    monkeypatch.setattr("trials.place.subprocess", FORKING)
     done = here("scripts/faults.py", "--quick", f"--out={tmp_path / 'faults'}")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = table(tmp_path / "faults.md")

@@ -27,9 +27,12 @@ PATIENCE = 120  # seconds after which a run that should have ended is said to ha
 
 
 class Place:
-    """A folder with a corpus, a configuration, and the reference run "whole", to which nothing happens."""
+    """A folder with a corpus, a configuration, and the reference run "whole", to which nothing happens.
 
-    def __init__(self, folder: Path):
+    settings: more lines of the configuration.
+    """
+
+    def __init__(self, folder: Path, settings: str = ""):
         self.folder, self.runs, self.corpus = folder, folder / "runs", folder / "corpus"
         self.config = folder / "victim.py"
         self.corpus.mkdir()
@@ -37,7 +40,7 @@ class Place:
         for split, count in (("train", 5000), ("val", 1000)):
             # each token is the last plus 0 to 3, so that there is something to learn
             (np.cumsum(rng.integers(0, 4, count)) % 256).astype(np.uint16).tofile(self.corpus / f"{split}.bin")
-        self.config.write_text(f"{CONFIG}dataset = {str(self.corpus)!r}\nruns_dir = {str(self.runs)!r}\n")
+        self.config.write_text(f"{CONFIG}{settings}\ndataset = {str(self.corpus)!r}\nruns_dir = {str(self.runs)!r}\n")
         if self.here("--name=whole"):
             raise UserError("the run that nothing happens to failed; there is nothing to compare with")
 
