@@ -6,6 +6,7 @@ import tempfile
 import types
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,8 @@ class Started:
         folder = Path(tempfile.mkdtemp())
         self.said = folder / "out", folder / "err"
         first = partial(in_a_session_of_its_own, preexec_fn)
-        self.process = start(*command[1:], output=tuple(map(str, self.said)), first=first, **env)
+        words = command[1:] if command[1] != "-m" else [find_spec(command[2]).origin, *command[3:]]
+        self.process = start(*words, output=tuple(map(str, self.said)), first=first, **env)
         self.pid = self.process.pid
 
     def poll(self) -> int | None:

@@ -35,7 +35,7 @@ SHORT = {
     "scripts/page.py": "--out={}/page.html",
     "scripts/coord_check.py": "--widths 48 96 --steps=1 --seeds=1 --out={}/check.png",
     "scripts/plan.py": "",
-    "scripts/acceptance.py": "--only sign --device=cpu",
+    "scripts/acceptance.py": "--only sign --device=cpu --out={}/acceptance",
     "scripts/evidence.py": "--help",
     "scripts/report.py": "--help",
     "scripts/faults.py": "--only read_only",

@@ -46,6 +46,7 @@ GRADIENT = {"float32": 1e-4, "bfloat16": 0.03, "experts in bfloat16": 0.3}
 SIGN = {"at the cut-off": 1e-3, "elsewhere": 2e-5}
 SHAPES = ((48, 48), (192, 48), (512, 512))  # of matrices on every device; a GPU gets larger ones, too
 LOSS = 1e-4  # relative deviation of a training loss in fp32
+WAYS = ("ddp", "fsdp")  # of spreading a model over processes
 PLAN = 1.1  # memory, and MSign's time, may be this many times the plan
 
 
@@ -190,7 +191,7 @@ def runs(device: torch.device, place: Place) -> Iterable[Row]:
 
     yield checked("run", f"120 steps on {device.type}, against the CPU", LOSS, on_cpu)
     count = torch.cuda.device_count() if device.type == "cuda" else 2
-    for way in ("ddp", "fsdp"):
+    for way in WAYS:
 
         def spread(way=way) -> float:
             if count < 2:
