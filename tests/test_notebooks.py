@@ -23,11 +23,21 @@ def client():
         yield client
 
 
-FORGET = f"%reset -f\nimport sys\nsys.path[:] = [path for path in sys.path if path != {str(ROOT)!r}]\ndel sys"
+FORGET = f"""%reset -f
+import sys
+sys.path[:] = [path for path in sys.path if path != {str(ROOT)!r}]
+for name in {[path.stem for path in ROOT.iterdir() if path.suffix in ("", ".py")]!r}:
+    for module in [module for module in sys.modules if module.split(".")[0] == name]:
+        del sys.modules[module]
+%reset -f
+"""
 
 
 def executed(client, notebook):
-    """Everything the notebook printed or displayed as text, and the number of figures; no name is left from another."""
+    """Everything the notebook printed or displayed as text, and the number of figures.
+
+    Names and modules of an earlier notebook are forgotten first.
+    """
     client.nb = notebook
     client.nb.cells.insert(0, nbformat.v4.new_code_cell(FORGET))
     client.execute(cleanup_kc=False)
