@@ -41,6 +41,14 @@ class Run:
         what = {"zero": OFF, "sign": "MSign"}.get(self.config["msign_map"], self.config["msign_map"])
         return OFF if what == OFF else f"{what} ({self.config['msign_targets']})"
 
+    @property
+    def not_finite(self) -> str | None:
+        """What the run was stopped for because it was not finite; a weight, say, which the steps do not show."""
+        if self.summary.get("status") != "stopped: not finite":
+            return None
+        # a grid keeps of the summary only single values
+        return (self.summary.get("collapse") or {}).get("why", "a weight or a moment is not finite")
+
     def series(self, key: str) -> pd.Series:
         """The finite values of `key` by step."""
         values = (self.layers if key in self.layers else self.steps).get(key, pd.Series(dtype=float))

@@ -29,7 +29,7 @@ LINKS = {
 def measured(run: Run, floor: float = math.nan) -> dict:
     """A row of the frame, of a run whose model ends at the loss `floor` without attention. NaN: not known."""
     losses, norms, steps = run.steps["train/loss"].tolist(), run.steps["grad_norm"], len(run.steps)
-    collapse = find_collapse(losses, norms.tolist(), None if math.isnan(floor) else floor)
+    collapse = find_collapse(losses, norms.tolist(), None if math.isnan(floor) else floor, run.not_finite)
     end, loss = collapse.step if collapse else steps, final_loss(losses)
     val, srank = (run.series(key).iloc[-1:].sum(min_count=1) for key in ("val/loss", "srank/attention"))
     early_peak = norms.iloc[WINDOW : steps // 3].max() / norms.median()
@@ -46,7 +46,7 @@ def measured(run: Run, floor: float = math.nan) -> dict:
         "loss": loss,  # mean of the last 100 training losses; infinity if one of them is not finite
         "capped_loss": min(loss, losses[0]),  # at most the initial one
         "below_floor": floor - loss,
-        "rescued": not collapse and floor - loss > CLEARLY,  # better than the same model without attention
+        "rescued": not collapse and floor - loss >= CLEARLY,  # better than the same model without attention
         "val": val,
         "gap": val - loss,
         "srank": srank,

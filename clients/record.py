@@ -49,12 +49,12 @@ class Record:
         self.log.log(self.steps, {name: math.nan if value is None else value for name, value in values.items()})
 
     def end(self, stopped: Exception | None = None):
-        """Write the summary. stopped: the error that ended the run before its last step."""
+        """Write the summary. stopped: the error that ended the run before its last step, at a weight not finite."""
         lines = read_metrics(self.log.folder)
         losses, norms = ([line[key] for line in lines] for key in ("train/loss", "grad_norm"))
-        collapse = find_collapse(losses, norms)
+        collapse = find_collapse(losses, norms, not_finite=str(stopped) if stopped else None)
         summary = {
-            "status": f"stopped: {stopped}" if stopped else "finished",
+            "status": "stopped: not finite" if stopped else "finished",
             "steps": self.steps,
             "collapse": collapse and asdict(collapse),
             "train/loss": final_loss(losses),

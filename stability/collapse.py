@@ -117,15 +117,20 @@ def final_loss(losses: Sequence[float | None]) -> float:
 
 
 def find_collapse(
-    losses: Sequence[float | None], grad_norms: Sequence[float | None], floor: float | None = None
+    losses: Sequence[float | None],
+    grad_norms: Sequence[float | None],
+    floor: float | None = None,
+    not_finite: str | None = None,
 ) -> Collapse | None:
     """The collapse of a recorded run by all three rules, or None. Without `floor`, rule 3 is left out.
 
-    A record holds no weights and no moments, so rule 1 sees losses and gradient norms only.
+    not_finite: what was found not finite at the last step besides losses and gradient norms, a weight or a moment.
     """
     watch = Watch()
     for loss, grad_norm in zip(losses, grad_norms, strict=True):
         watch.add(loss, grad_norm)
+    if not_finite:
+        watch.not_finite(not_finite)
     if watch.collapse or floor is None:
         return watch.collapse
     final = final_loss(losses)

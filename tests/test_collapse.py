@@ -42,6 +42,11 @@ def test_not_finite_wins_and_is_never_healthy_again():
     assert not watch.finite
     assert watch.add(2.0, 1.0).step == 51
     assert find_collapse([1.0, None], [1.0, 1.0]).why == "the loss is not finite"
+    assert str(find_collapse([1.0, 1.0], [1.0, 1.0], not_finite="W is not finite")) == (
+        "collapsed at step 2: W is not finite"
+    )
+    rose = [2.0] * 300 + [4.0] * 400
+    assert find_collapse(rose, [1.0] * 700, not_finite="W is not finite") == find_collapse(rose, [1.0] * 700)
 
 
 def test_suspicious_only_while_the_loss_is_up():

@@ -3,11 +3,12 @@ import json
 import numpy as np
 import pytest
 
+from analysis import statistics
 from analysis.report import THEOREMS, onsets_table, overview_table, theory_table
 from analysis.runs import frames, load_run, load_runs
 from analysis.statistics import judged
 from config import UserError
-from engine.records import DEFAULTS, pack_run
+from engine.records import DEFAULTS, pack_run, record_grid
 from stability import theory
 from tests.conftest import ROOT
 from tests.test_theory import a_model
@@ -89,6 +90,23 @@ def test_values_that_are_not_finite_are_shown_as_such(tmp_path):
     runs = judged([run])
     assert runs.verdict[0] == "AdamW: collapsed at step 301 (3.0x): the loss is not finite"
     assert overview_table(runs)["final loss"].tolist() == ["inf"]
+
+
+def test_a_run_that_was_stopped_for_a_weight_has_collapsed_though_its_losses_are_finite(tmp_path):
+    folder = made_up(tmp_path / "runs" / "stopped", [2.5] * 300)
+    why = "blocks.0.attn.W_V.weight is not finite"
+    (folder / "summary.json").write_text(json.dumps({"status": "stopped: not finite", "collapse": {"why": why}}))
+    said = "AdamW: collapsed at step 300 (3.0x): {}"
+    assert judged([load_run(folder)]).verdict[0] == said.format(why)
+    record_grid(tmp_path / "grid", {folder: {}})  # which keeps the status, and not the reason
+    assert judged(load_runs(tmp_path / "grid")).verdict[0] == said.format("a weight or a moment is not finite")
+
+
+def test_a_loss_clearly_below_the_floor_is_at_least_that_much_below(tmp_path, monkeypatch):
+    monkeypatch.setattr(statistics, "CLEARLY", 0.125)  # a number that float arithmetic represents
+    off = load_run(made_up(tmp_path / "off", [2.625] * 300, msign_period=1, msign_map="zero"))
+    at, above = (load_run(made_up(tmp_path / f"{loss}", [loss] * 300)) for loss in (2.5, 2.501))
+    assert judged([at, above, off]).rescued.tolist() == [True, False, False]
 
 
 def test_packed_runs_read_the_same(arms, tmp_path):

@@ -20,6 +20,8 @@ import torch
 
 import mup
 import train
+from analysis.runs import load_run
+from analysis.statistics import judged
 from config import UserError, load_config
 from data.reader import TokenFiles
 from engine import checkpoint
@@ -338,6 +340,7 @@ def test_a_weight_that_is_not_finite_is_named(in_process, monkeypatch, msign):
     why = json.loads((folder / "summary.json").read_text())["collapse"]["why"]
     says = "holds a value that is not finite; MSign changed no weight" if msign.endswith("1") else "is not finite"
     assert why == f"blocks.0.attn.W_V.weight {says}"
+    assert judged([load_run(folder)]).verdict[0].endswith(f"collapsed at step 1 (0.2x): {why}")
     assert not list(folder.glob("ckpt*"))
 
 
