@@ -39,7 +39,7 @@ FINDINGS = {
 LINES = {"MSign every P steps": ("table3_small", "msign_period", "P = {}"),
          "only below a stable rank": ("adaptive", "msign_below", "below {:g}")}  # fmt: skip
 # programs of others: the stem of the configuration, and its name
-CLIENT_GRIDS = ("clients",)
+CLIENT_GRIDS = ("clients", "clients_double")
 CLIENTS = {"nanogpt": "nanoGPT", "gpt2": "Trainer, GPT-2", "llama": "Trainer, Llama"}
 THEOREMS = {  # a theorem: what it states, and what else is said of its measurements
     "4.2": ("product of the Jacobians above its bound", "at {count[holds]:.0f} measurements of the Jacobians"),
