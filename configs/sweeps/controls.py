@@ -1,5 +1,5 @@
 # Is it the stable rank that matters? The ramp of the stress test with other changes to the attention matrices every
-# 100 steps, and with other ways to keep attention small. Three seeds an arm, 3000 steps. table2_small.py has AdamW and
+# 100 steps, and with other ways to keep attention small. Five seeds an arm, 3000 steps. table2_small.py has AdamW and
 # MSign, attention_off.py the floor (the loss without attention). "Clipped there" is at MSign's spectral norm.
 # "Attention in plain math" changes nothing but the kernel, to PyTorch's math kernel: a check of numerics.
 
@@ -20,4 +20,4 @@ arm = {
     "bf16": {"dtype": "bfloat16"},
     "decay independent of the rate": {"decay_coupling": "independent", "weight_decay": 1e-4},
 }
-seed = [0, 1, 2]
+seed = [0, 1, 2, 3, 4]

@@ -1,4 +1,4 @@
-# What else prevents the late collapse of late_seeds.py? Three of its seeds, 6000 steps, no weight decay, one and a half
+# What else prevents the late collapse of late_seeds.py? Its five seeds, 6000 steps, no weight decay, one and a half
 # times the paper's rate. late_seeds.py has AdamW and MSign. The first arm is the floor: the loss without attention.
 
 _every = {"msign_period": 100}
@@ -14,4 +14,4 @@ arm = {
     "attention's lr ÷ 16": {"attn_lr": 0.0625},
     "QK-norm": {"qk_norm": True},
 }
-seed = [1, 2, 3]
+seed = [1, 2, 3, 4, 5]
