@@ -109,17 +109,21 @@ def mark_collapses(ax: Axes, runs: pd.DataFrame, label: str, colors: dict):
         ax.set_ylim(visible.min() - 0.05, visible.max() + 0.1)
 
 
-def losses(runs: pd.DataFrame, panel: str) -> Figure:
+def losses(runs: pd.DataFrame, columns: int) -> Figure:
     """The mean loss of every run against the step, a panel for each value of the column `panel`, a colour per arm."""
-    colors, groups = colors_of(runs["arm"]), runs.groupby(panel, sort=False)
-    fig, axes = plt.subplots(1, groups.ngroups, figsize=(9, 3.2), squeeze=False)
+    colors, groups = colors_of(runs["arm"]), runs.groupby("panel", sort=False)
+    rows = -(-groups.ngroups // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(9, 0.6 + 2.4 * rows), sharex=True, squeeze=False)
     for ax, (name, of) in zip(axes.flat, groups, strict=True):
         for row in of.itertuples():
             ax.plot(mean_loss(row.run)[::5], color=colors[row.arm], label=row.arm, alpha=0.85, lw=1)
         mark_collapses(ax, of, "arm", colors)
-        ax.set(title=name, xlabel="step")
-    axes[0, 0].set_ylabel("training loss, mean of 100 steps")
-    legend(axes[0, 0], [axes[0, 0]])
+        ax.set_title(name)
+    for ax in axes[-1]:
+        ax.set_xlabel("step")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("training loss")
+    legend(fig, axes[0], loc="outside lower center", ncols=3)
     return fig
 
 

@@ -4,6 +4,7 @@ A table is made of a frame of runs (statistics.judged); most have a row an arm.
 """
 
 import functools
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -308,11 +309,13 @@ def regimes() -> pd.DataFrame:
 
 @functools.cache
 def clients(folder: Path = RESULTS) -> pd.DataFrame:
-    """The runs of other people's programs; a floor is that of the same client and seed."""
-    of = {stem: [] for stem in CLIENTS}
-    for run in packed("clients", folder):
-        of[Path(run.axes["config"]).stem].append(run)
-    runs = pd.concat([judged(of[stem]).assign(client=name) for stem, name in CLIENTS.items()], ignore_index=True)
+    """The runs of other people's programs; a floor is that of the same program, ramp and seed."""
+    parts = []
+    for grid, (stem, name) in itertools.product(("clients", "clients_double"), CLIENTS.items()):
+        runs = judged(run for run in packed(grid, folder) if Path(run.axes["config"]).stem == stem)
+        top = (runs["lr"] * runs["lr_scale"]).map("{:g}".format)
+        parts.append(runs.assign(program=name, top=top, panel=name + ", ramp to " + top))
+    runs = pd.concat(parts, ignore_index=True)
     return runs.assign(rate=runs["lr_multiple"] * runs["lr"])
 
 
@@ -353,7 +356,7 @@ BLOCKS: dict[str, Callable[[str], str | pd.DataFrame]] = {
     "ranks": lambda name: ranks_table(all_grids()),
     "ledger": lambda name: ledger_table(regimes()),
     "cost": lambda name: paper_table() + "\n",
-    "clients": lambda name: by_arm(clients(), CLIENT, "client"),
+    "clients": lambda name: by_arm(clients(), CLIENT, "program", "top"),
     "file": file,
     "targets": lambda name: file(name).split("\n\n")[0] + "\n",  # of a file only the first table
 }
@@ -391,6 +394,7 @@ def drawn() -> Iterator[tuple[str, Figure]]:
     yield "texts", figures.against(texts.assign(line=texts["arm"], panel=panels), "srank", "gap", 3.6, **words)
     yield "calm", figures.fig3(frame("table2_small").query("arm in @FIRST"))
     yield "late_seeds", figures.fig3(frame("late_seeds"))
+    yield "clients", figures.losses(clients(), len(CLIENTS))
     for name in ("constant", "ramp"):
         yield name, figures.overview(recorded(name))
         yield f"{name}_heatmaps", figures.heatmaps(recorded(name).query("seed == 0"))

@@ -1,5 +1,5 @@
-# The runs of clients.py on ramps to twice the top. They were added because at clients.py's tops, which are by design the
-# smallest at which a pilot collapsed, AdamW's loss turned upwards in every client but did not stay up in every run.
+# The runs of clients.py on ramps to twice the top. They were added because at clients.py's tops, by design the smallest
+# at which a pilot collapsed, AdamW's loss turned upwards in every client but did not stay up in every run.
 
 program = "scripts/client.py"
 seed = [0, 1, 2]  # first, so that a part of the grid holds every arm
