@@ -8,8 +8,6 @@ import contextlib
 import io
 import json
 import math
-import os
-import signal
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -29,7 +27,7 @@ from engine.plan import GPUS, Plan
 from model import GPT, Stack
 from trials.bench import application, matrices
 from trials.faults import Kills
-from trials.place import Place, output, wait_until
+from trials.place import Place, output
 
 CPU = torch.device("cpu")
 SMALL = Config(n_layer=2, d_model=128, n_head=2, d_ff=256, vocab_size=512, block_size=128, batch_size=4, micro_batch=4)
@@ -210,16 +208,14 @@ def runs(device: torch.device, place: Place) -> Iterable[Row]:
     def moved() -> float:
         if count < 2:
             raise NotHere("there is one GPU")
-        stopped = place.start("--name=moved", "--parallel=fsdp", "--micro_batch=1", processes=2)
-        wait_until(lambda: place.steps("moved") >= 10, stopped)
-        os.kill(stopped.pid, signal.SIGTERM)
-        output(stopped)
+        fifth = ("before the old one goes", 5)  # checkpoint, after which the main process kills itself
+        output(place.start("--name=moved", "--parallel=fsdp", "--micro_batch=1", victim=fifth, processes=2))
         if place.saved("moved") in (None, 120):
-            raise UserError("moved: did not stop in the middle")
+            raise UserError("moved: did not end in the middle")
         trained(place, "moved", "--micro_batch=1", "--resume")
         return same_run(place, "moved", "whole")
 
-    yield checked("run", "stopped on 2 processes, gone on with on 1", LOSS, moved)
+    yield checked("run", "killed on 2 processes, gone on with on 1", LOSS, moved)
 
 
 # --- speed and memory ---
