@@ -273,16 +273,18 @@ def test_compiled_equals_eager(in_process, what):
     assert json.loads((compiled / "record.json").read_text())["machine"]["compile"] == what
 
 
-def test_without_a_compiler_the_run_says_so_and_goes_on_uncompiled(in_process, monkeypatch, capsys):
-    import torch._inductor.config
+def test_without_a_compiler_the_run_says_so_and_goes_on_uncompiled(in_process, capsys):
+    from torch._inductor import config  # its own `patch`: pytest's would delete the settings afterwards
 
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    monkeypatch.setattr(torch._inductor.config, "fx_graph_cache", False)
     torch.compiler.reset()
-    _, folder = in_process("--compile=blocks", "--max_steps=3", "--seed=5")
-    assert "WARNING COMPILE: 'blocks' failed, running uncompiled:" in capsys.readouterr().err
+    with config.patch({"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False}):
+        _, folder = in_process("--compile=blocks", "--max_steps=3", "--seed=5")
+    said = capsys.readouterr().err
+    assert "WARNING COMPILE: 'blocks' failed, running uncompiled: backend='inductor' raised: " in said
+    assert "compiler" in said.split("raised: ")[1].splitlines()[0]  # the cause, in the same line
     assert json.loads((folder / "summary.json").read_text())["steps"] == 3
     assert "compile" not in json.loads((folder / "record.json").read_text())["machine"]
+    assert config.fx_graph_cache  # for the tests after this one
 
 
 def test_a_value_that_is_not_finite_ends_the_run_in_good_order(in_process):
