@@ -253,7 +253,7 @@ def compiled(
     except torch._dynamo.exc.TorchDynamoException as error:
         for block in model.blocks:
             block._compiled_call_impl = None
-        reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])  # the second has the cause
+        reason = " ".join(str(error).split("\n\n")[0].split())  # the cause may be in its second line
         return run, {}, [f"COMPILE: {cfg.compile!r} failed, running uncompiled: {reason}"]
     finally:
         model.zero_grad(set_to_none=True)

@@ -279,9 +279,8 @@ def test_without_a_compiler_the_run_says_so_and_goes_on_uncompiled(in_process, c
     torch.compiler.reset()
     with config.patch({"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False}):
         _, folder = in_process("--compile=blocks", "--max_steps=3", "--seed=5")
-    said = capsys.readouterr().err
-    assert "WARNING COMPILE: 'blocks' failed, running uncompiled: backend='inductor' raised: " in said
-    assert "compiler" in said.split("raised: ")[1].splitlines()[0]  # the cause, in the same line
+    (said,) = re.findall(r"^WARNING COMPILE: 'blocks' failed, running uncompiled: (.*)$", capsys.readouterr().err, re.M)
+    assert "No working C++ compiler" in said
     assert json.loads((folder / "summary.json").read_text())["steps"] == 3
     assert "compile" not in json.loads((folder / "record.json").read_text())["machine"]
     assert config.fx_graph_cache  # for the tests after this one
