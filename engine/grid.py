@@ -155,6 +155,11 @@ def override(values: dict, text: str):
             raise UserError(f"arm = {value!r}: must be one of {', '.join(values['arm'])}")
         values["arm"] = {value: values["arm"][value]}
         return
+    if name == "config" and isinstance(values.get("config"), list):
+        if unknown := [file for file in value.split(",") if file not in values["config"]]:
+            raise UserError(f"config = {unknown[0]!r}: must be one of {', '.join(values['config'])}")
+        values["config"] = value.split(",")
+        return
     if name not in FIELDS:
         raise unknown_key(name, "on the command line")
     field = FIELDS[name]

@@ -50,6 +50,16 @@ def test_every_committed_grid_is_one(tmp_path):
         assert len({p.folder for p in found}) == len(found)
 
 
+def test_an_axis_is_narrowed_from_the_command_line():
+    path = ROOT / "configs" / "sweeps" / "architectures.py"
+    two = "configs/small_moe.py,configs/small_sigma.py"
+    found = points(path, read_grid(path, [f"--config={two}", "--arm=AdamW", "--seed=1,3"]))
+    names = {f"seed{seed}-small_{which}-AdamW" for seed in (1, 3) for which in ("moe", "sigma")}
+    assert {p.name for p in found} == names
+    with pytest.raises(UserError, match=r"config = 'configs/gpt_3b\.py': must be one of configs/small_sigma\.py, "):
+        read_grid(path, ["--config=configs/gpt_3b.py"])
+
+
 def test_names_are_folders_and_tell_points_apart():
     assert name_of({"config": "configs/gpt_5m.py", "lr_scale": 0.5, "seed": 3}) == "gpt_5m-lr_scale0.5-seed3"
     assert name_of({"msign_targets": "W_V,W_O"}) == "W_V+W_O"
