@@ -25,8 +25,10 @@ from config import Config, UserError, due, load_config, run_cli
 from data import corpora
 from engine import checkpoint, exchange, machine, parallel
 from engine.announce import announce
+from engine.clock import Clock
 from engine.runlog import NoLog, RunLog, read_metrics
 from engine.signals import Signals
+from engine.validation import validation_loss
 from model import GPT
 from msign import MSign, NonFiniteWeightError, counts
 from remedies import controls, rivals
@@ -114,8 +116,12 @@ class Run:
         probe = tuple(t.to(device) for t in (self.val_data or self.train_data).fixed_windows(cfg.probe_batch))
         whole, norms = partial(parallel.whole, self.model, world), parallel.norms
         self.instruments = Instruments(cfg, self.model, probe, whole, norms, self.autocast, warn=self.not_measured)
-        if cfg.msign_probe:
-            self.optimizer.observe = self.instruments.observe_msign
+        peak = machine.peak_flops(cfg, device)
+        flops = self.model.flops_per_token() * cfg.tokens_per_step
+        self.clock = Clock(device, cfg.tokens_per_step, flops, None if isinstance(peak, str) else peak * world.size)
+        if cfg.msign_period:
+            measure = self.instruments.observe_msign if cfg.msign_probe else None
+            self.optimizer.observe = self.clock.around_msign(measure)
         return True
 
     def record(self) -> dict:
@@ -168,31 +174,40 @@ class Run:
 
 def loop(run: Run, signals: Signals) -> bool:
     """Train until the last step, a non-finite value or a signal to any process. True if a signal stopped it early."""
-    cfg, world, watch = run.cfg, run.world, run.watch
+    cfg, world, watch, clock = run.cfg, run.world, run.watch, run.clock
     parameters = list(run.model.parameters())
     clip_at = cfg.grad_clip if cfg.grad_clip and cfg.optimizer != "zclip" else math.inf  # ZClip clips by itself
     batch = run.draw(run.step + 1)
     while run.step < cfg.max_steps:
         run.step += 1
-        # before the update: the weights are still those of this step's loss and gradient
+        clock.to("measure")  # before the update: the weights are still those of this step's loss and gradient
         metrics = run.instruments.before_step(run.step)
         if run.val_data and (due(cfg.eval_every, run.step) or run.step == cfg.max_steps):
-            metrics["val/loss"] = evaluate(run)
+            metrics["val/loss"] = validation_loss(run)
+        clock.to("forward_backward")
         lr = cfg.lr_at(run.step)
         for group in run.optimizer.param_groups:
             group["lr"] = lr * group["lr_mult"]
         loss = forward_backward(run, batch)
+        clock.to("data")
         batch = run.draw(run.step + 1)  # drawn while a GPU still computes
+        clock.to("measure")
         metrics |= run.instruments.gradients(run.step)
+        clock.to("optimizer")
         grad_norm = parallel.clip_(parameters, clip_at)
         # a step without measurement, validation or MSign waits for the device and the other ranks only here
         signalled = torch.tensor(float(signals.received is not None), device=run.device)
         sums = world.sum(torch.stack([loss / world.size, signalled]))
         loss, signalled, grad_norm = torch.stack([*sums, grad_norm]).tolist()
+        clock.settle()
         watch.add(loss, grad_norm)
         if watch.finite:
             metrics |= update(run)
+        clock.to("log")
         run.log.log(run.step, {"train/loss": loss, "grad_norm": grad_norm, "lr": lr, **metrics})
+        if clock.due:
+            run.log.times(clock.line(run.step))
+        clock.to("save")
         if watch.finite and (run.step == cfg.max_steps or due(cfg.ckpt_every, run.step)):
             run.save()
         if watch.collapse and watch.collapse.noticed == run.step:
@@ -227,24 +242,8 @@ def update(run: Run) -> dict[str, float]:
         here = torch.tensor([float(new[key]) for key in ("fallbacks", "matrices")], device=run.device)
         metrics["msign/fallbacks"], metrics["msign/matrices"] = run.world.sum(here).tolist()
     run.replica.zero_grad()
+    run.clock.to("measure")
     return run.instruments.updates(run.step) | metrics
-
-
-@torch.no_grad()
-def evaluate(run: Run) -> float:
-    """Validation loss, nats per token: the mean over eval_batches fixed micro-batches, shared out to the processes."""
-    cfg, world = run.cfg, run.world
-    x, y = run.val_data.fixed_windows(cfg.eval_batches * cfg.micro_batch)
-    batches = list(zip(x.split(cfg.micro_batch), y.split(cfg.micro_batch), strict=True))
-    total = torch.zeros((), device=run.device)
-    for i in range(0, cfg.eval_batches, world.size):
-        mine = i + world.rank
-        x, y = batches[min(mine, cfg.eval_batches - 1)]  # idle ranks repeat the last: a sharded model needs every rank
-        with run.autocast:
-            loss = run.loss_of(x.to(run.device), y.to(run.device))
-        total += loss if mine < cfg.eval_batches else 0
-    run.replica.reshard()
-    return world.sum(total).item() / cfg.eval_batches
 
 
 # --- the end ---
@@ -254,6 +253,7 @@ def stop(run: Run, received: signal.Signals) -> int:
     """Save a run that a signal stopped. Returns the exit code."""
     run.save()
     run.writer.wait()
+    run.log.times(run.clock.last_line(run.step))
     run.log.event("stopped", signal=received.name, step=run.step)
     run.log.say(f"{received.name}: saved after step {run.step}; go on with --resume")
     run.log.close()
@@ -263,6 +263,7 @@ def stop(run: Run, received: signal.Signals) -> int:
 def end(run: Run) -> int:
     """Write the summary of a run that took its last step or met a value that is not finite. Returns the exit code."""
     run.writer.wait()
+    run.log.times(run.clock.last_line(run.step))
     if not run.world.main:
         return 0
     cfg, watch, collapse = run.cfg, run.watch, run.watch.collapse

@@ -1,9 +1,10 @@
-"""Memory in bytes and FLOPs of a training run and of MSign, counted before the run starts.
+"""Memory in bytes and FLOPs of a training run and of MSign, counted before the run starts, and what GPUs can do.
 
 An *application* of MSign is one replacement of all the matrices that it works on, its targets.
 A *rank* is one process of a run, with one GPU.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from math import ceil
@@ -15,6 +16,39 @@ from model import GPT
 from msign import deal, find, polar_steps, rank_cutoff
 
 ROOM = 0.9  # the share of a GPU's memory that a plan may use; the allocator needs the rest
+
+
+@dataclass(frozen=True)
+class GPU:
+    """A GPU: peak FLOP/s without sparsity, bytes/s one way inside and between nodes, as its data sheet says.
+
+    names: a pattern of what CUDA calls GPUs with these peaks. memory: the bytes that PyTorch sees on one; the data
+    sheet's round number is another.
+    """
+
+    names: str
+    bf16: float
+    fp32: float
+    fp64: float
+    memory: float
+    inside: float
+    outside: float = 50e9  # 400 Gb/s a GPU
+
+    def peak(self, dtype: str) -> float:
+        """FLOP/s for cfg.dtype."""
+        return self.bf16 if dtype == "bfloat16" else self.fp32
+
+
+GPUS = {  # an H100 on a PCIe card has lower peaks, an H200 the same
+    "H100": GPU(r"H100 \d+GB HBM3|H200", 989e12, 67e12, 67e12, 79.18 * 2**30, 450e9),
+    "A100": GPU(r"A100", 312e12, 19.5e12, 19.5e12, 79.15 * 2**30, 300e9, 25e9),
+    "RTX4090": GPU(r"RTX 4090$", 165e12, 83e12, 1.3e12, 23.65 * 2**30, 32e9),
+}
+
+
+def gpu_called(name: str) -> GPU | None:
+    """The entry of GPUS for what CUDA calls a device; None if there is none, as for a CPU."""
+    return next((gpu for gpu in GPUS.values() if re.search(gpu.names, name)), None)
 
 
 def on_meta(cfg: Config) -> GPT:

@@ -265,13 +265,35 @@ def peak_memory(device: torch.device) -> int:
     """The peak memory in bytes: of the device on CUDA, elsewhere of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage would count the peak of the process that started this one
-        peak = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
-        if peak:
-            return int(peak.split()[1]) * 1024
+    if peak := _status("VmHWM"):  # getrusage would count the peak of the process that started this one
+        return peak
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _status(entry: str) -> int | None:
+    """An entry of what Linux says of this process's memory, in bytes; None on other systems."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{entry}:")), None)
+
+
+def memory_used(device: torch.device) -> dict[str, float]:
+    """Memory "now" and its "peak" in GiB, of the device on CUDA, elsewhere of this process, "now" only where it is
+    known; on CUDA also "retries", how often the allocator had to free its cache to go on."""
+    used = {"peak": peak_memory(device) / 2**30}
+    if device.type == "cuda":
+        retries = torch.cuda.memory_stats(device).get("num_alloc_retries", 0)
+        return used | {"now": torch.cuda.memory_allocated(device) / 2**30, "retries": retries}
+    now = _status("VmRSS")
+    return used | ({"now": now / 2**30} if now else {})
+
+
+def peak_flops(cfg: Config, device: torch.device) -> float | str:
+    """FLOP/s of the device in cfg.dtype as its data sheet says, or why they are unknown."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    gpu = budget.gpu_called(name)
+    return gpu.peak(cfg.dtype) if gpu else f"unknown, so no MFU: engine/budget.py has no data sheet of a {name}"
 
 
 def describe(cfg: Config, device: torch.device) -> dict:
@@ -283,4 +305,5 @@ def describe(cfg: Config, device: torch.device) -> dict:
         "attention_kernel": attention_kernel(cfg, device),
         "dtype": cfg.dtype,
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "peak_flops": peak_flops(cfg, device),
     }

@@ -15,7 +15,7 @@ import pandas as pd
 
 from config import ROOT, Config, UserError, load_config
 from engine import budget
-from engine.budget import Memory
+from engine.budget import GPU, GPUS, Memory
 
 EIGH_SHARE = 0.02  # assumed: eigenvectors are found at this share of the fp64 peak
 POLAR_SHARE = 0.5  # assumed: "polar" multiplies at this share of the fp32 peak
@@ -25,28 +25,6 @@ PAPER = {
     "sigma_40m": (50_000, "6.7 %"),
     "llama_1b": (2_000, "6.2 %"),
     "llama_moe_3b": (3_000, "4.6 %"),
-}
-
-
-@dataclass(frozen=True)
-class GPU:
-    """A GPU: peak FLOP/s without sparsity, bytes/s one way inside and between nodes, as its data sheet says.
-
-    memory: the bytes that PyTorch sees on one; the data sheet's round number is another.
-    """
-
-    bf16: float
-    fp32: float
-    fp64: float
-    memory: float
-    inside: float
-    outside: float = 50e9  # 400 Gb/s a GPU
-
-
-GPUS = {
-    "H100": GPU(989e12, 67e12, 67e12, 79.18 * 2**30, 450e9),
-    "A100": GPU(312e12, 19.5e12, 19.5e12, 79.15 * 2**30, 300e9, 25e9),
-    "RTX4090": GPU(165e12, 83e12, 1.3e12, 23.65 * 2**30, 32e9),
 }
 
 
@@ -69,8 +47,7 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        peak = self.gpu.bf16 if self.cfg.dtype == "bfloat16" else self.gpu.fp32
-        return self.useful_flops / (self.ranks * peak * self.mfu)
+        return self.useful_flops / (self.ranks * self.gpu.peak(self.cfg.dtype) * self.mfu)
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 runs/<name>/record.json    config, code, versions, data and machine; written before the first step
 runs/<name>/metrics.jsonl  one line for each step; no times, so a resumed run repeats the file to the byte
+runs/<name>/times.jsonl    where the time went, a line for about ten seconds (clock.py); a resumed run adds lines
 runs/<name>/events.jsonl   what happened and when: fallbacks, resumptions, signals, collapse
 runs/<name>/summary.json   how the run ended; written at its end, which may be a collapse
 runs/<name>/ckpt_*         see checkpoint.py
@@ -282,6 +283,16 @@ class RunLog:
             digits = 5 if PER_LAYER.fullmatch(key) else 9
             line[key] = float(f"{value:.{digits}g}") if math.isfinite(value) else None
         self._metrics.write(json.dumps(line) + "\n")
+        self._to_wandb(line)
+        self._show_progress(step, metrics)
+
+    def times(self, line: dict[str, float]):
+        """Append a line of `Clock.line` to times.jsonl, and give it to W&B."""
+        with open(self.folder / "times.jsonl", "a") as f:
+            f.write(json.dumps(line) + "\n")
+        self._to_wandb(line)
+
+    def _to_wandb(self, line: dict):
         if self._wandb:
             import wandb
 
@@ -291,7 +302,6 @@ class RunLog:
             except Exception as error:  # W&B's service is another process, which may die
                 self._wandb, self._wandb_mode = None, "off"
                 self._without_wandb(first_line(error))
-        self._show_progress(step, metrics)
 
     def _show_progress(self, step: int, metrics: dict[str, float]):
         """Update the progress bar; where stderr is no terminal, print a line about twenty times in a run instead."""
@@ -381,7 +391,7 @@ def read_wandb(path: str | Path) -> tuple[dict, list[dict]]:
     if len(names) != 1:
         raise UserError(f"{path}: not a run (no record.json, and {', '.join(names) or 'no .wandb file'} in it)")
     parts = [read_part(file) for file in files]
-    by_step = {line["iter"]: line for _, lines in parts for line in lines if "iter" in line}
+    by_step = {line["iter"]: line for _, lines in parts for line in lines if set(line) > {"iter"}}
     return parts[0][0], [by_step[step] for step in sorted(by_step)]
 
 
@@ -404,13 +414,16 @@ def read_part(file: Path) -> tuple[dict, list[dict]]:
 
 
 def _unpacked(item: dict) -> dict:
-    """The line of metrics.jsonl that W&B recorded as `item`; a histogram h is there as h._type, h.bins and h.values."""
+    """The line of metrics.jsonl that W&B recorded as `item`; a histogram h is there as h._type, h.bins and h.values.
+
+    Of a line of times.jsonl only "iter" is returned.
+    """
     line = {}
     for key, value in item.items():
         if found := re.fullmatch(r"layers/(.+?)((?:\.\w+)?)\.values", key):
             family, role = found.groups()
             line |= {f"{family}/{layer}{role}": float(v) for layer, v in enumerate(value)}
-        elif not key.startswith(("_", "layers/")):  # W&B adds _step, _runtime and _timestamp
+        elif not key.startswith(("_", "layers/", "time/", "memory/")):  # W&B adds _step, _runtime and _timestamp
             line[key] = value if key == "iter" or value is None else float(value)
     return line
 

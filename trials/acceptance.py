@@ -23,7 +23,7 @@ import mup
 import train
 from config import ROOT, Config, UserError, load_config
 from engine import budget, machine
-from engine.plan import GPUS, Plan
+from engine.plan import Plan
 from model import GPT, Stack
 from trials.bench import application, matrices
 from trials.faults import Kills
@@ -231,7 +231,7 @@ def speed(device: torch.device, place: Place, steps: int) -> Iterable[Row]:
     summary = json.loads((place.of("speed") / "summary.json").read_text())
     rate = summary["tokens_per_second"]
     yield Row("speed", f"{name}, {steps} steps in {time.perf_counter() - began:.0f} s", f"{rate:,.0f} tokens/s")
-    sheet = next((gpu for key, gpu in GPUS.items() if device.type == "cuda" and key in gpu_name(device)), None)
+    sheet = budget.gpu_called(gpu_name(device))
     model = GPT(cfg).to(device)
     mup.init_weights(model, cfg)
     clock = application(model, torch.cuda.synchronize if device.type == "cuda" else lambda: None)
