@@ -229,6 +229,7 @@ class Config:
     recompute: bool = opt(False, "run", "keep only the blocks' inputs, compute them again in the backward pass")
     deterministic: bool = opt(False, "run", "on a GPU, only kernels that repeat every bit; slower")
     threads: int = opt(0, "run", "CPU threads; 0 = PyTorch's choice", Number(int, 0, 1024))
+    profile: str = opt("", "run", "START:STOP = write a trace of these steps, both included, by PyTorch's profiler")
     wandb: Literal["auto", "online", "offline", "off"] = opt(
         "auto", "run", "auto = online when logged in, else offline")
     wandb_project: str = opt("msign", "run", "W&B project")
@@ -284,6 +285,8 @@ class Config:
             yield self.weight_decay < 0.01, "weight_decay", right
         if self.optimizer != "adamw":
             yield self.parallel != "fsdp", "parallel", f"ddp or auto with optimizer={self.optimizer!r}"
+        right = f"START:STOP with 1 ≤ START ≤ STOP ≤ max_steps={self.max_steps}"
+        yield not self.profile or len(self.profiled) > 0, "profile", right
         a_name = self.name == Path(self.name).name and self.name not in (".", "..")
         yield a_name and len(self.name.encode()) <= 200, "name", "a single folder name of at most 200 bytes"
         for name in ("dataset", "fallback", "runs_dir", "init_from"):
@@ -303,6 +306,14 @@ class Config:
     @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.block_size
+
+    @property
+    def profiled(self) -> range:
+        """The steps that cfg.profile names, of those from 1 to max_steps."""
+        if not (found := re.fullmatch("([0-9]{1,19}):([0-9]{1,19})", self.profile)):
+            return range(0)
+        start, stop = map(int, found.groups())
+        return range(start, stop + 1) if start >= 1 and stop <= self.max_steps else range(0)
 
     @property
     def peak_lr(self) -> float:

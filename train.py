@@ -24,10 +24,11 @@ import mup
 from config import Config, UserError, due, load_config, run_cli
 from data import corpora
 from engine import checkpoint, exchange, machine, parallel
-from engine.announce import announce
+from engine.announce import about, announce
 from engine.clock import Clock
 from engine.runlog import NoLog, RunLog, read_metrics
 from engine.signals import Signals
+from engine.trace import Trace
 from engine.validation import validation_loss
 from model import GPT
 from msign import MSign, NonFiniteWeightError, counts
@@ -41,7 +42,7 @@ def train(cfg: Config) -> int:
     run = Run(cfg)
     if cfg.dry_run or not run.begin():
         return 0
-    with machine.chosen_kernel(cfg), Signals() as signals:
+    with machine.chosen_kernel(cfg), run.trace, Signals() as signals:
         stopped = loop(run, signals)
         if stopped:
             return stop(run, signals.received or signal.SIGTERM)  # SIGTERM stands for what another process received
@@ -107,7 +108,7 @@ class Run:
         self.notes += announced
         for note in self.notes if world.main else []:
             print(f"WARNING {note}", file=sys.stderr)
-        self.log = world.on_main(lambda: RunLog(cfg, self.record()), otherwise=NoLog())
+        self.log = world.on_main(lambda: RunLog(cfg, about(self)), otherwise=NoLog())
         if world.tell(self.log.finished):
             self.log.say(f"{self.folder}: already finished; nothing to resume")
             return False
@@ -116,22 +117,12 @@ class Run:
         probe = tuple(t.to(device) for t in (self.val_data or self.train_data).fixed_windows(cfg.probe_batch))
         whole, norms = partial(parallel.whole, self.model, world), parallel.norms
         self.instruments = Instruments(cfg, self.model, probe, whole, norms, self.autocast, warn=self.not_measured)
-        peak = machine.peak_flops(cfg, device)
-        flops = self.model.flops_per_token() * cfg.tokens_per_step
-        self.clock = Clock(device, cfg.tokens_per_step, flops, None if isinstance(peak, str) else peak * world.size)
+        self.clock = Clock.of(cfg, self.model, world)
+        self.trace = Trace(cfg, self.folder, device, world.main)
         if cfg.msign_period:
             measure = self.instruments.observe_msign if cfg.msign_probe else None
             self.optimizer.observe = self.clock.around_msign(measure)
         return True
-
-    def record(self) -> dict:
-        """What record.json says of this run besides its configuration, code and versions."""
-        data, size = self.train_data, self.world.size
-        about_data = {"folder": data.folder.name, "fingerprint": data.fingerprint(), "notes": self.notes, **data.meta}
-        processes = {"processes": size, "parallel": self.layout if size > 1 else None}
-        about_machine = machine.describe(self.cfg, self.device) | processes | self.arithmetic
-        about_model = {"parameters": sum(p.numel() for p in self.model.parameters())} | exchange.origin(self.cfg)
-        return {"data": about_data, "machine": about_machine, **about_model}
 
     def restore(self):
         """Load the last checkpoint, if there is one, and show the metrics logged until then to `watch`."""
@@ -180,6 +171,7 @@ def loop(run: Run, signals: Signals) -> bool:
     batch = run.draw(run.step + 1)
     while run.step < cfg.max_steps:
         run.step += 1
+        run.trace.step(run.step)
         clock.to("measure")  # before the update: the weights are still those of this step's loss and gradient
         metrics = run.instruments.before_step(run.step)
         if run.val_data and (due(cfg.eval_every, run.step) or run.step == cfg.max_steps):

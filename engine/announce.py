@@ -1,17 +1,17 @@
-"""The plan that is printed before a run: model, parameter groups, data, cost of a step, memory, schedule."""
+"""What is said of a run before its first step: the plan that is printed, and what record.json holds."""
 
 from dataclasses import asdict
 
 import mup
 from config import Config
 from data.reader import TokenFiles
-from engine import budget
+from engine import budget, exchange, machine
 from engine.parallel import World
 from model import GPT
 
 
 def announce(cfg: Config, model: GPT, optimizer, train: TokenFiles, world: World, sharded: bool):
-    """Print the plan of a run that is about to start."""
+    """Print the plan of a run: model, parameter groups, data, cost of a step, memory, schedule."""
     print(f"{cfg.name}: {cfg.n_layer} layers, d {cfg.d_model}, {cfg.n_head} heads on {world.device}, {cfg.dtype}")
     if world.size > 1:
         how = "the model sharded (FSDP2)" if sharded else "each with the whole model (DDP)"
@@ -40,6 +40,16 @@ def announce(cfg: Config, model: GPT, optimizer, train: TokenFiles, world: World
     if cfg.warmup_steps >= cfg.max_steps:
         print(f"  NOTE: the warm-up ({cfg.warmup_steps:,} steps) outlasts the run; the peak rate is never held")
     print(f"  {intervention(cfg, optimizer)}")
+
+
+def about(run) -> dict:
+    """What record.json says of a run besides its configuration, code and versions; run: train.Run."""
+    cfg, data, size = run.cfg, run.train_data, run.world.size
+    about_data = {"folder": data.folder.name, "fingerprint": data.fingerprint(), "notes": run.notes, **data.meta}
+    processes = {"processes": size, "parallel": run.layout if size > 1 else None}
+    about_machine = machine.describe(cfg, run.device) | processes | run.arithmetic
+    about_model = {"parameters": sum(p.numel() for p in run.model.parameters())} | exchange.origin(cfg)
+    return {"data": about_data, "machine": about_machine, **about_model}
 
 
 def intervention(cfg: Config, optimizer) -> str:

@@ -10,7 +10,10 @@ from itertools import pairwise
 
 import torch
 
+from config import Config
 from engine import machine
+from engine.parallel import World
+from model import GPT
 
 EVERY = 10.0  # seconds
 PHASES = {
@@ -41,6 +44,13 @@ class Clock:
         self.seconds, self.steps, self.marks = dict.fromkeys(PHASES, 0.0), 0, []
         self.began = self.settled = time.perf_counter()
         self.to("data")
+
+    @classmethod
+    def of(cls, cfg: Config, model: GPT, world: World) -> "Clock":
+        """The clock of a run."""
+        peak = machine.peak_flops(cfg, world.device)
+        flops = model.flops_per_token() * cfg.tokens_per_step
+        return cls(world.device, cfg.tokens_per_step, flops, None if isinstance(peak, str) else peak * world.size)
 
     def to(self, phase: str):
         """From now on time belongs to `phase`."""

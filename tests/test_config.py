@@ -46,6 +46,10 @@ def test_file_then_command_line(tmp_path):
         ("", ["--decay_coupling=independent"], "weight_decay = 0.1: must be below 0.01, such as 1e-4"),
         ("", ["--layers_every=30"], "layers_every = 30: must be a multiple of probe_every=50"),
         ("", ["--beta2=1"], "beta2 = 1.0"),
+        ("", ["--profile=5"], "profile = '5': must be START:STOP with 1 ≤ START ≤ STOP ≤ max_steps=50000"),
+        ("", ["--profile=0:5"], "profile = '0:5': must be START:STOP"),
+        ("", ["--profile=7:5"], "profile = '7:5': must be START:STOP"),
+        ("", ["--profile=1:9", "--max_steps=8"], "profile = '1:9': must be START:STOP"),
         ("", ["stray"], "overrides are written --field=value"),
     ],
 )
