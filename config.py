@@ -84,6 +84,7 @@ class Number:
 
 FLOAT32 = (2.0**-126, 3.4028234663852886e38)  # the smallest normal float32 and the largest
 SIZE, COUNT, POWER = Number(int, 1), Number(int, 0), Number(float, -100, 100)
+SECONDS = Number(int, 1, 10**6)
 POSITIVE, NOT_NEGATIVE, SHARE = Number(float, FLOAT32[0]), Number(float, 0), Number(float, 0, 1)
 BETA = Number(float, 0, 0.999999999)  # the β of a moving average, which is below 1
 
@@ -229,6 +230,10 @@ class Config:
     recompute: bool = opt(False, "run", "keep only the blocks' inputs, compute them again in the backward pass")
     deterministic: bool = opt(False, "run", "on a GPU, only kernels that repeat every bit; slower")
     threads: int = opt(0, "run", "CPU threads; 0 = PyTorch's choice", Number(int, 0, 1024))
+    patience: int = opt(
+        600, "run", "seconds that a process waits for the others in training, before which all write their stacks",
+        SECONDS)
+    start_patience: int = opt(1800, "run", "seconds that it waits for them until the first step", SECONDS)
     profile: str = opt("", "run", "START:STOP = write a trace of these steps, both included, by PyTorch's profiler")
     wandb: Literal["auto", "online", "offline", "off"] = opt(
         "auto", "run", "auto = online when logged in, else offline")

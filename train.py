@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from data import corpora
 from engine import checkpoint, exchange, machine, parallel
 from engine.announce import about, announce
 from engine.clock import Clock
+from engine.hang import Patience
 from engine.runlog import NoLog, RunLog, read_metrics
 from engine.signals import Signals
 from engine.trace import Trace
@@ -39,14 +41,16 @@ from stability.instruments import Instruments
 
 def train(cfg: Config) -> int:
     """The whole run. Returns the exit code: 0, or 128 + n after signal n."""
-    run = Run(cfg)
-    if cfg.dry_run or not run.begin():
-        return 0
-    with machine.chosen_kernel(cfg), run.trace, Signals() as signals:
-        stopped = loop(run, signals)
-        if stopped:
-            return stop(run, signals.received or signal.SIGTERM)  # SIGTERM stands for what another process received
-    return end(run)
+    with Patience(cfg) as patience:
+        run = Run(cfg)
+        if cfg.dry_run or not run.begin():
+            return 0
+        patience.training(run.folder, run.world.rank, run.world.size > 1)
+        with machine.chosen_kernel(cfg), run.trace, Signals() as signals:
+            stopped = loop(run, signals, patience.beat)
+            if stopped:
+                return stop(run, signals.received or signal.SIGTERM)  # SIGTERM stands for another process's signal
+        return end(run)
 
 
 # --- set-up ---
@@ -163,8 +167,11 @@ class Run:
 # --- the loop ---
 
 
-def loop(run: Run, signals: Signals) -> bool:
-    """Train until the last step, a non-finite value or a signal to any process. True if a signal stopped it early."""
+def loop(run: Run, signals: Signals, beat: Callable[[], None]) -> bool:
+    """Train until the last step, a non-finite value or a signal to any process. True if a signal stopped it early.
+
+    beat: is called at every step, to tell that the run does not hang.
+    """
     cfg, world, watch, clock = run.cfg, run.world, run.watch, run.clock
     parameters = list(run.model.parameters())
     clip_at = cfg.grad_clip if cfg.grad_clip and cfg.optimizer != "zclip" else math.inf  # ZClip clips by itself
@@ -172,6 +179,7 @@ def loop(run: Run, signals: Signals) -> bool:
     while run.step < cfg.max_steps:
         run.step += 1
         run.trace.step(run.step)
+        beat()
         clock.to("measure")  # before the update: the weights are still those of this step's loss and gradient
         metrics = run.instruments.before_step(run.step)
         if run.val_data and (due(cfg.eval_every, run.step) or run.step == cfg.max_steps):

@@ -165,7 +165,11 @@ def kernel_runs(cfg: Config, device: torch.device) -> bool:
 
 
 def prepare(cfg: Config):
-    """Set the number of threads and which kernels are allowed. To be called before anything is computed.
+    """Set the number of threads, how CUDA's memory is allocated unless the user has set that, and which kernels are
+    allowed. To be called before anything is computed.
+
+    PyTorch reads the allocator's settings when they are first needed. With segments that can grow, memory is not lost
+    to gaps between segments of fixed sizes.
 
     With cfg.deterministic two runs on GPUs of one kind have the same bits. Otherwise they do not, because the backward
     passes of attention and of embeddings add up in any order there. PyTorch raises RuntimeError for an operation that
@@ -173,10 +177,17 @@ def prepare(cfg: Config):
     """
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    if torch.cuda.is_available() and cfg.device != "cpu" and not allocator():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     torch.use_deterministic_algorithms(cfg.deterministic)
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
         torch.utils.deterministic.fill_uninitialized_memory = False  # no uninitialised memory is ever read
+
+
+def allocator() -> str | None:
+    """The environment's settings of PyTorch's allocator, under the name of PyTorch 2.9 and newer or the one before."""
+    return os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
 
 
 def set_arithmetic(device: torch.device, matrices: Iterable[Tensor]) -> dict[str, str]:
@@ -305,5 +316,6 @@ def describe(cfg: Config, device: torch.device) -> dict:
         "attention_kernel": attention_kernel(cfg, device),
         "dtype": cfg.dtype,
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "allocator": allocator() if device.type == "cuda" else None,
         "peak_flops": peak_flops(cfg, device),
     }

@@ -23,10 +23,8 @@ from torch.optim import Optimizer
 
 import mup
 from config import Config, UserError
-from engine import budget, machine
+from engine import budget, hang, machine
 from model import GPT
-
-PATIENCE = timedelta(minutes=10)  # how long a rank waits for the others; rank 0 may be measuring meanwhile
 
 
 @dataclass(frozen=True)
@@ -118,14 +116,19 @@ def start(cfg: Config) -> World:
     machine.require(cfg, device, size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if size > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE, device_id=device if device.type == "cuda" else None)
+        hang.record_collectives(cfg)
+        patience = timedelta(seconds=cfg.start_patience)
+        dist.init_process_group(backend, timeout=patience, device_id=device if device.type == "cuda" else None)
     return World(rank, size, device)
 
 
 def finish():
     """Leave the process group, all ranks together: gloo may abort on a connection that another rank has closed."""
     if dist.is_initialized():
-        dist.barrier()
+        try:
+            dist.barrier()
+        except RuntimeError as error:
+            raise hang.lost(error) or error from error
         dist.destroy_process_group()
 
 

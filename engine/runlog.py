@@ -6,6 +6,7 @@ runs/<name>/times.jsonl    where the time went, a line for about ten seconds (cl
 runs/<name>/events.jsonl   what happened and when: fallbacks, resumptions, signals, collapse
 runs/<name>/summary.json   how the run ended; written at its end, which may be a collapse
 runs/<name>/ckpt_*         see checkpoint.py
+runs/<name>/stacks         of a run that hung (hang.py): what each process did
 runs/<name>/trace_*.json   of some steps, if cfg.profile asks for it (trace.py)
 runs/<name>/wandb          the run's W&B files, if W&B is on
 """
@@ -36,7 +37,8 @@ from config import FIELDS, ROOT, Config, UserError
 # · micro_batch sequences, so this product stays
 FREE_ON_RESUME = {
     "resume", "dry_run", "runs_dir", "device", "threads", "ckpt_every", "wandb", "wandb_project", "parallel",
-    "recompute", "micro_batch", "eval_batches", "profile",
+    "recompute", "micro_batch", "eval_batches", "profile", "patience",
+    "start_patience",
 }  # fmt: skip
 HASHED_FOLDERS = ("data", "engine", "remedies", "stability")  # their source is hashed, besides the top level's
 PER_LAYER = re.compile(r"(.+)/(\d+)((?:\.\w+)?)")  # a layer's key in metrics.jsonl, such as srank/3.W_Q

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -36,6 +37,19 @@ def stopped(step: int, runs: list[list[str]]) -> list[int]:
 
     train.RunLog.log = log_and_stop
     return trainings(runs)
+
+
+def sleeping(step: int, seconds: float, argv: list[str]):
+    """Train, but the last rank sleeps for `seconds` before its backward passes of this step."""
+    forward_backward = train.forward_backward
+
+    def sleepy(run, batch):
+        if run.step == step and run.world.rank == run.world.size - 1:
+            time.sleep(seconds)
+        return forward_backward(run, batch)
+
+    train.forward_backward = sleepy
+    train.train(load_config(argv))
 
 
 SHAPES = {"a": (12, 5), "b": (12, 5), "c": (12, 5), "d": (5, 12), "few": (1, 7), "experts": (5, 6, 4), "zero": (12, 5)}
