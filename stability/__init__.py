@@ -1,4 +1,4 @@
-"""Measurements of a model in training and what they mean: probes, theorems, metrics, collapse rules, a monitor.
+"""Measurements of a model in training and what they mean: probes, theorems, metrics, collapse rules, alarm, monitor.
 
 Lives here: measurements and judgements. Does not: training, logging. `probes` and `collapse` need PyTorch alone.
 """

@@ -64,7 +64,7 @@ def test_what_can_be_copied_needs_pytorch_and_nothing_else(path):
     assert {name.split(".")[0] for name in imported(ROOT / path)} <= {"torch", *sys.stdlib_module_names}
 
 
-@pytest.mark.parametrize("path", ["stability/monitor.py", "stability/attached.py"])
+@pytest.mark.parametrize("path", ["stability/monitor.py", "stability/attached.py", "stability/alarm.py"])
 def test_the_monitor_needs_pytorch_and_what_can_be_copied(path):
     ours = {"msign", "stability.collapse", "stability.probes", "stability.attached", "stability"}
     names = {name for name in imported(ROOT / path) if name.split(".")[0] not in {"torch", *sys.stdlib_module_names}}
