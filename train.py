@@ -116,7 +116,7 @@ class Run:
         if world.tell(self.log.finished):
             self.log.say(f"{self.folder}: already finished; nothing to resume")
             return False
-        self.writer = checkpoint.Sharded() if self.sharded else checkpoint.Whole(world.main)
+        self.writer = checkpoint.Sharded() if world.size > 1 else checkpoint.Whole()
         self.restore()
         probe = tuple(t.to(device) for t in (self.val_data or self.train_data).fixed_windows(cfg.probe_batch))
         whole, norms = partial(parallel.whole, self.model, world), parallel.norms

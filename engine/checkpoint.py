@@ -1,10 +1,11 @@
 """Checkpoints: written whole or not at all, checked when read, and loaded without executing pickled code.
 
-The file `ckpt_0000500.pt` in the run folder is the state after step 500. A sharded model, of which every process (rank)
-holds a part of each parameter, has a folder `ckpt_0000500` instead. Every rank writes its part into this folder while
-training goes on (torch.distributed.checkpoint). A checkpoint is written under another name and renamed when it is
-complete, so a kill or a full disk at any moment leaves the previous one whole. Both kinds can be loaded by any number
-of processes, sharded or not.
+One process writes the file `ckpt_0000500.pt` into the run folder: the state after step 500. Several processes (ranks)
+write the folder `ckpt_0000500` together. Every rank copies its share to host memory at once and writes this copy while
+training goes on (torch.distributed.checkpoint). The share of a rank is its part of every sharded tensor, and some of
+the tensors that all ranks hold. Both kinds can be loaded by any number of processes, sharded or not, one tensor at a
+time. A checkpoint is written under another name and renamed when it is complete, so a kill or a full disk at any moment
+leaves the previous one whole.
 """
 
 import hashlib
@@ -13,7 +14,9 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,9 +28,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from config import UserError
-from engine.parallel import part_of
+from engine.parallel import fill
 
-ABOUT = "checkpoint.json"  # in a sharded checkpoint's folder: step, architecture, files and their sha256
+ABOUT = "checkpoint.json"  # in a checkpoint's folder: step, architecture, files and their sha256
+OPTIMIZER = "optimizer.pt"  # in the same folder: the optimizer's state_dict, of whose tensors it has only the shapes
 
 
 def step_of(path: Path) -> int:
@@ -48,13 +52,14 @@ def save(folder: Path, step: int, state: dict) -> Path:
     path = folder / f"ckpt_{step:07d}.pt"
     partial = path.with_suffix(".partial")
     try:
+        remove(partial)  # of a save that was killed, perhaps of several processes
         with open(partial, "wb") as f:
             torch.save({"step": step, **state}, f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # PyTorch's zip writer turns some write errors into RuntimeError
-        partial.unlink(missing_ok=True)
+        remove(partial)
         kept = [p.name for p in checkpoints(folder)]
         raise UserError(
             f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); free some space and go on "
@@ -65,70 +70,114 @@ def save(folder: Path, step: int, state: dict) -> Path:
 
 def prune(folder: Path, keep: set[int]):
     """Delete all checkpoints but those of the steps in `keep`, and the remains of writes that were killed."""
-    for path in checkpoints(folder):
-        if step_of(path) not in keep:
-            remove(path)
     for path in folder.glob("ckpt_*.partial"):
         remove(path)
+    for path in checkpoints(folder):
+        if step_of(path) not in keep:
+            remove(path.rename(path.with_suffix(".partial")))  # a kill must not leave a part of it under its name
 
 
 def remove(path: Path):
-    """Delete a checkpoint, file or folder."""
+    """Delete a checkpoint, file or folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def load(path: Path, architecture: dict, model: torch.nn.Module, optimizer: Optimizer) -> dict:
     """Load weights and moments into model and optimizer; returns the other entries (step, metrics_bytes …).
 
-    Raises UserError if the checkpoint is damaged or of another architecture; model and optimizer are then unchanged.
+    All ranks call this. Raises UserError if the checkpoint is damaged or of another architecture; model and optimizer
+    are then unchanged.
     """
-    about = _open(path, architecture)
-    if path.is_dir():
-        _load_folder(path, model, optimizer, about)
-    else:
-        state = about.pop("optimizer")
-        _fill(model, about.pop("model"))
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if any(isinstance(p, DTensor) for p in parameters):
-            # state_dict numbers parameters in the order of the groups; before the first step it has moments of none
-            for p, moments in zip(parameters, state["state"].values(), strict=False):
-                moments |= {key: part_of(value, p) for key, value in moments.items() if value.ndim}
-        optimizer.load_state_dict(state)
-    return about
+    content = _open(path, architecture)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    targets = _weights(model)
+
+    def target(key: str, value: Tensor) -> Tensor:
+        if isinstance(parameters[0], DTensor) and value.ndim:
+            targets[key] = torch.empty_like(parameters[int(key.split(".")[2])])  # optimizer.state.<number>.<moment>
+        else:  # load_state_dict takes step counts, which have no dimension, to their device
+            targets[key] = torch.empty_like(value, device=parameters[0].device if value.ndim else "cpu")
+        return targets[key]
+
+    state = each_tensor(content["optimizer"], target, "optimizer")
+    _read(path, content, targets)
+    optimizer.load_state_dict(state)
+    return {key: value for key, value in content.items() if key not in ("model", "optimizer")}
 
 
 def load_weights(path: Path, architecture: dict, model: torch.nn.Module):
     """Put the checkpoint's weights into model. Raises UserError as `load` does."""
-    about = _open(path, architecture)
+    _read(path, _open(path, architecture), _weights(model))
+
+
+def each_tensor(value, do: Callable[[str, Tensor], object], key: str):
+    """`value`, a nest of dicts, lists and tuples, with do(key, tensor) in place of every tensor.
+
+    key: the name of `value`. That of a tensor inside is `key` and the keys and indices that lead to it, with dots.
+    """
+    if torch.is_tensor(value):
+        return do(key, value)
+    if isinstance(value, dict):
+        return {k: each_tensor(inner, do, f"{key}.{k}") for k, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(each_tensor(inner, do, f"{key}.{i}") for i, inner in enumerate(value))
+    return value
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, in memory, by their names. It is not checked for damage."""
+    if not path.is_dir():
+        return _by_name(torch.load(path, map_location="cpu", weights_only=True))
+    named = _Reader(path).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in named.items()}
+    _read(path, {}, tensors)
+    return tensors
+
+
+def _by_name(content: dict) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for part in ("model", "optimizer"):
+        each_tensor(content[part], found.setdefault, part)
+    return found
+
+
+def _weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+
+
+def _read(path: Path, content: dict, targets: dict[str, Tensor]):
+    """Copy the tensors that `targets` names from the checkpoint into them, one after another."""
     if path.is_dir():
-        weights = {f"weight.{name}": p.detach() for name, p in model.named_parameters()}
-        dcp.load(weights, storage_reader=_Reader(path), no_dist=not dist.is_initialized())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is in one process
+            dcp.load(targets, storage_reader=_Reader(path), no_dist=not dist.is_initialized())
     else:
-        _fill(model, about["model"])
+        saved = _by_name(content)
+        for name, target in targets.items():
+            fill(target, saved[name])
 
 
 def _open(path: Path, architecture: dict) -> dict:
-    """The content of a checkpoint file, or of a checkpoint folder's ABOUT. Raises UserError as `load` does."""
+    """The content of a checkpoint: its numbers and, on no device or still on the disk, its tensors.
+
+    Raises UserError as `load` does.
+    """
     try:
-        about = _open_folder(path) if path.is_dir() else _open_file(path)
-        saved = about["architecture"]
-        about["step"], about["metrics_bytes"]  # raises KeyError where one is missing
+        content = _open_folder(path) if path.is_dir() else _open_file(path)
+        saved = content["architecture"]
+        content["step"], content["metrics_bytes"], content["optimizer"]  # raises KeyError where one is missing
+    except UserError:
+        raise
     except Exception as error:
         what = f"missing entry {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise UserError(f"{path}: not a whole checkpoint ({what}); delete it to go on from an earlier one") from error
     differs = [f"{k} = {saved.get(k)} there, {v} here" for k, v in architecture.items() if saved.get(k) != v]
     if differs:
         raise UserError(f"{path}: checkpoint of another architecture ({'; '.join(differs)})")
-    return about
-
-
-@torch.no_grad()
-def _fill(model: torch.nn.Module, weights: dict[str, Tensor]):
-    for name, p in model.named_parameters():
-        p.copy_(part_of(weights[name], p))
+    return content
 
 
 def _open_file(path: Path) -> dict:
@@ -137,9 +186,9 @@ def _open_file(path: Path) -> dict:
         damaged = archive.testzip()  # torch.load does not verify the checksums
     if damaged:
         raise ValueError(f"checksum of {damaged} is wrong")
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    state["model"], state["optimizer"]  # raises KeyError where one is missing
-    return state
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # the tensors stay on the disk
+    content["model"]  # raises KeyError where it is missing
+    return content
 
 
 def sha256_of(path: Path) -> str:
@@ -152,13 +201,35 @@ def sha256_of(path: Path) -> str:
 
 
 def _open_folder(path: Path) -> dict:
-    """The ABOUT of a sharded checkpoint whose files have the recorded checksums. Raises ValueError otherwise."""
-    about = json.loads((path / ABOUT).read_text())
-    for name, sha256 in about["files"].items():
-        if Path(name).name != name or sha256_of(path / name) != sha256:
-            raise ValueError(f"checksum of {name} is wrong")
+    """The ABOUT of a checkpoint's folder, and "optimizer". Raises ValueError if a file is damaged or missing.
+
+    Each rank reads its share of the files; all learn what was found.
+    """
+    content = json.loads((path / ABOUT).read_text())
+    if "adam" in content:
+        raise UserError(
+            f"{path}: has the form that sharded checkpoints had until 2026-11-24; only the code that wrote it can read "
+            "it (record.json names the revision)"
+        )
+    files, several = sorted(content["files"]), dist.is_initialized()
+    rank, size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+    damaged = [name for name in files[rank::size] if not _whole(path, name, content["files"][name])]
+    if several:
+        found: list = [None] * size
+        dist.all_gather_object(found, damaged)
+        damaged = sorted(name for names in found for name in names)
+    if damaged:
+        raise ValueError(f"checksum of {damaged[0]} is wrong")
     _Reader(path).read_metadata()
-    return about
+    return content | {"optimizer": torch.load(path / OPTIMIZER, weights_only=True)}
+
+
+def _whole(path: Path, name: str, sha256: str) -> bool:
+    """Whether the folder `path` has a file of this name and of this checksum."""
+    try:
+        return Path(name).name == name and sha256_of(path / name) == sha256
+    except OSError:
+        return False
 
 
 class _Unpickler(pickle.Unpickler):
@@ -167,14 +238,14 @@ class _Unpickler(pickle.Unpickler):
     TYPES_FROM = ("torch.distributed.checkpoint.", "torch.serialization", "pathlib")  # any class of these modules
     EXACTLY = (
         "collections.OrderedDict", "torch.serialization._get_layout", "torch.Size", "torch.device", "torch.strided",
-        "torch.contiguous_format", "torch.float16", "torch.bfloat16", "torch.float32", "torch.float64", "torch.int64",
+        "torch.contiguous_format",
     )  # fmt: skip
 
     def find_class(self, module: str, name: str):
         exactly = f"{module}.{name}" in self.EXACTLY
-        if exactly or module.startswith(self.TYPES_FROM):
+        if exactly or module == "torch" or module.startswith(self.TYPES_FROM):
             found = super().find_class(module, name)
-            if exactly or isinstance(found, type):
+            if exactly or isinstance(found, torch.dtype) or (module != "torch" and isinstance(found, type)):
                 return found
         raise pickle.UnpicklingError(f".metadata names {module}.{name}, which does not belong there")
 
@@ -190,89 +261,115 @@ class _Reader(dcp.FileSystemReader):
         return metadata
 
 
-def _tensors(model: torch.nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Weights and moments by name. They are tensors only, so nothing in the folder but .metadata is a pickle."""
-    state = {}
-    for name, p in model.named_parameters():
-        state[f"weight.{name}"] = p.detach()
-        state |= {f"{key}.{name}": value for key, value in optimizer.state.get(p, {}).items()}
-    return state
+def share(tensors: dict[str, Tensor], rank: int, size: int) -> dict[str, Tensor]:
+    """Those tensors that `rank` writes: the sharded ones, and about as many bytes of the others as every other rank.
 
-
-def _load_folder(path: Path, model: torch.nn.Module, optimizer: Optimizer, about: dict):
-    if about["adam"]:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                step = torch.zeros((), device=p.device if group.get("fused") else "cpu")
-                optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    dcp.load(_tensors(model, optimizer), storage_reader=_Reader(path), no_dist=not dist.is_initialized())
-    if "msign_steps" in about:
-        optimizer.steps = about["msign_steps"]
+    No rank has more than the mean and the largest tensor. Every tensor that all hold falls to one rank.
+    """
+    mine, bytes_of = {}, [0] * size
+    for key, tensor in sorted(tensors.items(), key=lambda item: -item[1].nbytes):
+        if isinstance(tensor, DTensor):
+            mine[key] = tensor
+        else:
+            least = bytes_of.index(min(bytes_of))
+            bytes_of[least] += tensor.nbytes
+            if least == rank:
+                mine[key] = tensor
+    return mine
 
 
 class Whole:
-    """Writes checkpoints of a model that every process holds whole. The main process writes; the others do nothing."""
+    """Writes the checkpoints of a run of one process."""
 
-    def __init__(self, main: bool):
-        self.main = main
-
-    def save(self, folder: Path, step: int, model, optimizer, about: dict, then):
+    def save(self, folder: Path, step: int, model, optimizer, about: dict, then: Callable):
         """Write the checkpoint of `step` and call `then`. Raises UserError if it cannot be written."""
-        if self.main:
-            save(folder, step, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **about})
-            then()
+        save(folder, step, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **about})
+        then()
 
     def wait(self):
         """Return at once, because `save` returns only when the checkpoint is written."""
 
 
 class Sharded:
-    """Writes sharded checkpoints while training goes on, one at a time.
+    """Writes the checkpoints of a run of several processes while training goes on, one at a time.
 
-    All ranks call `save`. When all have written, rank 0 adds checksums and gives the folder its final name. `wait`
-    returns after that on rank 0, but perhaps before it on the others. This does no harm: the next `save`, a resumption
-    and the end of the process wait for rank 0 before anything else. A failure is raised as UserError by `wait` or by
-    the next `save`.
+    All ranks call `save`. Each writes its share and the checksum of its file. When all have written, rank 0 gives the
+    folder its final name. `wait` returns after that. A failure on any rank is raised as UserError on all of them, by
+    `wait` or by the next `save`.
     """
 
     def __init__(self):
         self.group = dist.new_group(backend="gloo")  # not the default group, which training uses meanwhile
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.thread = ThreadPoolExecutor(1)
         self.pending: Future | None = None
+        self.step = -1  # of the last checkpoint
 
-    def save(self, folder: Path, step: int, model, optimizer, about: dict, then):
+    def save(self, folder: Path, step: int, model, optimizer, about: dict, then: Callable):
         """Begin to write the checkpoint of `step`; `then` is called on rank 0 when it is complete."""
         self.wait()
+        if step == self.step:  # a signal stops the run after a step of which there is a checkpoint anyway
+            return
+        self.step = step
         path = folder / f"ckpt_{step:07d}"
         partial = path.with_suffix(".partial")
-        if dist.get_rank() == 0 and partial.exists():
-            shutil.rmtree(partial)
+        if self.rank == 0:
+            remove(partial)
         dist.barrier(self.group)
-        state = _tensors(model, optimizer)
-        about = {"step": step, "adam": any(k.startswith("exp_avg.") for k in state), **about}
-        if hasattr(optimizer, "steps"):
-            about["msign_steps"] = optimizer.steps
-        writing = dcp.async_save(state, storage_writer=dcp.FileSystemWriter(partial), process_group=self.group)
-        self.pending = self.thread.submit(self._finish, writing, partial, path, about, then)
+        tensors = _weights(model)
 
-    def _finish(self, writing: Future, partial: Path, path: Path, about: dict, then):
-        try:
+        def shape_only(key: str, value: Tensor) -> Tensor:
+            tensors[key] = value
+            return torch.empty(value.shape, dtype=value.dtype, device="meta")
+
+        state = each_tensor(optimizer.state_dict(), shape_only, "optimizer")
+        mine = share(tensors, self.rank, self.size)
+        writing = dcp.async_save(mine, storage_writer=dcp.FileSystemWriter(partial), process_group=self.group)
+        about = {"step": step, **about}
+        self.pending = self.thread.submit(self._finish, writing, partial, path, state, about, then)
+
+    def _finish(self, writing: Future, partial: Path, path: Path, state: dict, about: dict, then: Callable):
+        def written() -> dict[str, str]:
             writing.result()
-            if dist.get_rank() == 0:
-                about["files"] = {p.name: sha256_of(p) for p in sorted(partial.iterdir())}
-                (partial / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+            own = list(partial.glob(f"__{self.rank}_*"))
+            if self.rank == 0:
+                torch.save(state, partial / OPTIMIZER)
+                own += [partial / OPTIMIZER, partial / ".metadata"]
+            return {file.name: sha256_of(file) for file in own}
+
+        def publish():
+            if self.rank == 0:
+                files = {name: sha256 for of_rank in checksums for name, sha256 in of_rank.items()}
+                if missing := files.keys() - {file.name for file in partial.iterdir()}:
+                    raise OSError(
+                        f"{min(missing)} was written elsewhere; runs_dir must be one folder for all processes"
+                    )
+                (partial / ABOUT).write_text(json.dumps(about | {"files": files}, indent=1) + "\n")
                 partial.rename(path)
                 then()
+
+        try:
+            checksums = self._on_all(written)
+            self._on_all(publish)
         except Exception as error:
-            raise UserError(
-                f"{path}: cannot be written ({str(error).splitlines()[0]}); free some space and use --resume"
-            ) from error
+            raise UserError(f"{path}: cannot be written ({error}); mend this and go on with --resume") from error
+
+    def _on_all(self, do: Callable) -> list:
+        """What do() returns on each rank, by rank. If it fails on one, OSError with the message of this one on all."""
+        try:
+            mine = do(), None
+        except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
+            # {rank: (what was raised, where)}
+            first = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
+            mine = None, (str(first).splitlines() or [type(first).__name__])[0]
+        found: list = [None] * self.size
+        dist.all_gather_object(found, mine, group=self.group)
+        if said := next((said for _, said in found if said), None):
+            raise OSError(said)
+        return [result for result, _ in found]
 
     def wait(self):
-        """Wait for this rank's part of the checkpoint that is being written, if any; on rank 0, for all of it.
-
-        Raises UserError if it could not be written.
-        """
+        """Wait for the checkpoint that is being written, if any. Raises UserError if it could not be written."""
         if self.pending:
             pending, self.pending = self.pending, None
             pending.result()

@@ -2,9 +2,12 @@
 
 import json
 import os
+import resource
 import signal
 import sys
+import threading
 import time
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,13 +15,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import filesystem
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import msign
+import mup
 import train
-from config import Config, load_config, run_cli
-from engine import budget, machine, parallel
+from config import Config, UserError, load_config, run_cli
+from engine import budget, checkpoint, machine, parallel
+from model import GPT
+from remedies import rivals
 
 
 def trainings(runs: list[list[str]]) -> list[int]:
@@ -50,6 +57,113 @@ def sleeping(step: int, seconds: float, argv: list[str]):
 
     train.forward_backward = sleepy
     train.train(load_config(argv))
+
+
+class Reading:
+    """torch.load, which counts the bytes of the tensors that it has read, and the most that were held at once."""
+
+    def __init__(self):
+        self.load, self.read, self.held, self.most = torch.load, 0, 0, 0
+
+    def __call__(self, *args, **options):
+        found = self.load(*args, **options)
+        if torch.is_tensor(found):
+            self.count(found.nbytes)
+            self.read += found.nbytes
+            weakref.finalize(found.untyped_storage(), self.count, -found.nbytes)
+        return found
+
+    def count(self, size: int):
+        self.held += size
+        self.most = max(self.most, self.held)
+
+
+def model_and(optimizer: str) -> tuple[GPT, torch.optim.Optimizer]:
+    cfg = Config(n_layer=1, d_model=16, n_head=2, d_ff=64, vocab_size=64, block_size=8, optimizer=optimizer)
+    model = GPT(cfg)
+    mup.init_weights(model, cfg)
+    return model, rivals.build(cfg, mup.param_groups(model, cfg), model.named_parameters())
+
+
+def steps(model: GPT, optimizer: torch.optim.Optimizer, first: int, last: int):
+    for step in range(first, last):
+        x = torch.randint(64, (4, 8), generator=torch.Generator().manual_seed(step))
+        model(x, x).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def saved_while_training(folder: Path, number: int, name: str, writer: checkpoint.Sharded) -> tuple[bool, int, dict]:
+    """Save, while three steps are taken, and load; whether six steps with this in between give the same as without.
+
+    Also returns the bytes of all tensors, and what this rank counted: bytes copied, in the largest tensor, in its file,
+    read, and the most that were read and held at once.
+    """
+    model, optimizer = model_and(name)
+    steps(model, optimizer, 0, 3)
+    trained, write, stage, copied = threading.Event(), filesystem._write_item, filesystem.FileSystemWriter.stage, []
+
+    def write_late(*args):
+        assert trained.wait(20)
+        return write(*args)
+
+    def stage_and_count(self, state):
+        copied.extend(t.nbytes for t in state.values())
+        return stage(self, state)
+
+    filesystem._write_item, filesystem.FileSystemWriter.stage = write_late, stage_and_count
+    writer.save(folder, number, model, optimizer, {"architecture": {}, "metrics_bytes": 0}, then=lambda: None)
+    steps(model, optimizer, 3, 6)
+    trained.set()
+    writer.wait()
+    filesystem._write_item, filesystem.FileSystemWriter.stage = write, stage
+    path = checkpoint.checkpoints(folder)[-1]
+    other, resumed = model_and(name)
+    reading = torch.load = Reading()
+    checkpoint.load(path, {}, other, resumed)
+    torch.load = reading.load
+    sizes = [t.nbytes for t in checkpoint.tensors_of(path).values()]
+    counted = {"copied": sum(copied), "tensors": len(copied), "largest": max(sizes), "read": reading.read,
+               "at once": reading.most, "file": (path / f"__{writer.rank}_0.distcp").stat().st_size}  # fmt: skip
+    steps(other, resumed, 3, 6)
+    return all(map(torch.equal, model.parameters(), other.parameters())), sum(sizes), counted
+
+
+def refused_save(folder: Path, number: int, writer: checkpoint.Sharded) -> str:
+    try:
+        writer.save(folder, number, *model_and("adamw"), {"architecture": {}, "metrics_bytes": 0}, then=lambda: None)
+        writer.wait()
+    except UserError as error:
+        return str(error).replace(str(folder), "")
+    return "nothing"
+
+
+def checkpoints(folder: str, victim: list[str]):
+    """Prints what test_all_ranks_write_their_shares… expects; then rank 1 dies while the victim's second save runs."""
+    rank, writer, found = dist.get_rank(), checkpoint.Sharded(), {"same": {}, "total": {}, "counted": {}}
+    everyone = parallel.World(rank, dist.get_world_size(), torch.device("cpu")).agree
+    # their states are of every kind: tensors of each parameter, numbers and truth values, the parts of two optimizers
+    for number, name in enumerate(("adamw", "spam", "muon")):
+        same, found["total"][name], counted = saved_while_training(Path(folder), number, name, writer)
+        found["same"][name] = all(everyone([same]))
+        found["counted"][name] = everyone([counted])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000 if rank else soft, hard))
+    found["full disk"] = everyone([refused_save(Path(folder), 100, writer)])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    found["elsewhere"] = everyone([refused_save(Path(folder) / str(rank), 101, writer)])
+    if rank == 0:
+        print("RESULT " + json.dumps(found), flush=True)
+    write = filesystem._write_item
+
+    def write_half(transforms, stream, *rest):
+        if rank == 1 and "ckpt_0000008" in str(stream.name) and stream.tell():
+            stream.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(transforms, stream, *rest)
+
+    filesystem._write_item = write_half
+    train.train(load_config(victim))
 
 
 SHAPES = {"a": (12, 5), "b": (12, 5), "c": (12, 5), "d": (5, 12), "few": (1, 7), "experts": (5, 6, 4), "zero": (12, 5)}

@@ -16,13 +16,14 @@ import pytest
 import torch
 
 import mup
-from config import UserError, load_config
+from config import FIELDS, Config, UserError, load_config
 from engine import checkpoint, parallel
 from engine.runlog import PER_LAYER
 from engine.sampling import open_model
 from model import GPT
 from tests.conftest import ROOT, SMALL, ranks, refused, small, start
-from train import train
+from tests.several import stopped
+from train import RunLog, build_optimizer, train
 
 LLAMA = ["--norm=rmsnorm", "--mlp=swiglu", "--position=rope", "--n_kv_head=1"]
 MODELS = {
@@ -42,6 +43,13 @@ def several(n: int, function: str, *arguments):
     done = ranks(n, "tests/several.py", function, *map(json.dumps, arguments))
     assert [rank.returncode for rank in done] == [0] * n, [rank.stderr for rank in done]
     return json.loads(done[0].stdout.split("RESULT ")[1].splitlines()[0])
+
+
+def fresh(folder) -> tuple[GPT, torch.optim.Optimizer, dict]:
+    """A model and an optimizer as a run begins with, but for the weights, and the model's architecture."""
+    cfg = Config(**{k: v for k, v in json.loads((folder / "record.json").read_text())["config"].items() if k in FIELDS})
+    model = GPT(cfg)
+    return model, build_optimizer(cfg, model), cfg.architecture
 
 
 def in_this_process(argv: list[str]) -> int:
@@ -102,35 +110,72 @@ def test_every_logged_number_is_the_same_on_one_two_and_four_processes(runs, mod
     assert (record["processes"], record["parallel"]) == (int(how[-1]), how[:-1])
 
 
-def test_stopped_on_two_processes_and_gone_on_with_on_another_number(runs):
-    """One rank gets a SIGTERM during step 9: both stop after it. Sharded to one and to four, one to sharded."""
+def test_stopped_on_two_processes_and_gone_on_with_on_another_number(runs, monkeypatch):
+    """One rank gets a SIGTERM during step 8, of which there is a checkpoint anyway: both stop after it.
+
+    Sharded to one and to four processes, one to sharded; replicated to replicated, to sharded and to one and back.
+    """
     folder, small_py = runs / "runs", str(runs / "small.py")
-    names = {"gpt": ("to1", "to4"), "moe": ("moe-to1",)}
-    first = [[small_py, *MODELS[m], f"--name={n}", "--parallel=fsdp"] for m, ns in names.items() for n in ns]
-    assert several(2, "stopped", 8, first) == [128 + signal.SIGTERM] * 3
-    for name in ("to1", "to4", "moe-to1"):
-        assert [p.name for p in checkpoint.checkpoints(folder / name)] == ["ckpt_0000009"]
+    names = {"to1": "fsdp", "to4": "fsdp", "moe-to1": "fsdp", "ddp": "ddp", "ddp-to1": "ddp", "ddp-to4": "ddp"}
+
+    def job(name, *more):
+        return [small_py, *(MODELS["moe"] if name.startswith("moe") else []), f"--name={name}", *more]
+
+    several(2, "stopped", 7, [job(name, f"--parallel={way}") for name, way in names.items()])
+    for name in names:
+        assert [p.name for p in checkpoint.checkpoints(folder / name)] == ["ckpt_0000008"]
         assert not list((folder / name).glob("*.partial"))
-        model, path = open_model(folder / name, torch.device("cpu"))[0], folder / name / "ckpt_0000009"
-        twin = GPT(model.cfg)
-        architecture = json.loads((path / checkpoint.ABOUT).read_text())["architecture"]
-        checkpoint.load(path, architecture, twin, torch.optim.AdamW(twin.parameters()))
+        assert {p.name for p in (folder / name / "ckpt_0000008").iterdir()} >= {"__0_0.distcp", "__1_0.distcp"}
+        model = open_model(folder / name, torch.device("cpu"))[0]
+        twin, optimizer, architecture = fresh(folder / name)
+        checkpoint.load(folder / name / "ckpt_0000008", architecture, twin, optimizer)
         assert all(map(torch.equal, model.parameters(), twin.parameters()))
-    assert in_this_process([small_py, "--name=to1", "--resume"]) == 0
-    assert in_this_process([small_py, *MODELS["moe"], "--name=moe-to1", "--resume"]) == 0
-    assert several(1, "stopped", 8, [[small_py, "--name=to2"]]) == [128 + signal.SIGTERM]
-    assert several(2, "trainings", [[small_py, "--name=to2", "--resume", "--parallel=fsdp"]]) == [0]
-    assert several(4, "trainings", [[small_py, "--name=to4", "--resume", "--parallel=fsdp"]]) == [0]
-    for name, whole in (("to1", "gpt"), ("to2", "gpt"), ("to4", "gpt"), ("moe-to1", "moe")):
-        assert_same_numbers(folder / f"{whole}-one", folder / name)
+    for name in ("to1", "moe-to1"):
+        assert in_this_process(job(name, "--resume")) == 0
+    monkeypatch.setattr(RunLog, "log", RunLog.log)  # `stopped` changes it
+    assert stopped(9, [job("to2"), job("ddp-to1", "--resume")]) == [128 + signal.SIGTERM] * 2
+    monkeypatch.undo()
+    assert checkpoint.checkpoints(folder / "ddp-to1")[-1].name == "ckpt_0000010.pt"
+    on_two = {"to2": "fsdp", "ddp": "ddp", "ddp-to1": "ddp"}
+    jobs = [job(name, "--resume", f"--parallel={way}") for name, way in on_two.items()]
+    assert several(2, "trainings", jobs) == [0, 0, 0]
+    jobs = [job(name, "--resume", "--parallel=fsdp") for name in ("to4", "ddp-to4")]
+    assert several(4, "trainings", jobs) == [0, 0]
+    for name in (*names, "to2"):
+        assert_same_numbers(folder / ("moe-one" if name.startswith("moe") else "gpt-one"), folder / name)
+    metrics = [(folder / name / "metrics.jsonl").read_bytes() for name in ("gpt-ddp2", "ddp")]
+    assert metrics[0] == metrics[1]
+
+
+def test_all_ranks_write_their_shares_while_training_goes_on(runs, tmp_path):
+    """Each optimizer goes on to the bit. Then a disk is full, folders differ, and a rank dies while it writes."""
+    victim = [str(runs / "small.py"), "--name=killed", "--parallel=ddp"]
+    done = ranks(2, "tests/several.py", "checkpoints", json.dumps(str(tmp_path)), json.dumps(victim), timeout=100)
+    assert done[1].returncode == -signal.SIGKILL and done[0].returncode > 0, done[0].stderr
+    found = json.loads(done[0].stdout.split("RESULT ")[1].splitlines()[0])
+    assert found["same"] == {"adamw": True, "spam": True, "muon": True}
+    for name, total in found["total"].items():
+        counted = found["counted"][name]
+        assert sum(rank["copied"] for rank in counted) == total  # every tensor once
+        for rank in counted:
+            assert rank["copied"] <= total / 2 + rank["largest"]
+            assert rank["copied"] <= rank["file"] < rank["copied"] + 3000 * rank["tensors"]
+            assert rank["read"] == total and rank["at once"] <= 2 * rank["largest"]
+    limited, elsewhere = found["full disk"], found["elsewhere"]
+    assert len(set(limited)) == 1 and "cannot be written" in limited[0] and "File too large" in limited[0]
+    assert len(set(elsewhere)) == 1 and "__1_0.distcp was written elsewhere" in elsewhere[0]
+    folder = runs / "runs" / "killed"
+    assert [p.name for p in checkpoint.checkpoints(folder)] == ["ckpt_0000004"]
+    assert (folder / "ckpt_0000008.partial" / "__1_0.distcp").stat().st_size
+    assert in_this_process([*victim, "--resume"]) == 0
+    assert_same_numbers(runs / "runs" / "gpt-one", folder)
+    assert [p.name for p in folder.glob("ckpt_*")] == ["ckpt_0000012.pt"]
 
 
 def test_a_damaged_shard_and_a_foreign_pickle_are_refused(runs, tmp_path):
     source = checkpoint.checkpoints(runs / "runs" / "gpt-fsdp2")[-1]
     architecture = json.loads((source / checkpoint.ABOUT).read_text())["architecture"]
-    cfg = small()
-    model = GPT(cfg)
-    optimizer = torch.optim.AdamW(model.parameters())
+    model, optimizer, _ = fresh(source.parent)
 
     def copy(name):
         path = tmp_path / name / source.name
@@ -147,6 +192,15 @@ def test_a_damaged_shard_and_a_foreign_pickle_are_refused(runs, tmp_path):
         checkpoint.load(path, architecture, model, optimizer)
     with pytest.raises(UserError, match="n_layer = 2 there, 3 here"):
         checkpoint.load(copy("other"), architecture | {"n_layer": 3}, model, optimizer)
+    path = copy("old")
+    about = json.loads((path / checkpoint.ABOUT).read_text())
+    (path / checkpoint.ABOUT).write_text(json.dumps(about | {"adam": True}))
+    with pytest.raises(UserError, match=r"until 2026-11-24; only the code that wrote it can read it .*record\.json"):
+        checkpoint.load(path, architecture, model, optimizer)
+    path = copy("cut")
+    (path / "__0_0.distcp").unlink()
+    with pytest.raises(UserError, match=r"not a whole checkpoint \(checksum of __0_0.distcp is wrong\)"):
+        checkpoint.load(path, architecture, model, optimizer)
 
     class Evil:
         def __reduce__(self):

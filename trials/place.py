@@ -104,18 +104,8 @@ class Place:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor in a run's last checkpoint, which must be a file, by its path in the nested dicts."""
-    found = {}
-
-    def walk(prefix: str, value):
-        if torch.is_tensor(value):
-            found[prefix] = value
-        elif isinstance(value, dict):
-            for key, inner in value.items():
-                walk(f"{prefix}/{key}", inner)
-
-    walk("", torch.load(checkpoint.checkpoints(folder)[-1], weights_only=True))
-    return found
+    """Every tensor in a run's last checkpoint, by its name."""
+    return checkpoint.tensors_of(checkpoint.checkpoints(folder)[-1])
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen):
