@@ -227,7 +227,9 @@ class Config:
         "has one micro-batch")
     parallel: Literal["auto", "ddp", "fsdp"] = opt(
         "auto", "run", "with several processes: ddp = a whole model on each | fsdp = shards | auto = ddp where it fits")
-    recompute: bool = opt(False, "run", "keep only the blocks' inputs, compute them again in the backward pass")
+    recompute: int = opt(
+        0, "run", "the first blocks, this many, keep only their inputs and are computed again in the backward pass",
+        COUNT)
     deterministic: bool = opt(False, "run", "on a GPU, only kernels that repeat every bit; slower")
     threads: int = opt(0, "run", "CPU threads; 0 = PyTorch's choice", Number(int, 0, 1024))
     patience: int = opt(
@@ -338,6 +340,17 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 GROUPS: dict[str, list[dataclasses.Field]] = {}
 for _f in FIELDS.values():
     GROUPS.setdefault(_f.metadata["group"], []).append(_f)
+
+
+def up_to_date(recorded: dict) -> dict:
+    """A recorded configuration with every field of this version.
+
+    A field that did not exist then had its default value, and `recompute` was all blocks (True) or none.
+    """
+    fields = {name: f.default for name, f in FIELDS.items()} | recorded
+    if type(fields["recompute"]) is bool:
+        fields["recompute"] *= fields["n_layer"]
+    return fields
 
 
 def choices_of(f: dataclasses.Field) -> tuple[str, ...]:

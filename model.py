@@ -388,10 +388,15 @@ class GPT(nn.Module):
         return x + self.pos_emb.weight[:T] if self.cfg.position == "learned" else x
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """H(L), the residual stream after the last block: (B, T) -> (B, T, d)."""
+        """H(L), the residual stream after the last block: (B, T) -> (B, T, d).
+
+        The blocks that are computed again in the backward pass are the first ones, which it reaches last. By then the
+        activations of the other blocks are gone. Were the last block computed again instead, its activations would come
+        on top of theirs.
+        """
         x = self.embed(tokens)
-        for block in self.blocks:
-            if self.cfg.recompute and torch.is_grad_enabled():
+        for i, block in enumerate(self.blocks):
+            if i < self.cfg.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x)
@@ -443,9 +448,12 @@ class GPT(nn.Module):
         They are 6 for each matrix entry that the token uses, and 6 · T · h · (w + w') in each layer for attention,
         where w and w' are the widths of one head's keys and values. With w = w' = d/h the latter is 12 · T · d.
         """
-        matmul = sum(self.active(p) for n, p in self.named_parameters() if p.ndim >= 2 and "_emb" not in n)
-        heads = sum(block.attn.n_head * (block.attn.d_qk + block.attn.d_v) for block in self.blocks)
-        return 6 * matmul + 6 * self.cfg.block_size * heads
+        return 6 * self.head.weight.numel() + sum(map(self.block_flops, self.blocks))
+
+    def block_flops(self, block: Block) -> int:
+        """What one block contributes to `flops_per_token`; a third of it is the forward pass."""
+        matmul = sum(self.active(p) for p in block.parameters() if p.ndim >= 2)
+        return 6 * matmul + 6 * self.cfg.block_size * block.attn.n_head * (block.attn.d_qk + block.attn.d_v)
 
     def activation_bytes(self, bytes_per_value: int = 4) -> int:
         """An estimate, in bytes, of the activations that one micro-batch keeps for its backward pass.
@@ -462,8 +470,9 @@ class GPT(nn.Module):
         values = (10 + 6 * (cfg.position == "rope")) * cfg.d_model + mlp
         kept_in_fp32 = 4 * cfg.d_model  # of these values: inputs and outputs of norms, which autocast does not convert
         block = (values - kept_in_fp32) * bytes_per_value + kept_in_fp32 * 4
-        # recomputation keeps the fp32 input of every block, and all of one block at a time
-        blocks = cfg.n_layer * 4 * cfg.d_model + block if cfg.recompute else cfg.n_layer * block
+        # a recomputed block keeps its fp32 input, and all of it at a time when no other block is left
+        again = min(cfg.recompute, cfg.n_layer)
+        blocks = again * 4 * cfg.d_model + max(cfg.n_layer - again, 1) * block
         tokens = cfg.micro_batch * cfg.block_size
         # logits, log-softmax and their gradient, in fp32, of all tokens or of a GPU's chunk
         logits = 3 * min(tokens * cfg.vocab_size, max(LOGITS, GPU_ROWS * cfg.vocab_size))

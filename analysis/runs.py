@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from config import UserError
-from engine.records import DEFAULTS, read_grid, read_record
+from config import UserError, up_to_date
+from engine.records import read_grid, read_record
 from engine.runlog import PER_LAYER, read_metrics, read_wandb
 
 OFF = "attention off"
@@ -86,7 +86,7 @@ def load_run(path: str | Path) -> Run:
         record, lines = read_record(path), read_metrics(path)
     else:
         config, lines = read_wandb(path)
-        record = {"config": DEFAULTS | config}
+        record = {"config": up_to_date(config)}
     if not lines:
         raise UserError(f"{path}: no step was recorded")
     for key in ("iter", "train/loss", "grad_norm", "lr"):

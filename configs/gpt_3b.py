@@ -8,6 +8,6 @@ d_model = 2560
 n_head = 32
 d_ff = 10240  # 4 x 2560
 micro_batch = 8
-recompute = True  # blocks' activations would take more than weights and moments together
+recompute = 32  # all blocks: their activations would take more than weights and moments together
 probe_every = 250
 jacobian_every = 2500

@@ -101,8 +101,13 @@ class Memory:
 
 
 def step_flops(cfg: Config) -> float:
-    """FLOPs of a step: forward and backward pass over all its tokens; cfg.recompute adds a third of that."""
-    return on_meta(cfg).flops_per_token() * cfg.tokens_per_step * (4 / 3 if cfg.recompute else 1)
+    """FLOPs of a step: forward and backward pass over all its tokens, and the blocks that are computed again.
+
+    Of these PyTorch omits a dense block's last product, whose result nothing needs; it is counted here.
+    """
+    model = on_meta(cfg)
+    again = sum(map(model.block_flops, model.blocks[: cfg.recompute])) / 3  # the forward pass once more
+    return (model.flops_per_token() + again) * cfg.tokens_per_step
 
 
 def matrices(cfg: Config, targets: str | None = None) -> list[tuple[int, ...]]:

@@ -134,7 +134,7 @@ def needs(cfg: Config, device: torch.device, ranks: int) -> Iterable[tuple[str, 
         d_head = cfg.d_model // cfg.n_head
         if cfg.attn_kernel == "math" or uses_chunked(cfg.attn_kernel, d_head, device):
             causal = 1 if cfg.attn_kernel == "math" else 2  # the chunked kernel skips what the causal mask hides
-            layers = 1 if cfg.recompute else cfg.n_layer
+            layers = max(cfg.n_layer - cfg.recompute, 1)  # others keep none, or one at a time
             need += 4 * layers * cfg.micro_batch * cfg.n_head * cfg.block_size**2 // causal  # probabilities, fp32
         yield "micro_batch" if cfg.micro_batch > 1 else "block_size", need
 
@@ -150,7 +150,7 @@ def _quiet():
 def kernel_runs(cfg: Config, device: torch.device) -> bool:
     """Whether cfg.attn_kernel computes this attention on the device. It is tried on two blocks and one sequence."""
     with torch.device("meta"):
-        model = GPT(replace(cfg, n_layer=2, n_experts=0, d_ff=1, vocab_size=2, theory_every=0, recompute=False))
+        model = GPT(replace(cfg, n_layer=2, n_experts=0, d_ff=1, vocab_size=2, theory_every=0, recompute=0))
     model.to_empty(device=device)
     x = torch.zeros(1, cfg.block_size, dtype=torch.long, device=device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")

@@ -1,6 +1,6 @@
 """An estimate of what a run takes on given GPUs: which layout fits, seconds a step, and what MSign adds.
 
-A *layout* is a number of GPUs (ranks), a micro-batch, DDP or FSDP2 (sharded), and recomputation or not. An
+A *layout* is a number of GPUs (ranks), a micro-batch, DDP or FSDP2 (sharded), and a number of recomputed blocks. An
 *application* of MSign is one replacement of all its target matrices.
 
 Nothing here is measured, except the overheads that the paper reports (PAPER). Three shares are assumed:
@@ -88,19 +88,21 @@ def fits(cfg: Config, ranks: int, sharded: bool, gpu: GPU) -> bool:
 def layouts(cfg: Config, gpus: int) -> Iterable[tuple[str, Config, int, bool]]:
     """Layouts on `gpus` or more GPUs, those nearest to cfg first: (options, config, ranks, sharded).
 
-    The options are those of train.py and plan.py that give this layout.
+    The options are those of train.py and plan.py that give this layout. Blocks are recomputed as cfg says, or more by
+    quarters of the model.
     """
+    quarters = [-(-cfg.n_layer * i // 4) for i in range(1, 5)]
     ranks = gpus
     while ranks <= max(cfg.batch_size, gpus):
         micro_batch = cfg.micro_batch
         while micro_batch >= 1:
             if cfg.batch_size % (micro_batch * ranks) == 0:
-                for recompute in (True,) if cfg.recompute else (False, True):
+                for recompute in [cfg.recompute, *(n for n in quarters if n > cfg.recompute)]:
                     for parallel in ("--parallel=ddp", "--parallel=fsdp") if ranks > 1 else ("",):
                         words = (
                             f"--gpus {ranks}" if ranks != gpus else "",
                             parallel,
-                            "--recompute" if recompute != cfg.recompute else "",
+                            f"--recompute={recompute}" if recompute != cfg.recompute else "",
                             f"--micro_batch={micro_batch}" if micro_batch != cfg.micro_batch else "",
                         )
                         changed = replace(cfg, micro_batch=micro_batch, recompute=recompute)

@@ -15,10 +15,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from config import FIELDS
+from config import FIELDS, up_to_date
 from engine.runlog import read_metrics
 
-DEFAULTS = {name: f.default for name, f in FIELDS.items()}  # of fields that a record is older than
 # what a grid keeps of its runs: three values of every step, the others at their cadences
 KEPT = ("lr", "train/loss", "grad_norm", "val/loss", "srank/attention", "srank/mlp", "sigma1/attention",
         "attention/max_logit", "attention/entropy", "log_z", "residual/gain", "jacobian/alignment", "jacobian/sigma1",
@@ -30,7 +29,7 @@ def read_record(folder: Path) -> dict[str, dict]:
     """{"config": …, "code": …, "summary": …} of a run folder: its configuration, revision, and end."""
     record, summary = json.loads((folder / "record.json").read_text()), folder / "summary.json"
     summary = json.loads(summary.read_text()) if summary.is_file() else {}
-    return {"config": DEFAULTS | record["config"], "code": record.get("code", {}), "summary": summary}
+    return {"config": up_to_date(record["config"]), "code": record.get("code", {}), "summary": summary}
 
 
 def read_grid(folder: Path) -> Iterator[tuple[dict[str, dict], pd.DataFrame]]:
@@ -39,10 +38,11 @@ def read_grid(folder: Path) -> Iterator[tuple[dict[str, dict], pd.DataFrame]]:
     parts = pd.concat(map(pd.read_parquet, folder.glob("steps-*.parquet")))
     steps = {name: of.drop(columns="run").set_index("iter") for name, of in parts.groupby("run")}
     for row in pq.read_table(folder / "runs.parquet").to_pylist():
-        record = {"config": dict(DEFAULTS), "axes": {}, "code": {}, "summary": {}}
+        record = {"config": {}, "axes": {}, "code": {}, "summary": {}}
         for column, value in row.items():
             part, key = column.split(".", 1)
             record[part] |= {} if value is None else {key: value}
+        record["config"] = up_to_date(record["config"])
         yield record, steps[record["config"]["name"]]
 
 
@@ -80,7 +80,7 @@ def record_grid(folder: Path, runs: Mapping[Path, dict]) -> int:
 
 def portable(config: dict) -> dict:
     """A run's configuration without the place on this machine where it was recorded."""
-    return config | {"runs_dir": DEFAULTS["runs_dir"]}
+    return config | {"runs_dir": FIELDS["runs_dir"].default}
 
 
 def pack_run(folder: Path, target: Path):

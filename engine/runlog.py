@@ -31,7 +31,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import FIELDS, ROOT, Config, UserError
+from config import FIELDS, ROOT, Config, UserError, up_to_date
 
 # fields that may change when a run is resumed; all others decide what is computed. The validation set has eval_batches
 # · micro_batch sequences, so this product stays
@@ -82,12 +82,9 @@ def versions() -> dict:
 
 
 def changes(recorded: dict, cfg: Config) -> list[tuple[str, object, object]]:
-    """(field, value in cfg, recorded value) wherever cfg differs from a run's recorded configuration and must not.
-
-    A field that did not exist when the run was recorded had its default value.
-    """
+    """(field, value in cfg, recorded value) wherever cfg differs from a run's recorded configuration and must not."""
     now = dataclasses.asdict(cfg)
-    recorded = {name: field.default for name, field in FIELDS.items()} | recorded
+    recorded = up_to_date(recorded)
     differ = [
         (name, value, recorded[name])
         for name, value in now.items()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from config import FIELDS, Config, UserError
+from config import FIELDS, Config, UserError, up_to_date
 from engine import checkpoint
 from model import GPT
 
@@ -45,7 +45,7 @@ def open_model(path: Path, device: torch.device) -> tuple[GPT, dict]:
     path = saved[-1] if path == folder else path
     if path not in saved:
         raise UserError(f"{path}: no such checkpoint; there is {', '.join(file.name for file in saved)}")
-    cfg = Config(**{key: value for key, value in record["config"].items() if key in FIELDS})
+    cfg = Config(**{key: value for key, value in up_to_date(record["config"]).items() if key in FIELDS})
     model = GPT(cfg)
     checkpoint.load_weights(path, cfg.architecture, model)
     return model.to(device).eval(), record

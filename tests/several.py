@@ -257,7 +257,7 @@ def compiled() -> dict:
     tokens = torch.arange(world.rank, 16 + world.rank)[None]
     for how in ("off", "blocks"):
         cfg = Config(n_layer=2, d_model=16, n_head=2, d_ff=32, vocab_size=64, block_size=16, micro_batch=1,
-                     recompute=True, compile=how)  # fmt: skip
+                     recompute=1, compile=how)  # fmt: skip
         model = parallel.build(cfg, world, sharded=True)
         replica = parallel.Replica(model, world, sharded=True)
         loss_of, *_ = machine.compiled(cfg, model, world.device, nullcontext(), replica)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_a_steps_flops_are_those_that_pytorch_counts(options):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("options", [{}, LLAMA, dict(recompute=True, n_layer=12)])
+@pytest.mark.parametrize("options", [{}, LLAMA, dict(recompute=12, n_layer=12), dict(recompute=5, n_layer=6)])
 def test_the_estimate_of_activations_is_near_what_is_kept(options, dtype):
     base = dict(d_model=64, n_head=2, d_ff=256, block_size=64, n_layer=6, attn_kernel="flash", dtype=dtype)
     model = noisy_model(**{**base, **options})
@@ -74,7 +75,7 @@ def test_the_estimate_of_activations_is_near_what_is_kept(options, dtype):
         model(tokens, tokens)
     estimate = model.activation_bytes(2 if dtype == "bfloat16" else 4)
     if model.cfg.recompute:  # and what one block keeps while it is computed again
-        one_block = replace(model.cfg, recompute=False, n_layer=1)
+        one_block = replace(model.cfg, recompute=0, n_layer=1)
         assert sum(kept.values()) < estimate < sum(kept.values()) + budget.on_meta(one_block).activation_bytes()
     else:
         assert sum(kept.values()) == pytest.approx(estimate, rel=0.25)
@@ -87,7 +88,25 @@ def test_memory_of_a_layout():
     assert (replica.weights, replica.gradients, replica.moments) == (4 * n, 4 * n, 8 * n)
     assert shard.moments == pytest.approx(n, rel=1e-6)
     assert shard.total < replica.total / 3
-    assert Memory.of(config("gpt_3b", "--recompute=false"), 8, True).activations > 5 * shard.activations
+    assert Memory.of(config("gpt_3b", "--recompute=0"), 8, True).activations > 5 * shard.activations
+
+
+def test_flops_and_memory_follow_the_number_of_recomputed_blocks():
+    """The whole step of a model of four blocks, counted by PyTorch, and memory that falls with every block but one."""
+    found, counted, kept = [], [], []
+    for recompute in range(5):
+        model = noisy_model(n_layer=4, recompute=recompute, d_model=64, d_ff=96, block_size=32, attn_kernel="math")
+        cfg, tokens = model.cfg, torch.zeros(4, 32, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(tokens, tokens).backward()
+        counted.append(counter.get_total_flops())
+        found.append(budget.step_flops(cfg))
+        kept.append(Memory.of(cfg, 1, False).activations)
+    assert found == pytest.approx(counted, rel=0.05)
+    last = 2 * 128 * 64 * 96  # a block's last product, which PyTorch need not repeat
+    assert [b - a for a, b in pairwise(found)] == [b - a + last for a, b in pairwise(counted)]
+    falls = [a - b for a, b in pairwise(kept)]
+    assert falls[0] == falls[1] == falls[2] > 0 > falls[3]  # the last block is held whole in any case
 
 
 def test_the_papers_theory():

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from config import ROOT, Config, UserError, load_config
+from config import FIELDS, ROOT, Config, UserError, load_config, up_to_date
 from tests.conftest import refused, run, small
 
 
@@ -117,3 +117,10 @@ def test_schedules():
     assert [constant.lr_at(s) for s in (1, 4, 5, 100)] == pytest.approx([0.25, 1.0, 1.0, 1.0])
     ramp = small(schedule="constant", lr=0.5, lr_scale=16.0, warmup_steps=100, max_steps=100)
     assert [ramp.lr_at(s) for s in (1, 50, 100)] == pytest.approx([0.08, 4.0, 8.0])
+
+
+def test_an_older_record_has_todays_fields():
+    assert up_to_date({"recompute": True, "n_layer": 3})["recompute"] == 3
+    none = up_to_date({"recompute": False, "lr": 1.0})
+    assert none["recompute"] == 0 and type(none["recompute"]) is int
+    assert none | {"lr": FIELDS["lr"].default} == {name: f.default for name, f in FIELDS.items()}

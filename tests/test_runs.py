@@ -7,8 +7,8 @@ from analysis import statistics
 from analysis.report import THEOREMS, onsets_table, overview_table, theory_table
 from analysis.runs import frames, load_run, load_runs
 from analysis.statistics import judged
-from config import UserError
-from engine.records import DEFAULTS, pack_run, record_grid
+from config import UserError, up_to_date
+from engine.records import pack_run, record_grid
 from stability import theory
 from tests.conftest import ROOT
 from tests.test_theory import a_model
@@ -164,7 +164,7 @@ def test_an_offline_wandb_run_is_a_run(tmp_path, monkeypatch):
     for path in (tmp_path / "w", tmp_path / "w/a", tmp_path / "w/a/x.wandb"):
         run = load_run(path)
         assert run.steps.equals(frames(lines(1, 2))[0])
-        assert run.config == DEFAULTS | {"name": "x", "seed": 3}
+        assert run.config == up_to_date({"name": "x", "seed": 3})
 
 
 def test_the_parts_of_a_resumed_wandb_run_are_one_run(tmp_path, monkeypatch):
