@@ -358,10 +358,7 @@ class Sharded:
         """What do() returns on each rank, by rank. If it fails on one, OSError with the message of this one on all."""
         try:
             mine = do(), None
-        except (
-            Exception,
-            dcp.CheckpointException,
-        ) as error:  # the latter, no Exception, has {rank: (its error, where)}
+        except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception, and holds the ranks' own
             first = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
             mine = None, (str(first).splitlines() or [type(first).__name__])[0]
         found: list = [None] * self.size
