@@ -7,4 +7,4 @@ n_layer = 12
 d_model = 64
 n_head = 8
 d_ff = 256
-lr_scale = 5.0  # the top of the ramp; in the blocks x 768 / 64 = 12
+lr_scale = 5.0  # the top of the ramp (architectures.py says which tops were tried); in the blocks x 768 / 64 = 12

@@ -7,4 +7,4 @@ n_layer = 6
 d_model = 96
 n_head = 6
 d_ff = 384
-lr_scale = 5.0  # the top of the ramp; in the blocks x 768 / 96 = 8
+lr_scale = 5.0  # the top of the ramp (architectures.py says which tops were tried); in the blocks x 768 / 96 = 8

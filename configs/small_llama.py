@@ -8,5 +8,5 @@ n_layer = 12
 d_model = 64
 n_head = 4
 d_ff = 170
-lr_scale = 20.0  # the top of the ramp
+lr_scale = 20.0  # the top of the ramp (architectures.py says which tops were tried)
 compile = "blocks"

@@ -8,4 +8,4 @@ n_layer = 6
 d_model = 64
 n_head = 4
 d_ff = 43
-lr_scale = 20.0  # the top of the ramp
+lr_scale = 20.0  # the top of the ramp (architectures.py says which tops were tried)

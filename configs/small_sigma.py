@@ -10,5 +10,5 @@ d_model = 64
 n_head = 4
 d_ff = 224
 mla_rank = 32  # half the width, as in sigma_40m_adamw.py
-lr_scale = 5.0  # the top of the ramp; in the blocks x 2048 / 64 = 32
+lr_scale = 5.0  # the top of the ramp (architectures.py says which tops were tried); in the blocks x 2048 / 64 = 32
 compile = "blocks"

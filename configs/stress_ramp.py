@@ -1,5 +1,6 @@
 # The stress test on a ramp: the learning rate rises linearly from 0 to 5 x the paper's and stays there; where does
-# training break? scripts/reproduce.py adds the other arms. Only what differs from NanoGPT-5M is here.
+# training break? scripts/reproduce.py adds the other arms. What is not set here has the default
+# of config.py, which is NanoGPT-5M's.
 
 vocab_size = 256  # bytes: 24 x (4 x 48^2 + 2 x 48 x 192 + 2 x 48) + 2 x 256 x 48 + 32 x 48 + 48 = 692 016 parameters
 block_size = 32

@@ -1,7 +1,7 @@
 """When a run has collapsed, and which of its signals moved first. All rules are stated here and nowhere else.
 
 The final loss of a run is its mean training loss over the last 100 steps. The floor is the final loss of the
-attention-off run: the same model with its attention matrices held at zero.
+attention-off run: the same model with its attention matrices set to zero every 100 steps.
 
 A run has collapsed when one of three rules holds:
 

@@ -7,9 +7,9 @@
 # and 2 of collapse.py) after the first third of the run, and if no gradient norm in that third is ten times the run's
 # median. An arm that counts is repeated with more seeds, and with MSign.
 #
-# None of the first sixteen arms counted. Two arms collapsed, one without decay and one with little of it, but their
+# None of the first sixteen arms counted. Two arms collapsed, one without decay and one with little decay, but their
 # loss stalled from step 750 on, long before it rose. The four arms without decay that also name a rate were added after
-# that. They ask whether the same happens later, and after smooth training, at lower rates.
+# these sixteen had run. They ask whether a run without decay collapses later, after smooth training, at lower rates.
 
 config = "configs/stress_constant.py"
 beta2 = 0.95

@@ -1,5 +1,5 @@
-# The paper's own failure: does AdamW collapse at the paper's own rate, β₂, decay and clipping, if
-# it is given time?
+# The paper's own failure: does AdamW collapse at the paper's own rate, or at twice that, with its β₂,
+# decay and clipping, if it is given time?
 #
 # The protocol, written before the runs. The 24 x 48 model on bytes, 512 tokens a step; β₂ 0.95,
 # decay 0.1, clip 1, warm-up of 2000 steps, then a constant rate. Every run goes on for 200 000
