@@ -282,8 +282,9 @@ class Config:
         yield inside, "jacobian_positions", f"0 or more, and below block_size={self.block_size}"
         if self.theory_every:  # the paper's theorems are about this architecture
             as_stated = (self.norm, self.mlp, self.attention, self.n_experts) == ("layernorm", "gelu", "mha", 0)
-            as_stated = as_stated and self.position != "rope" and not self.n_kv_head and not self.qk_norm
-            right = "0 for anything but the dense model with LayerNorm, GELU, MHA, no RoPE, no QK-norm"
+            as_stated = as_stated and self.position != "rope" and not self.qk_norm
+            as_stated = as_stated and self.n_kv_head in (0, self.n_head)
+            right = "0 unless the model is dense, with LayerNorm, GELU, MHA, n_kv_head = n_head, no RoPE, no QK-norm"
             yield as_stated, "theory_every", right
         if self.msign_probe:
             yield self.msign_period > 0, "msign_probe", "False when msign_period = 0"

@@ -28,9 +28,9 @@ LOGITS = 2**24  # up to this many logits, the loss holds them all; above, it com
 GPU_ROWS = 2048  # tokens in such a chunk on a GPU, whose matrix units smaller products would leave idle
 
 
-def uses_chunked(kernel: str, d_head: int, device: torch.device) -> bool:
+def uses_chunked(kernel: str, d_qk: int, device: torch.device) -> bool:
     """Whether attention runs on `chunked_attention`. "auto" chooses it where it was measured to be the fastest."""
-    return kernel == "chunked" or (kernel == "auto" and device.type == "cpu" and d_head <= 64)
+    return kernel == "chunked" or (kernel == "auto" and device.type == "cpu" and d_qk <= 64)
 
 
 class _Scores(torch.autograd.Function):

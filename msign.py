@@ -74,20 +74,20 @@ def msign(W: Tensor, backend: str = "auto") -> Tensor:
     return BACKENDS[backend](W).to(W.dtype)
 
 
-def _cutoff(m: int, n: int) -> float:
+def rank_cutoff(m: int, n: int) -> float:
     """The smallest singular value that counts towards the rank of an (m, n) matrix, relative to s₁."""
     return 4 * math.sqrt(max(m, n)) * torch.finfo(torch.float32).eps
 
 
-def rank_cutoff(m: int, n: int) -> float:
+def polar_cutoff(m: int, n: int) -> float:
     """The cut-off of "polar" for an (m, n) matrix, as a share of the bound of s₁ that `_scaled` computes."""
     # rounded, so that nearly equal cut-offs share the cached quintics
-    return round(_cutoff(m, n) / min(m, n) ** (1 / 32), 8)
+    return round(rank_cutoff(m, n) / min(m, n) ** (1 / 32), 8)
 
 
 def _svd(W: Tensor) -> Tensor:
     U, S, Vh = torch.linalg.svd(W if W.dtype == torch.float64 else W.float(), full_matrices=False)
-    keep = S[..., :1] * _cutoff(*W.shape[-2:]) < S
+    keep = S[..., :1] * rank_cutoff(*W.shape[-2:]) < S
     return (U * keep.unsqueeze(-2)) @ Vh
 
 
@@ -97,7 +97,7 @@ def _eigh(W: Tensor) -> Tensor:
     # MPS has no fp64, so the CPU computes; the result returns to the caller's device
     W64 = W.cpu().double() if W.device.type == "mps" else W.double()
     lam, V = torch.linalg.eigh(W64.mT @ W64)  # W = U S Vᵀ gives WᵀW = V S² Vᵀ, so UVᵀ = W V S⁻¹ Vᵀ
-    keep = lam > lam[..., -1:] * _cutoff(*W.shape[-2:]) ** 2
+    keep = lam > lam[..., -1:] * rank_cutoff(*W.shape[-2:]) ** 2
     inverse_s = torch.where(keep, lam, torch.inf).rsqrt()
     return (W64 @ ((V * inverse_s.unsqueeze(-2)) @ V.mT)).to(W.device)
 
@@ -183,7 +183,7 @@ def _polar(W: Tensor) -> Tensor:
     flat = W.reshape(-1, *W.shape[-2:]).float()
     with _exact_products(W.device):  # TF32's relative error of 1e-3 exceeds the rank's cut-off
         X = _scaled(flat)
-        for a, b, c in polar_steps(rank_cutoff(*W.shape[-2:])):
+        for a, b, c in polar_steps(polar_cutoff(*W.shape[-2:])):
             A = X.mT @ X
             X = a * X + X @ (b * A + c * (A @ A))
         for _ in range(2):

@@ -13,7 +13,7 @@ import torch
 
 from config import Config
 from model import GPT
-from msign import deal, find, polar_steps, rank_cutoff
+from msign import deal, find, polar_cutoff, polar_steps
 
 ROOM = 0.9  # the share of a GPU's memory that a plan may use; the allocator needs the rest
 
@@ -127,7 +127,7 @@ def eigh_flops(m: int, n: int) -> float:
 
 def polar_flops(m: int, n: int) -> float:
     """FLOPs of msign's "polar" for m × n, m ≥ n: Gram matrix, three squarings, quintics, last two steps, residual."""
-    steps = len(polar_steps(rank_cutoff(m, n)))
+    steps = len(polar_steps(polar_cutoff(m, n)))
     return 2 * m * n**2 + 3 * 2 * n**3 + (steps + 2) * (4 * m * n**2 + 2 * n**3) + 4 * m * n**2
 
 

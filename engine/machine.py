@@ -59,17 +59,31 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def attention_kernel(cfg: Config, device: torch.device) -> str:
-    """The name of the attention kernel that the model uses; for "auto", the name of the one that is chosen."""
-    if uses_chunked(cfg.attn_kernel, cfg.d_model // cfg.n_head, device):
-        return "chunked"
-    if cfg.attn_kernel != "auto":
-        return cfg.attn_kernel
+def two_blocks(cfg: Config) -> GPT:
+    """A model on the meta device whose blocks attend as the first two of cfg's do, and so as all of cfg's in turn."""
+    with torch.device("meta"):
+        sizes = dict(n_layer=min(cfg.n_layer, 2), n_experts=0, d_ff=1, vocab_size=2)
+        return GPT(replace(cfg, **sizes, theory_every=0, recompute=0))
+
+
+def attention_kernels(cfg: Config, device: torch.device) -> list[str]:
+    """The attention kernels that the first blocks of the model use, as in `two_blocks`, with "auto" resolved."""
+    x = torch.empty(1, cfg.block_size, cfg.d_model, device="meta")
     dtype = torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32
-    shape = (1, cfg.n_head, cfg.block_size, cfg.d_model // cfg.n_head)
-    q = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
-    chosen = SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True))
-    return next((name for name, backend in KERNELS.items() if backend == chosen), chosen.name)
+    names = {backend: name for name, backend in KERNELS.items()}
+    found = []
+    for attention in (block.attn for block in two_blocks(cfg).blocks):
+        if uses_chunked(cfg.attn_kernel, attention.d_qk, device):
+            found.append("chunked")
+        elif cfg.attn_kernel != "auto":
+            found.append(cfg.attn_kernel)
+        else:
+            shapes = [y.shape for y in attention.qkv(x)]
+            q, k, v = (torch.empty(shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes)
+            gqa = q.shape[1] > k.shape[1]
+            chosen = SDPBackend(torch._fused_sdp_choice(q, k, v, is_causal=True, scale=1.0, enable_gqa=gqa))
+            found.append(names.get(chosen, chosen.name))
+    return found
 
 
 def chosen_kernel(cfg: Config):
@@ -130,13 +144,15 @@ def needs(cfg: Config, device: torch.device, ranks: int) -> Iterable[tuple[str, 
         # a token as it is stored (2 bytes) and in two copies of 64 bits (16); a window's NumPy array (200)
         yield name, windows * (18 * tokens + 200)
     if cfg.compile == "off":  # a compiler may keep less than is counted here
+        name = "micro_batch" if cfg.micro_batch > 1 else "block_size"
         need = budget.Memory.of(cfg, ranks, shards > 1).total
-        d_head = cfg.d_model // cfg.n_head
-        if cfg.attn_kernel == "math" or uses_chunked(cfg.attn_kernel, d_head, device):
-            causal = 1 if cfg.attn_kernel == "math" else 2  # the chunked kernel skips what the causal mask hides
-            layers = max(cfg.n_layer - cfg.recompute, 1)  # others keep none, or one at a time
-            need += 4 * layers * cfg.micro_batch * cfg.n_head * cfg.block_size**2 // causal  # probabilities, fp32
-        yield "micro_batch" if cfg.micro_batch > 1 else "block_size", need
+        yield name, need
+        kernels = attention_kernels(cfg, device)
+        # recomputed blocks keep no probabilities, or one at a time
+        kept = [kernels[i % len(kernels)] for i in range(min(cfg.recompute, cfg.n_layer - 1), cfg.n_layer)]
+        probabilities = 4 * cfg.micro_batch * cfg.n_head * cfg.block_size**2  # of one block, fp32
+        # the chunked kernel skips what the causal mask hides
+        yield name, need + probabilities * kept.count("math") + probabilities * kept.count("chunked") // 2
 
 
 @contextlib.contextmanager
@@ -149,9 +165,7 @@ def _quiet():
 
 def kernel_runs(cfg: Config, device: torch.device) -> bool:
     """Whether cfg.attn_kernel computes this attention on the device. It is tried on two blocks and one sequence."""
-    with torch.device("meta"):
-        model = GPT(replace(cfg, n_layer=2, n_experts=0, d_ff=1, vocab_size=2, theory_every=0, recompute=0))
-    model.to_empty(device=device)
+    model = two_blocks(cfg).to_empty(device=device)
     x = torch.zeros(1, cfg.block_size, dtype=torch.long, device=device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
     try:
@@ -313,7 +327,7 @@ def describe(cfg: Config, device: torch.device) -> dict:
         "device": str(device),
         "threads": torch.get_num_threads(),
         "processor": processor(),
-        "attention_kernel": attention_kernel(cfg, device),
+        "attention_kernel": ", ".join(dict.fromkeys(attention_kernels(cfg, device))),
         "dtype": cfg.dtype,
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "allocator": allocator() if device.type == "cuda" else None,

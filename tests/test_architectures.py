@@ -231,13 +231,18 @@ def test_each_recomputed_block_changes_no_bit_and_keeps_equally_less(options):
         (dict(attention="mla"), "mla_rank = 0: must be above 0"),
         (dict(attention="mla", mla_rank=4, mla_rope_dim=3), "mla_rope_dim = 3: must be even"),
         (dict(position="rope", d_model=6, n_head=2), "n_head = 2: must be such that heads have an even width"),
-        (dict(theory_every=5, mlp="swiglu"), "theory_every = 5: must be 0 for"),
+        (dict(theory_every=5, mlp="swiglu"), "theory_every = 5: must be 0 unless"),
+        (dict(theory_every=5, n_kv_head=1), "MHA, n_kv_head = n_head, no RoPE"),
     ],
 )
 def test_contradictions_are_refused(options, says):
     with pytest.raises(UserError) as error:
         small(**options)
     assert says in str(error.value)
+
+
+def test_as_many_heads_of_keys_as_of_queries_are_the_papers_attention():
+    assert small(theory_every=5, n_kv_head=2).n_kv_head == small().n_head
 
 
 PAPER = {  # parameters, those that a token meets, what the paper calls it

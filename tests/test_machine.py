@@ -2,16 +2,19 @@ import contextlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
+import model as model_file
 from engine import machine
-from model import GPT
+from model import GPT, chunked_attention
 from stability import metrics, probes
 from tests.conftest import ROOT, small
 
 CPU = torch.device("cpu")
+MLA = dict(attention="mla", position="rope", d_model=128, mla_rank=4)  # two heads of width 64
 
 
 def test_denormals_are_flushed():
@@ -69,6 +72,61 @@ def test_cuda_graphs_are_made_only_of_steps_of_one_micro_batch():
     assert machine.compile_mode(cuda, accumulate=1) == "reduce-overhead"
     assert machine.compile_mode(cuda, accumulate=2) is None
     assert machine.compile_mode(CPU, accumulate=1) is None
+
+
+@pytest.mark.parametrize(
+    "options, kernels",
+    [
+        (dict(), {"chunked"}),
+        (dict(n_kv_head=1, d_model=256), {"flash"}),
+        (dict(MLA, mla_rope_dim=8), {"math"}),  # heads of 64 + 8; PyTorch's faster kernels want values as wide as keys
+        (dict(MLA, mla_rope_dim=0), {"chunked"}),
+        (dict(MLA, mla_rope_dim=8, attention="alternating"), {"chunked", "math"}),
+    ],
+)
+def test_the_recorded_kernel_is_the_one_that_the_model_uses(monkeypatch, options, kernels):
+    """The arguments of PyTorch's attention decide which of its kernels runs, so PyTorch is asked about these."""
+    used, asked, choose = [], [], torch._fused_sdp_choice
+
+    def tensors(args, named):
+        return *[(x.shape, x.dtype) for x in args], named
+
+    def chunked(q, k, v):
+        used.append("chunked")
+        return chunked_attention(q, k, v)
+
+    def attend(*args, **named):
+        used.append(tensors(args, named))
+        return attention(*args, **named)
+
+    def chosen(*args, **named):
+        asked.append(tensors(args, named))
+        return choose(*args, **named)
+
+    attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(model_file, "chunked_attention", chunked)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    monkeypatch.setattr(torch, "_fused_sdp_choice", chosen)
+    cfg = small(**options)
+    found = machine.attention_kernels(cfg, CPU)
+    tokens = torch.zeros(1, cfg.block_size, dtype=torch.long)
+    GPT(cfg)(tokens, tokens)
+    assert set(found) == kernels
+    assert asked == [one for one in used if one != "chunked"][: len(asked)]
+    assert [one == "chunked" for one in used] == [name == "chunked" for name in found] * (cfg.n_layer // 2)
+    assert machine.describe(cfg, CPU)["attention_kernel"] == ", ".join(sorted(kernels))
+
+
+@pytest.mark.parametrize("attention", ["mla", "alternating"])
+def test_memory_counts_the_probabilities_that_pytorchs_choice_keeps(attention):
+    """`math` keeps T × T of them, `chunked` half of that, and `flash` none."""
+    cfg = small(**MLA | dict(attention=attention), mla_rope_dim=8, block_size=64)
+    need = {name: list(machine.needs(replace(cfg, attn_kernel=name), CPU, 1))[-1][1] for name in
+            ("auto", "math", "chunked", "flash")}  # fmt: skip
+    one = 4 * cfg.micro_batch * cfg.n_head * 64**2
+    assert need["math"] - need["flash"] == 2 * (need["chunked"] - need["flash"]) == cfg.n_layer * one
+    expected = need["math"] if attention == "mla" else (need["math"] + need["chunked"]) / 2
+    assert need["auto"] == expected
 
 
 def test_peak_memory_is_the_processs_own():

@@ -7,7 +7,7 @@ import torch
 import msign as room
 import mup
 from model import GPT
-from msign import MSign, apply_, find, msign, polar_steps, rank_cutoff, restored_sign
+from msign import MSign, apply_, find, msign, polar_cutoff, polar_steps, rank_cutoff, restored_sign
 from tests.conftest import small
 
 EPS32 = torch.finfo(torch.float32).eps
@@ -56,6 +56,7 @@ def test_eigh_is_at_least_as_accurate_as_svd_up_to_1e6():
 
 def test_the_rank_cutoff_is_the_stated_one():
     edge = cutoff(torch.empty(48, 48))
+    assert rank_cutoff(48, 48) == edge > polar_cutoff(48, 48)
     for factor, rank in ((2.0, 2), (0.5, 1)):
         W = with_spectrum(48, 48, torch.tensor([1.0, factor * edge], dtype=torch.float64)).double()
         for backend in ("svd", "eigh"):
@@ -145,7 +146,7 @@ def test_polar_over_condition_numbers(shape, log_kappa):
 
 def test_polar_is_0_or_1_everywhere_and_says_where_it_was_not():
     """Smallest singular values on both sides of the cut-off: matrices that end between 0 and 1 go to "eigh"."""
-    edge = rank_cutoff(48, 48)
+    edge = polar_cutoff(48, 48)
     s = torch.ones(200, 48, dtype=torch.float64)
     s[:, -1] = torch.logspace(-1.5, 0.5, 200, dtype=torch.float64) * edge
     W = torch.stack([with_spectrum(48, 48, one, seed=i) for i, one in enumerate(s)])
@@ -179,7 +180,7 @@ def test_polar_falls_back_when_its_residual_says_so(monkeypatch):
 
 @pytest.mark.parametrize("shape", [(48, 48), (2048, 5440)])
 def test_the_quintics_map_the_whole_interval_to_one_and_cancel_nothing_large(shape):
-    low = rank_cutoff(*shape)
+    low = polar_cutoff(*shape)
     x = torch.logspace(math.log10(low), 0, 100_000, dtype=torch.float64)
     large = x > 0.1
     for a, b, c in polar_steps(low):
