@@ -22,13 +22,17 @@ Threshold    Every rule is a number that must exceed a threshold. Of the thresho
              10 000 healthy steps of the building part, or one in 1000 or 100 000 for further tables, it gets the one
              that announces most collapses of that part; of several, the highest. No other number of a rule is looked
              at again after building.
-The rule     That of stability/alarm.py, chosen among some hundred pairs and triples of conditions on the building part.
+The rule     That of stability/alarm.py, chosen on the building part among some two thousand single conditions, pairs
+             and triples.
 Rivals       ZClip's z-score of the gradient norm (arXiv 2504.02507, α = 0.97, with its clipping); the gradient norm
              over its median of 100 steps; the loss over its mean of 100 steps in standard deviations of these; the
              fall of attention's stable rank below its largest value so far and the alignment of the Jacobians (the
              paper's two); the largest attention logit; and the rule itself without its condition on the logit.
 Intervals    95 %: exact (Clopper–Pearson) for a share of collapses, bootstrap over runs for leads and false alarms.
 Aim          95 % of the judged collapses announced with at most one false alarm in 100 000 healthy steps.
+
+Added after the building and before the judging: one false alarm in 1000 healthy steps, and the last of the rivals.
+Added after the judging, for both parts alike: the share that a rule announces by chance, and the table by regime.
 """
 
 import functools
@@ -44,22 +48,19 @@ from stability.collapse import WINDOW
 
 HORIZON, AHEAD, LIMITS = 1000, 200, (1000, 10_000, 100_000)
 RAMP = ("table2_small", "attention_off", "table3_small", "controls", "rivals", "adaptive", "ramp")
-REGIMES = dict.fromkeys(RAMP, "ramp, new seeds") | {"late_seeds": "no decay", "late_controls": "no decay"}
-REGIMES |= dict.fromkeys(("margin", "constant", "texts"), "constant rates")
+REGIMES = dict.fromkeys(RAMP, "ramp, new seeds") | dict.fromkeys(("margin", "constant", "texts"), "constant rates")
+REGIMES |= dict.fromkeys(("late_seeds", "late_controls"), "no decay")
 REGIMES |= dict.fromkeys(("clients", "clients_double"), "other programs")
+RULE = "saturated, and the loss no longer falls"
 
 
 def parted(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs that do not repeat another, with the column "regime": "built on" or a value of REGIMES."""
+    """The runs that do not repeat another (1500 steps tell), with their "regime": "built on" or one of REGIMES."""
     grids = runs["run"].map(lambda run: run.folder.parent.name)
     built = (grids == "late_collapse") | (grids.isin(RAMP) & (runs["seed"] < 2))
-    runs = runs.assign(regime=grids.map(REGIMES).mask(built, "built on"))
-    runs = runs.sort_values("steps", ascending=False, kind="stable")
-    seen, new = [], []
-    for losses in (run.steps["train/loss"].to_numpy() for run in runs["run"]):
-        new.append(not any(np.allclose(losses, other[: len(losses)], rtol=1e-3) for other in seen))
-        seen.append(losses)
-    return runs[new].sort_index()
+    begin = runs["run"].map(lambda run: tuple(run.steps["train/loss"][:1500]))
+    runs = runs.assign(regime=grids.map(REGIMES).mask(built, "built on"), begin=begin)
+    return runs.sort_values("steps", kind="stable").drop_duplicates("begin", keep="last").sort_index()
 
 
 def z_scores(norms: np.ndarray, first: int = 25) -> np.ndarray:
@@ -77,17 +78,15 @@ def z_scores(norms: np.ndarray, first: int = 25) -> np.ndarray:
 @functools.cache
 def scores(run: Run) -> dict[str, np.ndarray]:
     """By rule: the number of each step, shape (steps,), that has to exceed a threshold; NaN: the rule is silent."""
-    loss, norm, logit, rank, alignment = (
-        run.steps.get(key, pd.Series(math.nan, run.steps.index))
-        for key in ("train/loss", "grad_norm", "attention/max_logit", "srank/attention", "jacobian/alignment")
-    )
+    keys = ["train/loss", "attention/max_logit", "grad_norm", "srank/attention", "jacobian/alignment"]
+    loss, logit, norm, rank, alignment = (of for _, of in run.steps.reindex(columns=keys).items())
     losses, alarm, rises = loss.rolling(WINDOW), CollapseAlarm(math.inf), []
     for step, *values in zip(loss.index, loss, logit, strict=True):
-        alarm.update(step, dict(zip(("train/loss", "attention/max_logit"), values, strict=True)))
+        alarm.update(step, dict(zip(keys, values, strict=False)))
         rises.append(alarm.rise)
     found = {
-        "attention saturated, loss no longer falls": rises,
-        "loss no longer falls": (losses.mean() - losses.mean().cummin()) / losses.std(),
+        RULE: rises,
+        "the loss no longer falls": (losses.mean() - losses.mean().cummin()) / losses.std(),
         "spike of the loss": (loss - losses.mean().shift()) / losses.std().shift(),
         "spike of the gradient norm (ZClip)": z_scores(norm.to_numpy()),
         "gradient norm ÷ its median": norm / norm.rolling(WINDOW).median().shift(),
@@ -99,7 +98,8 @@ def scores(run: Run) -> dict[str, np.ndarray]:
 
 
 def rung(runs: pd.DataFrame, rule: str, threshold: float) -> pd.DataFrame:
-    """A row a run: its "healthy" steps and "false" alarms; if it collapsed its "lead", which is 0 without a ring."""
+    """The runs with their "healthy" steps and "false" alarms, the "lead" of a collapse, which is 0 without a ring, and
+    the "window", the number of steps at which a ring announces a collapse in time."""
     rows = []
     for run, steps, collapsed, end in zip(*(runs[name] for name in ("run", "steps", "collapsed", "end")), strict=True):
         end = end if collapsed else steps + 1
@@ -109,41 +109,59 @@ def rung(runs: pd.DataFrame, rule: str, threshold: float) -> pd.DataFrame:
             rings.append(on[0])
             on = on[np.searchsorted(on, on[0] + REST) :]
         leads = [end - ring for ring in rings if ring >= sick]
-        rows.append((max(sick - 1, 0), len(rings) - len(leads), max(leads, default=0) if collapsed else math.nan))
-    return pd.DataFrame(rows, runs.index, columns=["healthy", "false", "lead"])
+        lead = max(leads, default=0) if collapsed else math.nan
+        rows.append((max(sick - 1, 0), len(rings) - len(leads), lead, end - max(sick, 1) + 1 - AHEAD))
+    columns = zip(("healthy", "false", "lead", "window"), zip(*rows, strict=True), strict=True)
+    return runs[["regime", "wandb_group", "lr_scale", "collapse", "end"]].assign(**dict(columns))
 
 
-def chosen(built: pd.DataFrame, rule: str) -> dict[int, float]:
-    """{healthy steps for one false alarm: threshold}, of 300 quantiles of the rule's scores; infinity: none will do."""
-    values = np.concatenate([scores(run)[rule] for run in built["run"]])
-    values = values[np.isfinite(values)]
-    best = dict.fromkeys(LIMITS, (0, math.inf))
-    for threshold in np.quantile(values, 1 - np.geomspace(0.5, 0.5 / len(values), 300)):
-        found = rung(built, rule, threshold)
-        for steps in LIMITS:
-            if found["false"].sum() * steps <= found["healthy"].sum():
-                best[steps] = max(best[steps], ((found["lead"] >= AHEAD).sum(), threshold))
-    return {steps: threshold for steps, (_, threshold) in best.items()}
+def judged(runs: pd.DataFrame) -> pd.DataFrame:
+    """What has `rung` in the runs by every rule and for each of LIMITS, at the threshold that is chosen for it: the
+    best of 300 quantiles of the rule's scores, or infinity if none will do."""
+    built, parts = runs[runs["regime"] == "built on"], []
+    for rule in scores(built["run"].iloc[0]):
+        values = np.concatenate([scores(run)[rule] for run in built["run"]])
+        values, best = values[np.isfinite(values)], dict.fromkeys(LIMITS, (0, math.inf))
+        for threshold in np.quantile(values, 1 - np.geomspace(0.5, 0.5 / len(values), 300)):
+            found = rung(built, rule, threshold)
+            for limit in LIMITS:
+                if found["false"].sum() * limit <= found["healthy"].sum():
+                    best[limit] = max(best[limit], ((found["lead"] >= AHEAD).sum(), threshold))
+        for limit, (_, threshold) in best.items():
+            parts.append(rung(runs, rule, threshold).assign(rule=rule, limit=limit, threshold=threshold))
+    return pd.concat(parts).sort_values("limit", kind="stable")
 
 
-def counted(found: pd.DataFrame) -> dict[str, str]:
-    """Cells of a table of `rung` runs, with intervals of 95 %."""
-    leads = found["lead"].dropna()
-    ahead, cells = leads[leads >= AHEAD], {"announced": f"{(leads >= AHEAD).sum()} of {len(leads)}"}
-    if len(leads):
-        low, high = stats.binomtest(len(ahead), len(leads)).proportion_ci()
-        cells["announced"] += f", {len(ahead) / len(leads):.0%} [{low:.0%}, {high:.0%}]"
-    cells["median lead"] = resampled((ahead,), np.median, "{:.0f}") if len(ahead) > 1 else "–"
-    rate = resampled(
-        (found["false"], found["healthy"]), lambda false, of, axis: 1e4 * false.sum(axis) / of.sum(axis), "{:.1f}"
-    )
-    return cells | {"false alarms in 10 000 healthy steps": rate}
+def resampled(form: str, statistic, *values: pd.Series) -> str:
+    """The statistic and its interval of 95 %, by bootstrap over runs (percentiles)."""
+    if len(values[0]) < 2:
+        return "–"
+    low, high = stats.bootstrap(
+        values, statistic, paired=True, method="percentile", n_resamples=2000, rng=0
+    ).confidence_interval
+    return f"{form} [{form}, {form}]".format(statistic(*map(np.asarray, values), axis=-1), low, high)
 
 
-def resampled(values: tuple, statistic, form: str) -> str:
-    """The statistic and its interval of 95 % by bootstrap over runs (percentiles)."""
-    of = stats.bootstrap(values, statistic, paired=True, method="percentile", n_resamples=2000, rng=0)
-    low, middle, high = map(
-        form.format, (of.confidence_interval.low, statistic(*values, axis=0), of.confidence_interval.high)
-    )
-    return f"{middle} [{low}, {high}]"
+def rate(false, healthy, axis: int):
+    return 1e4 * false.sum(axis) / healthy.sum(axis)
+
+
+def alarms_table(found: pd.DataFrame, by: str) -> pd.DataFrame:
+    """A row per limit and rule, or regime: collapses announced, their median lead, and false alarms. By chance: by a
+    rule that rings at random, in all steps alike, as often as this one does in healthy steps."""
+    rows = []
+    for (limit, name, threshold), of in found.groupby(["limit", by, "threshold"], sort=False):
+        leads = of["lead"].dropna()
+        ahead = leads[leads >= AHEAD]
+        windows = of.loc[leads.index, "window"]
+        interval = stats.binomtest(len(ahead), len(leads)).proportion_ci()
+        rows.append({
+            "chosen for a false alarm in": f"{limit:,} steps".replace(",", " "), by: name,
+            "threshold": "none will do" if math.isinf(threshold) else f"{threshold:.3g}",
+            "announced": f"{len(ahead)} of {len(leads)}",
+            "share": f"{len(ahead) / len(leads):.0%} [{interval.low:.0%}, {interval.high:.0%}]",
+            "share by chance": f"{(1 - np.exp(-of['false'].sum() / of['healthy'].sum() * windows)).mean():.0%}",
+            "median lead": resampled("{:.0f}", np.median, ahead),
+            "false alarms in 10 000 healthy steps": resampled("{:.1f}", rate, of["false"], of["healthy"]),
+        })  # fmt: skip
+    return pd.DataFrame(rows)

@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
-from analysis import figures, statistics
+from analysis import alarms, figures, statistics
 from analysis.runs import OFF, Run, load_runs
 from analysis.statistics import LINKS, differences, holm, judged, moved, p_text, p_value, said, spread
 from config import ROOT, UserError
@@ -325,6 +325,21 @@ def all_grids() -> pd.DataFrame:
     return pd.concat(frame(grid, off="attention_off") for grid in GRIDS if grid != "attention_off")
 
 
+@functools.cache
+def rings() -> pd.DataFrame:
+    """What rang in which run, by every rule of `alarms`, of every recorded run."""
+    floors = {"late_seeds": "late_controls", "attention_off": ""}
+    grids = [frame(grid, off=floors.get(grid, "attention_off")) for grid in GRIDS]
+    runs = pd.concat([*grids, recorded("ramp"), recorded("constant"), clients()], ignore_index=True)
+    return alarms.judged(alarms.parted(runs))
+
+
+def alarms_block(by: str) -> pd.DataFrame:
+    """By rule, over all judged runs; or by regime, of the rule of stability/alarm.py."""
+    judged = rings()["regime"] != "built on"
+    return alarms.alarms_table(rings()[judged if by == "rule" else rings()["rule"] == alarms.RULE], by)
+
+
 def periods(grid: str) -> str:
     runs = frame(grid, off="attention_off")
     return f"{markdown(period_table(runs))}\nr = {fitted_r(runs):.2f} steps an application.\n"
@@ -356,6 +371,7 @@ BLOCKS: dict[str, Callable[[str], str | pd.DataFrame]] = {
     "thresholds": lambda name: threshold_table(*map(numbered, reversed(LINES))),
     "ranks": lambda name: ranks_table(all_grids()),
     "ledger": lambda name: ledger_table(regimes()),
+    "alarms": alarms_block,
     "cost": lambda name: paper_table() + "\n",
     "clients": lambda name: by_arm(clients(), CLIENT, "program", "top"),
     "file": file,
