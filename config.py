@@ -184,7 +184,7 @@ class Config:
         NOT_NEGATIVE)
     balance_coef: float = opt(0.01, "optimizer", "weight of the experts' load-balancing loss", NOT_NEGATIVE)
     # MSign
-    msign_period: int = opt(0, "MSign", "steps between two applications of MSign; 0 = never (plain AdamW)", COUNT)
+    msign_period: int = opt(0, "MSign", "steps between two applications of MSign; 0 = never (no MSign)", COUNT)
     msign_targets: str = opt(
         "attention", "MSign", "attention | mlp | blocks | matrix names or patterns, comma-separated (W_V,W_O)")
     msign_backend: Literal["auto", "eigh", "svd", "polar"] = opt(
@@ -235,7 +235,7 @@ class Config:
     patience: int = opt(
         600, "run", "seconds that a process waits for the others in training, before which all write their stacks",
         SECONDS)
-    start_patience: int = opt(1800, "run", "seconds that it waits for them until the first step", SECONDS)
+    start_patience: int = opt(1800, "run", "seconds that a process waits for the others before step 1", SECONDS)
     profile: str = opt("", "run", "START:STOP = write a trace of these steps, both included, by PyTorch's profiler")
     wandb: Literal["auto", "online", "offline", "off"] = opt(
         "auto", "run", "auto = online when logged in, else offline")

@@ -25,7 +25,7 @@ from config import Config
 NORM_EPS = 1e-5
 ROWS = 64  # queries in one chunk of chunked_attention
 LOGITS = 2**24  # up to this many logits, the loss holds them all; above, it computes them in chunks
-GPU_ROWS = 2048  # tokens in such a chunk on a GPU, whose matrix units smaller products would leave idle
+GPU_ROWS = 2048  # tokens in a chunk of the loss on a GPU; fewer would leave its matrix units idle
 
 
 def uses_chunked(kernel: str, d_qk: int, device: torch.device) -> bool:
@@ -37,8 +37,8 @@ class _Scores(torch.autograd.Function):
     """Attention logits S = QᵀK + bias, (B · h, M, N), of M queries Q (B · h, k, M) and N keys K (B · h, k, N).
 
     `_Scores` and `_Weigh` are each other's derivatives, so gradients of every order are made of three products:
-    QᵀK, VPᵀ and Q dS. With k ≪ T a CPU runs them up to four times as fast as the products of autograd, whose factors
-    are stored as (T, k): PV and its derivatives.
+    QᵀK, VPᵀ and Q dS. With k ≪ T a CPU runs them up to four times as fast as autograd's, PV and its derivatives,
+    whose factors are (T, k).
     """
 
     @staticmethod
@@ -219,7 +219,7 @@ class Stack(nn.Module):
 
     Stack(E, n, m) names the inputs n before the outputs m, as nn.Linear does.
     Inputs are sorted by expert. Padded to C inputs for every expert, they are (E, C, n) and the result is (E, C, m).
-    Without padding (in bf16) M inputs in all are (M, n) and the result is (M, m); `ends` (E,) then holds the
+    Without padding (in bf16) all M inputs are (M, n) and the result is (M, m); `ends` (E,) then holds the
     row at which each expert's inputs end.
     """
 

@@ -8,7 +8,7 @@ This file needs PyTorch (2.9 or later) and nothing else, so it can be copied int
 `msign` is the pure function. `restored_sign` is the paper's update of one matrix or of a stack of matrices. `MSign`
 is a thin wrapper around any `torch.optim.Optimizer`. Four words recur. The *targets* are the matrices that MSign
 replaces. An *application* is one replacement of all targets. A *stack* (..., m, n) is a batch of matrices (m, n). A
-*process* is one of the processes of torch.distributed.
+*process*, or rank, is one of torch.distributed.
 
 Many models fuse W_Q, W_K and W_V in one weight. The sign of that weight would mix the three matrices, so MSign splits
 it (`find`) and refuses a weight that it cannot split. Do not use MSign on embeddings, output heads or 1-D parameters,
@@ -259,7 +259,7 @@ class Layout:
 class Target:
     """A parameter and the matrices in it that are chosen.
 
-    parameter: the tensor. Of three dimensions, the first one counts matrices, such as those of experts.
+    parameter: the tensor. If it is 3-D, the first dimension counts matrices, such as experts'.
     layout:    all its matrices.
     roles:     the roles of the chosen ones, in the layout's order.
     module:    dotted name of the attention or MLP module around the parameter; "" is the model itself.
@@ -313,14 +313,15 @@ KINDS = {
     "attention": (re.compile("(?i)attn|attention"), re.compile("(?i)(attention|attn)2?$")),
     "mlp": (re.compile("(?i)mlp|ffn|feed_?forward|expert|moe$"), re.compile("(?i)(mlp|ffn|feedforward|experts|moe)$")),
 }
+# names of weights that fuse matrices; of those that fuse matrices of equally many rows; of routers
 FUSED = {
     "attention": re.compile("kv|c_attn|in_proj|qk|query_key_value", re.I),
     "mlp": re.compile("gate_?up|up_?gate|in_proj|w1[23]"),
 }
 EQUAL = re.compile("(qkv|c_attn|in_proj|gate_?up|up_?gate|w1[23])(_proj|_weight)?$", re.I)
 ROUTER = re.compile("router|(^|_)w?gate$|^wg$|classifier", re.I)
-# Classes whose fused weight holds W_Q, W_K and W_V one after the other; and those whose weight repeats, for every head
-# of keys: the rows of the queries that share it, of the keys, of the values.
+# Classes whose fused weight holds all of W_Q, then W_K, then W_V; and those whose weight repeats, for every key head,
+# the rows of its queries, of its key and of its value.
 CONSECUTIVE = {
     "MultiheadAttention": "in_proj_weight", "GPT2Attention": "c_attn", "CausalSelfAttention": "c_attn",
     "Phi3Attention": "qkv_proj", "MptAttention": "Wqkv", "DbrxAttention": "Wqkv", "timm.Attention": "qkv",
@@ -345,14 +346,18 @@ def _kind(part: str, module: nn.Module | None) -> str | None:
     return None
 
 
-def _names(part: str, name: str) -> bool:
+def _fits(part: str, name: str) -> bool:
+    """Whether `part` is a part of this dotted name, or a pattern that the whole name matches."""
     return part in name.split(".") or fnmatch(name, part)
 
 
 class _Weight:
     """A parameter of two or more dimensions, and what its name and the modules around it say of it.
 
-    layout: its matrices, or None if no rule knows them. fused: whether its name says that they are several.
+    kind: "attention", "mlp" or None. module: the outermost of the modules of this kind right around it.
+    scope: the module in which another weight reads its outputs. places: where `number` looks for numbers of heads.
+    layout: its matrices, or None. fused: seems to be several. plain: no matrix. matters: None is refused.
+    given: whether the layout is the user's.
     """
 
     def __init__(self, name: str, p: Tensor, modules: dict[str, nn.Module], split: dict):
@@ -360,14 +365,16 @@ class _Weight:
         last = len(path) - 1 - (path[-1] == "weight" and len(path) > 1)
         self.name, self.p, self.key = name, p, path[last]
         self.holder = modules.get(".".join(path[:-1]))
-        around = [".".join(path[:i]) for i in range(last, -1, -1)]  # the modules' names, from inside out
-        kinds = [_kind(self.key, None)] + [_kind(n.rpartition(".")[2], modules.get(n)) for n in around]
-        first = next((i for i, kind in enumerate(kinds) if kind), 0)
-        end = next((i for i in range(first, len(kinds)) if kinds[i] != kinds[first]), len(kinds)) if kinds[first] else 2
-        self.kind, self.module = kinds[first], around[max(end - 2, 0)]
-        self.around = self.module if self.kind == "attention" else around[0]
-        inside = [modules[n] for n in around[: max(end - 1, 1)] if n in modules]
-        self.places = [place for module in inside for place in (module, getattr(module, "config", None))]
+        outwards = [".".join(path[:i]) for i in range(last, -1, -1)]  # the modules around it, by name
+        kinds = [_kind(self.key, None)] + [_kind(n.rpartition(".")[2], modules.get(n)) for n in outwards]
+        first = next((i for i, kind in enumerate(kinds) if kind), 1)
+        self.kind = kinds[first]
+        end = next((i for i in range(first, len(kinds)) if kinds[i] != self.kind), len(kinds)) if self.kind else 2
+        within = outwards[: max(end - 1, 1)]  # up to the last module of this kind; of none, the innermost module
+        self.module = within[-1]
+        self.scope = self.module if self.kind == "attention" else within[0]
+        found = [modules[n] for n in within if n in modules]
+        self.places = [place for module in found for place in (module, getattr(module, "config", None))]
         self.block = next((int(part) for part in path if part.isdecimal()), None)
         self.heads = self.number("num_heads n_head n_heads num_attention_heads")
         self.kv_heads = self.number("num_kv_heads num_key_value_heads n_kv_head n_kv_heads kv_heads")
@@ -379,7 +386,7 @@ class _Weight:
         self.matters = not self.plain and not (self.kind == "mlp" and ROUTER.search(self.key))
         self.transposed = "Conv1D" in _classes(self.holder) or self.experts_are_transposed()
         self.rows = p.shape[-1 if self.transposed else -2]
-        given = next((value for part, value in split.items() if _names(part, name)), None)
+        given = next((value for part, value in split.items() if _fits(part, name)), None)
         self.given = given is not None
         self.layout = self.from_split(given) if self.given else self.from_role() or self.from_class()
 
@@ -457,11 +464,11 @@ class _Weight:
         )
 
 
-def _doubt_large_weights(weights: list[_Weight]):
-    """Take the layouts from weights of W_Q and W_up that have not as many rows as W_O and W_down have columns."""
+def _doubt_unequal(weights: list[_Weight]):
+    """Set layout to None where W_Q (W_up) has not as many rows as W_O (W_down) has columns: perhaps it is fused."""
     latent = {w.module for w in weights if w.layout and "W_DKV" in w.layout.roles}
     inputs = {
-        (w.around, w.layout.roles[0]): w.p.shape[-2 if w.transposed else -1]
+        (w.scope, w.layout.roles[0]): w.p.shape[-2 if w.transposed else -1]
         for w in weights
         if w.layout and w.layout.roles in (("W_O",), ("W_down",))
     }
@@ -470,7 +477,7 @@ def _doubt_large_weights(weights: list[_Weight]):
         if layout is None or w.given or w.module in latent:
             continue
         for role, rows in layout.parts:
-            reader = w.around, {"W_Q": "W_O", "W_up": "W_down"}.get(role, "")
+            reader = w.scope, {"W_Q": "W_O", "W_up": "W_down"}.get(role, "")
             if inputs.get(reader, rows * layout.groups) != rows * layout.groups:
                 w.layout, w.fused = None, True
 
@@ -490,7 +497,7 @@ def find(
 
     The rules go by the names of parameters and by the classes and attributes of the modules around them. Embeddings,
     convolutions, biases, routers and parameters of one dimension have no role. Raises ValueError for an entry that
-    matches no matrix, for a weight that seems to fuse several matrices in an unknown way, and, if a target is
+    matches no matrix, for a weight that seems to fuse several matrices in an unknown way, and, if an entry is
     "attention", "mlp" or "blocks", for a weight in such a module that no rule knows.
     """
     split, entries = split or {}, [entry.strip() for entry in targets.split(",")]
@@ -498,11 +505,11 @@ def find(
     parameters = model.named_parameters() if isinstance(model, nn.Module) else model
     weights = [_Weight(name, p, modules, split) for name, p in parameters if p.ndim >= 2]
     for part in split:
-        if not any(_names(part, w.name) for w in weights):
+        if not any(_fits(part, w.name) for w in weights):
             raise ValueError(f"split {part!r} matches no matrix")
-    _doubt_large_weights(weights)
+    _doubt_unequal(weights)
     for w in weights:
-        named = any(entry not in TARGETS and _names(entry, w.name) for entry in entries)
+        named = any(entry not in TARGETS and _fits(entry, w.name) for entry in entries)
         if named and not w.layout and not w.fused:
             w.layout = Layout(((w.key, w.rows),), transposed=w.transposed)
     chosen: dict[str, set[str]] = {w.name: set() for w in weights}
@@ -510,7 +517,7 @@ def find(
         roles, found = TARGETS.get(entry, (entry,)), False
         kinds = [kind for kind in KINDS if set(roles) & set(TARGETS[kind])]
         for w in weights:
-            by_name = entry not in TARGETS and _names(entry, w.name)
+            by_name = entry not in TARGETS and _fits(entry, w.name)
             if w.layout:
                 chosen[w.name] |= set(w.layout.roles) & set(w.layout.roles if by_name else roles)
                 found |= by_name or bool(set(w.layout.roles) & set(roles))
@@ -562,15 +569,15 @@ def apply_(
     group = group or next(iter(sharded.values()), None)
     _require_finite({name: target.parameter for name, target in targets.items()}, group)
     ranks = dist.get_world_size(group) if group else 1
-    alone: list[_Matrix] = []
+    local: list[_Matrix] = []  # updated without an exchange
     dealt: dict[tuple, list[_Matrix]] = defaultdict(list)
     for name, target in targets.items():
         p, parts = target.parameter, None if target.alone else (target.layout, target.roles)
         for values in _matrices(_local(p)):
             matrix = _Matrix(values, p.shape[-2:], parts)
             here = ranks == 1 or (name in sharded and p.ndim > 2)
-            (alone if here else dealt[name in sharded, p.dtype, p.device]).append(matrix)
-    _update(alone, update)
+            (local if here else dealt[name in sharded, p.dtype, p.device]).append(matrix)
+    _update(local, update)
     for (is_sharded, *_), matrices in dealt.items():
         by_owner: list[list[_Matrix]] = [[] for _ in range(ranks)]
         for matrix, owner in zip(matrices, deal([matrix.shape for matrix in matrices], ranks), strict=True):
@@ -607,8 +614,9 @@ def _matrices(W: Tensor) -> Iterable[Tensor]:
 
 
 class _Matrix(NamedTuple):
-    """What this process holds of a parameter's matrix, all or some rows; the whole matrix's shape; what is fused in it.
+    """A parameter's matrix, or the rows of it that this process holds.
 
+    values: what it holds. shape: the whole matrix's.
     parts: the layout and the roles to be updated, or None where the matrix is a target as a whole.
     """
 
@@ -666,12 +674,14 @@ def _by_rows(by_owner: list[list[_Matrix]], update, group):
     """
     ranks, rank = len(by_owner), dist.get_rank(group)
     mine, ordered = by_owner[rank], [matrix.values for theirs in by_owner for matrix in theirs]
-    rows = []  # of each of `mine`, on each process
+    rows = []  # rows[i][other]: of mine[i] on the process `other`
     for m, _ in (matrix.shape for matrix in mine):
         most = math.ceil(m / ranks)
         rows.append([max(0, min(most, m - other * most)) for other in range(ranks)])
-    # elements of each of `mine` on each process, and to or from each process in all
-    elements = [[of[other] * matrix.shape[1] for of, matrix in zip(rows, mine, strict=True)] for other in range(ranks)]
+    # elements[other][i]: of mine[i] on that process; whole_sizes: summed over i
+    elements = [
+        [held[other] * matrix.shape[1] for held, matrix in zip(rows, mine, strict=True)] for other in range(ranks)
+    ]
     whole_sizes = list(map(sum, elements))
     piece_sizes = [sum(matrix.values.numel() for matrix in theirs) for theirs in by_owner]
     pieces = torch.cat([values.reshape(-1) for values in ordered])
@@ -681,7 +691,7 @@ def _by_rows(by_owner: list[list[_Matrix]], update, group):
     whole = [matrix._replace(values=torch.cat(parts).view(matrix.shape))
              for matrix, *parts in zip(mine, *from_each, strict=True)]  # fmt: skip
     _update(whole, update)
-    to_each = zip(*(matrix.values.split(of) for matrix, of in zip(whole, rows, strict=True)), strict=True)
+    to_each = zip(*(matrix.values.split(held) for matrix, held in zip(whole, rows, strict=True)), strict=True)
     wholes = torch.cat([wholes[:0], *(part.reshape(-1) for parts in to_each for part in parts)])
     dist.all_to_all_single(pieces, wholes, piece_sizes, whole_sizes, group)
     kept = piece_sizes[rank] + whole_sizes[rank]  # elements that a process sends to itself
@@ -691,7 +701,7 @@ def _by_rows(by_owner: list[list[_Matrix]], update, group):
 
 
 def _of_base(name: str) -> Any:
-    """An attribute of MSign that is the attribute of this name of its `base`."""
+    """A property that reads and sets the attribute `name` of `base`."""
     return property(lambda self: getattr(self.base, name), lambda self, value: setattr(self.base, name, value))
 
 

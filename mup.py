@@ -75,7 +75,7 @@ RULES = {
     "head": Rule(std=1),
 }
 
-# fields that decide a parameter's learning rate; an error about its range names them (1 − beta1 is Adam's correction)
+# fields that an error about a learning rate names (beta1: Adam divides the rate by 1 − β₁ in step 1)
 LR_FIELDS = "lr lr_scale attn_lr norm_lr head_lr embed_lr_power base_width d_model beta1"
 
 

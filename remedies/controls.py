@@ -16,7 +16,7 @@ import msign
 
 
 def zero(W: Tensor) -> Tensor:
-    """Zero. Applied to attention, this gives the attention-off run, whose final loss the model reaches without it."""
+    """Zero. On attention this is the attention-off run. Its final loss is the floor, the loss without attention."""
     return torch.zeros_like(W)
 
 

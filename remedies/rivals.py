@@ -1,9 +1,9 @@
 """The rivals of MSign: optimizers that are said to keep training stable, each from a maintained library.
 
 Every rival takes the parameter groups of `mup.param_groups`, so each parameter keeps the learning rate and the decay
-that it has with AdamW. Muon and the spectral sphere orthogonalise, so they update the matrices of the blocks only; as
-in their papers, AdamW updates all other parameters. Every argument of a rival that changes the update is given, so no
-library default can change a run.
+that it has with AdamW. Muon and the spectral sphere orthogonalise, so they update only the blocks' 2-D weights. As in
+their papers, AdamW updates all others; here these include stacks of experts. Every argument of a rival that changes the
+update is given, so no library default can change a run.
 """
 
 from collections.abc import Callable, Iterable
@@ -161,7 +161,7 @@ def spectral_sphere(groups: list[dict], cfg: Config) -> Optimizer:
     )  # fmt: skip
 
 
-# optimizers of all parameters, and optimizers of the blocks' matrices that leave the rest to AdamW
+# optimizers of all parameters, and optimizers of the blocks' 2-D weights that leave the rest to AdamW
 WHOLE: dict[str, Callable] = {"adamw": adamw, "spam": spam, "stable_spam": stable_spam, "adagc": adagc, "zclip": zclip}
 MATRICES: dict[str, Callable] = {"muon": muon, "spectral_sphere": spectral_sphere}
 
@@ -173,7 +173,7 @@ def build(cfg: Config, groups: list[dict], named_params: Iterable[tuple[str, Ten
     inside = {id(p) for name, p in named_params if name.startswith("blocks.") and p.ndim == 2}
 
     def only(wanted: bool) -> list[dict]:
-        """The groups with the matrices of the blocks alone (True) or with all other parameters (False)."""
+        """The groups with the blocks' 2-D weights alone (True) or with all other parameters (False)."""
         kept = [{**g, "params": [p for p in g["params"] if (id(p) in inside) == wanted]} for g in groups]
         return [g for g in kept if g["params"]]
 
