@@ -1,4 +1,4 @@
-"""The launch scripts, with stand-ins for srun, scontrol and ssh that start everything on this machine."""
+"""The launch scripts, with stand-ins for srun, scontrol, ssh and SkyPilot that start everything on this machine."""
 
 import json
 import os
@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from torch.distributed.run import parse_args
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, here
 
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
@@ -69,11 +71,43 @@ def test_ssh_stops_all_when_one_machine_fails(cluster, config_file):
 
 def test_torchrun_waits_for_the_last_checkpoint_but_not_longer_than_slurm():
     patience = {}
-    for script in ("slurm.sh", "ssh.sh"):
+    for script in ("slurm.sh", "ssh.sh", "sky.yaml"):
         text = (ROOT / "scripts" / script).read_text()
         patience[script] = int(re.search(r"--shutdown-timeout=(\d+) .*train\.py", text, re.DOTALL)[1])
     before_the_end = int(re.search("--signal=TERM@(\\d+)", (ROOT / "scripts" / "slurm.sh").read_text())[1])
-    assert 30 < patience["ssh.sh"] == patience["slurm.sh"] < before_the_end  # 30 s is torchrun's own
+    assert (
+        30 < patience["ssh.sh"] == patience["sky.yaml"] == patience["slurm.sh"] < before_the_end
+    )  # 30 s is torchrun's own
+
+
+def test_skypilots_file_starts_the_second_of_two_nodes(tmp_path, config_file):
+    """What it hands to torchrun is read by torchrun's own parser, and what that hands to train.py is run dry."""
+    task = yaml.safe_load((ROOT / "scripts" / "sky.yaml").read_text())
+    assert set(task) == {"name", "num_nodes", "resources", "workdir", "envs", "setup", "run"} and task["workdir"] == "."
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for name, text in {"torchrun": 'printf "%s\\0" "$@"', "python": 'echo prepares "$@"'}.items():
+        (tmp_path / ".venv" / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / ".venv" / "bin" / name).chmod(0o755)
+    (tmp_path / "make").write_text("#!/bin/sh\necho makes $@\n")
+    (tmp_path / "make").chmod(0o755)
+    node = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NUM_GPUS_PER_NODE": "8",
+            "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "PATH": f"{tmp_path}:{os.environ['PATH']}"}  # fmt: skip
+    given = {"ARGS": f"{config_file} --dry_run --device=cpu", "DATA": "openwebtext"}
+
+    def bash(script, env):
+        done = subprocess.run(["bash", "-ec", script], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert bash(task["setup"], node | given) == "makes .venv/.complete\nprepares -m data.openwebtext\n"
+    assert bash(task["setup"], node | task["envs"]) == "makes .venv/.complete\n"
+    words = parse_args(bash(task["run"], node | given).split("\0")[:-1])
+    assert (words.nnodes, words.node_rank, words.nproc_per_node, words.master_addr) == ("2", 1, "8", "10.0.0.1")
+    assert words.training_script == "train.py" and words.training_script_args[-1] == "--resume"
+    done = here("train.py", *words.training_script_args)
+    assert done.returncode == 0 and "20 steps" in done.stdout, done.stderr
+    default = parse_args(bash(task["run"], node | task["envs"]).split("\0")[:-1]).training_script_args
+    assert (ROOT / default[0]).is_file() and default[1:] == ["--resume"]
 
 
 def test_ssh_says_how_it_is_called():
