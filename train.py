@@ -77,7 +77,7 @@ class Run:
     """A run: its model, optimizer, data and record, and the step that it has reached.
 
     The constructor checks cfg against data and machine (UserError) and prints the plan; `begin` opens the record.
-    step: the last step taken. healthy: the step of the last checkpoint before any sign of a collapse.
+    step: the last one begun. healthy: the step of the last checkpoint before any sign of a collapse.
     """
 
     def __init__(self, cfg: Config):
@@ -116,7 +116,7 @@ class Run:
         if world.tell(self.log.finished):
             self.log.say(f"{self.folder}: already finished; nothing to resume")
             return False
-        self.writer = checkpoint.Sharded() if world.size > 1 else checkpoint.Whole()
+        self.writer = checkpoint.Several() if world.size > 1 else checkpoint.Single()
         self.restore()
         probe = tuple(t.to(device) for t in (self.val_data or self.train_data).fixed_windows(cfg.probe_batch))
         whole, norms = partial(parallel.whole, self.model, world), parallel.norms

@@ -31,7 +31,7 @@ from config import UserError
 from engine.parallel import fill
 
 ABOUT = "checkpoint.json"  # in a checkpoint's folder: step, architecture, files and their sha256
-OPTIMIZER = "optimizer.pt"  # in the same folder: the optimizer's state_dict, of whose tensors it has only the shapes
+OPTIMIZER = "optimizer.pt"  # in the same folder: the optimizer's state_dict, with its tensors as shapes only
 
 
 def step_of(path: Path) -> int:
@@ -161,7 +161,7 @@ def _read(path: Path, content: dict, targets: dict[str, Tensor]):
 
 
 def _open(path: Path, architecture: dict) -> dict:
-    """The content of a checkpoint: its numbers and, on no device or still on the disk, its tensors.
+    """The content of a checkpoint: its numbers, and its tensors as shapes (folder) or on the disk (file).
 
     Raises UserError as `load` does.
     """
@@ -264,7 +264,7 @@ class _Reader(dcp.FileSystemReader):
 def share(tensors: dict[str, Tensor], rank: int, size: int) -> dict[str, Tensor]:
     """Those tensors that `rank` writes: the sharded ones, and about as many bytes of the others as every other rank.
 
-    No rank has more than the mean and the largest tensor. Every tensor that all hold falls to one rank.
+    No rank has more than the mean plus one tensor. Every tensor that all hold falls to one rank.
     """
     mine, bytes_of = {}, [0] * size
     for key, tensor in sorted(tensors.items(), key=lambda item: -item[1].nbytes):
@@ -278,7 +278,7 @@ def share(tensors: dict[str, Tensor], rank: int, size: int) -> dict[str, Tensor]
     return mine
 
 
-class Whole:
+class Single:
     """Writes the checkpoints of a run of one process."""
 
     def save(self, folder: Path, step: int, model, optimizer, about: dict, then: Callable):
@@ -290,7 +290,7 @@ class Whole:
         """Return at once, because `save` returns only when the checkpoint is written."""
 
 
-class Sharded:
+class Several:
     """Writes the checkpoints of a run of several processes while training goes on, one at a time.
 
     All ranks call `save`. Each writes its share and the checksum of its file. When all have written, rank 0 gives the
@@ -355,7 +355,7 @@ class Sharded:
             raise UserError(f"{path}: cannot be written ({error}); mend this and go on with --resume") from error
 
     def _on_all(self, do: Callable) -> list:
-        """What do() returns on each rank, by rank. If it fails on one, OSError with the message of this one on all."""
+        """What do() returns on each rank, by rank. If it fails on a rank, all raise OSError with that message."""
         try:
             mine = do(), None
         except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception, and holds the ranks' own

@@ -81,8 +81,8 @@ class Clock:
     def line(self, step: int) -> dict[str, float]:
         """What times.jsonl says of the interval, which ends here; the next one begins.
 
-        iter: the last step taken. time/PHASE, time/interval: seconds; the phases' sum is the interval's but for what
-        lies between the last mark and the host's noticing that the device is ready. time/mfu: the share of the peak
+        iter: the last step taken. time/PHASE, time/interval: seconds; the phases add up to the interval, but for the
+        time until the host notices that the device is ready. time/mfu: the share of the peak
         that the model's FLOPs take, absent where the peak is unknown (record.json says why). memory/now, memory/peak:
         GiB allocated on CUDA, of the process elsewhere. memory/retries: how often CUDA's allocator had to free its
         cache since the start; absent elsewhere.

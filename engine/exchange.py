@@ -1,9 +1,9 @@
 """Models in the format of Hugging Face's transformers: ours written in it, and its weights read into ours.
 
-A model there is a folder: config.json, model*.safetensors and the tokenizer's files. FAMILIES says which of our
-architectures a model type of transformers computes, and what it calls the fields and weights. Both directions read
-this one table. Two of our factors do not exist there and are multiplied into weights (`folded`). Logits stay the same
-up to rounding.
+There, in transformers, a model is a folder of config.json, model*.safetensors and the tokenizer's files. FAMILIES says
+which of our architectures a model type of transformers computes, and what it calls the fields and weights. Both
+directions read this one table. Two of our factors do not exist there and are multiplied into weights (`folded`). Logits
+stay the same up to rounding.
 """
 
 import json
@@ -29,12 +29,12 @@ class Family:
     """A model type of transformers."""
 
     architecture: str  # the class that computes it
-    prefix: str  # of the name of every weight but the read-out's
+    prefix: str  # of the name of every weight but the head's
     fixed: dict  # {our field: the one value that this model type can have}
     sizes: dict[str, str]  # {our field: its name in config.json}
     settings: dict  # {name in config.json: the value with which it computes what our model does}
-    # {name there: names here}, without ".weight"; # is the layer, @ the expert, of which ours is a stack. Several names
-    # here are one matrix there, the first at the top.
+    # {name there: names here}, without ".weight"; # is the layer, @ the expert; we stack the experts. Several names
+    # here are one matrix there, the first on top.
     names: dict[str, str]
 
 
@@ -121,8 +121,8 @@ def counterpart(cfg: Config) -> str:
 def folded(cfg: Config) -> dict[str, float]:
     """{role: factor} of our model's factors that transformers has not; there they are part of the role's weights.
 
-    They are the factor of the logits, and what attention's scale is more than d_head^(-1/2). Queries that are normed
-    take the latter in the gains of their norm.
+    They are the logits' factor, and attention's scale divided by d_head^(-1/2). Queries that are normed take the
+    latter in the gains of their norm.
     """
     scale = (cfg.d_model // cfg.n_head) ** (0.5 - cfg.attn_scale_power)
     return {"head": cfg.width_mult**cfg.logit_power, "q_norm" if cfg.qk_norm else "W_Q": scale}
@@ -177,8 +177,8 @@ def tokenizer_of(name: str, block_size: int):
     """Our tokenizer of this name, one of WRITTEN, as one of transformers, with the same ids.
 
     One difference remains: the text "<|endoftext|>" is the end of a text there, and an ordinary text in our corpora.
-    The tokenizer of bytes has no token for the end: any token that is declared special takes its own spelling out of
-    the text, and byte 0 is spelt Ā.
+    The bytes' tokenizer declares no end token: a special token takes its own spelling out of the text, and the end of
+    ours, byte 0, is spelt Ā.
     """
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -202,7 +202,7 @@ def refuse_full(folder: Path):
 
 
 def export(model: GPT, tokenizer_name: str, folder: Path, shard: str = "5GB") -> str:
-    """The model type as which the model was written to `folder`, whole or not at all, with the tokenizer's files.
+    """Write the model and the tokenizer's files to `folder`, whole or not at all. Returns the model type.
 
     tokenizer_name: one of WRITTEN; no tokenizer's files are written for any other. shard: the largest size of one file
     of weights. Raises UserError, before anything is written, if transformers has no counterpart of the model, if the
@@ -248,7 +248,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def origin(cfg: Config) -> dict:
-    """What record.json says of weights from cfg.init_from: {"init_from": {file: sha256}}; empty without any there."""
+    """What record.json says of weights from cfg.init_from: {"init_from": {file: sha256}}; {} if there are none."""
     files = weight_files(Path(cfg.init_from)) if cfg.init_from else []
     return {"init_from": {path.name: sha256_of(path) for path in files}} if files else {}
 
@@ -270,9 +270,9 @@ def load(cfg: Config, model: GPT):
 
 
 def _opened(cfg: Config, folder: Path) -> tuple[Family, bool]:
-    """The family of the folder's model, and whether its read-out is its embedding.
+    """The family of the folder's model, and whether its head is its embedding.
 
-    Raises UserError if the model is not of cfg's architecture, ValueError if it can be of no Config's.
+    Raises UserError if the model is not of cfg's architecture, ValueError if no Config can match it.
     """
     if not (folder / "config.json").is_file():
         raise ValueError("must be a folder with a config.json")
@@ -307,7 +307,7 @@ def _opened(cfg: Config, folder: Path) -> tuple[Family, bool]:
 
 
 def _read(cfg: Config, model: GPT, family: Family, tied: bool):
-    """Fill the model from the folder's files. Raises ValueError if they lack a weight or hold one that ours cannot."""
+    """Fill the model from the folder's files. Raises ValueError if they lack a weight or have one that ours lacks."""
     there = _Files(Path(cfg.init_from), family.prefix)
     own, factors = dict(model.named_parameters()), folded(cfg)
     for theirs, ours in pairs(family, cfg):

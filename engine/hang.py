@@ -1,7 +1,7 @@
 """What is done about a run that hangs: stacks are written, waiting ends, and one line says so.
 
-A process of several can wait for another one that does not come. It writes the stack of its Python code, and so does
-the one that it waits for. Then its waiting fails, and it ends with one line.
+A process can wait in vain for another one. Both then write their Python stacks. The waiting fails, and the process that
+waited ends with one line.
 """
 
 import contextlib

@@ -239,32 +239,32 @@ def product_error(n: int, k: int) -> float:
 def compile_mode(device: torch.device, accumulate: int) -> str | None:
     """torch.compile's mode for the whole loss: with CUDA graphs, unless a step has several micro-batches.
 
-    A graph writes its gradients to the same memory each time, and PyTorch may then add up wrong ones (its issues 96693
-    and 169545).
+    A graph writes its gradients to the same memory each time, and PyTorch may then add wrong gradients (its issues
+    96693 and 169545).
     """
     return "reduce-overhead" if device.type == "cuda" and accumulate == 1 else None
 
 
 def compiled(
-    cfg: Config, model: GPT, device: torch.device, autocast, run: Callable | None = None, accumulate: int = 1
+    cfg: Config, model: GPT, device: torch.device, autocast, loss: Callable | None = None, accumulate: int = 1
 ) -> tuple[Callable, dict, list[str]]:
     """The loss function, compiled as cfg.compile says; what to record; and lines to announce.
 
-    run: the uncompiled loss function, such as a wrapper that spreads the model over processes; None means the model.
+    loss: the uncompiled function, such as a wrapper that spreads the model over processes; None means the model.
     accumulate: the micro-batches of a step on this process.
 
     The compiled function is tried on one micro-batch, so no step's time includes compilation. If compilation fails
     (on a CPU, PyTorch needs a C++ compiler), the run is uncompiled from its first step, and a line says so.
     """
-    run = run or model
-    loss_of, mode = run, None
+    loss = loss or model
+    loss_of, mode = loss, None
     if cfg.compile == "off":
-        return run, {}, []
-    if not torch.cuda.is_available():  # the compiler imports a module that warns of a CUDA that it finds without a GPU
+        return loss, {}, []
+    if not torch.cuda.is_available():  # a module that the compiler imports warns of CUDA without a GPU
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if cfg.compile == "whole":
         mode = compile_mode(device, accumulate)
-        loss_of = torch.compile(run, mode=mode, dynamic=False)
+        loss_of = torch.compile(loss, mode=mode, dynamic=False)
     else:
         for block in model.blocks:
             # with dynamic=None, a second batch size would replace it by slower code that serves all sizes
@@ -279,7 +279,7 @@ def compiled(
         for block in model.blocks:
             block._compiled_call_impl = None
         reason = " ".join(str(error).split("\n\n")[0].split())  # the cause may be in its second line
-        return run, {}, [f"COMPILE: {cfg.compile!r} failed, running uncompiled: {reason}"]
+        return loss, {}, [f"COMPILE: {cfg.compile!r} failed, running uncompiled: {reason}"]
     finally:
         model.zero_grad(set_to_none=True)
     seconds = round(time.perf_counter() - began, 1)
@@ -304,8 +304,8 @@ def _status(entry: str) -> int | None:
 
 
 def memory_used(device: torch.device) -> dict[str, float]:
-    """Memory "now" and its "peak" in GiB, of the device on CUDA, elsewhere of this process, "now" only where it is
-    known; on CUDA also "retries", how often the allocator had to free its cache to go on."""
+    """GiB of memory: "peak", and "now" where known; of the device on CUDA, else of this process. CUDA adds "retries":
+    how often the allocator had to free its cache."""
     used = {"peak": peak_memory(device) / 2**30}
     if device.type == "cuda":
         retries = torch.cuda.memory_stats(device).get("num_alloc_retries", 0)

@@ -52,7 +52,7 @@ class World:
 
     def share(self, rows: Tensor) -> Tensor:
         """This rank's rows on its device, perhaps still being copied: every rank gets equally many of `rows`."""
-        mine = rows.chunk(self.size)[self.rank].contiguous()  # of memory with gaps, a copy would be copied, unpinned
+        mine = rows.chunk(self.size)[self.rank].contiguous()  # with gaps, they would pass through unpinned memory
         return mine.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else mine
 
     def on_main(self, do: Callable, otherwise):
@@ -219,8 +219,8 @@ def fill(p: Tensor, value: Tensor):
 class Replica:
     """The loss function that a training step calls with a micro-batch; it averages gradients over the ranks.
 
-    Each rank holds a gradient once: DDP's lie in the buffers that the ranks exchange, its buckets, from the first
-    step on, and FSDP2's are sharded after every micro-batch.
+    No rank holds a gradient twice: DDP's lie in its buckets, the buffers that ranks exchange, from the first step on,
+    and FSDP2's are sharded after every micro-batch.
     """
 
     def __init__(self, model: GPT, world: World, sharded: bool):

@@ -1,7 +1,7 @@
 """Small records of finished runs, for results/: a run folder packed, and recorded grids, written and read.
 
 A recorded grid is a folder of Parquet files: runs.parquet has a row a run, with columns such as config.lr, axes.seed
-and code.git; steps-0.parquet and those that follow have a row a run and step, to four digits, whole runs in one file.
+and code.git; steps-N.parquet have a row a run and step, to four digits; no run is split over two files.
 """
 
 import gzip
@@ -33,8 +33,8 @@ def read_record(folder: Path) -> dict[str, dict]:
 
 
 def read_grid(folder: Path) -> Iterator[tuple[dict[str, dict], pd.DataFrame]]:
-    """Of every run in a recorded grid what `read_record` returns, with its values on the "axes", and its steps: KEPT,
-    indexed by the step. NaN: not logged; infinity: not finite."""
+    """Of every run in a recorded grid (what `read_record` returns, and "axes"; a frame of KEPT, indexed by the step).
+    NaN: not logged; infinity: not finite."""
     parts = pd.concat(map(pd.read_parquet, folder.glob("steps-*.parquet")))
     steps = {name: of.drop(columns="run").set_index("iter") for name, of in parts.groupby("run")}
     for row in pq.read_table(folder / "runs.parquet").to_pylist():
@@ -51,8 +51,8 @@ def short(value):
 
 
 def record_grid(folder: Path, runs: Mapping[Path, dict]) -> int:
-    """Write runs, {run folder: its values on the axes}, to a grid's folder, in the place of those of the same names;
-    others that it holds stay. Returns how many it holds."""
+    """Write runs, {run folder: its values on the axes}, to a grid's folder. They replace runs of the same names.
+    Returns the grid's number of runs."""
     found = list(read_grid(folder)) if (folder / "runs.parquet").is_file() else []
     for path, axes in runs.items():
         lines = [{k: math.inf if value is None else value for k, value in line.items()} for line in read_metrics(path)]

@@ -9,7 +9,7 @@ from config import Config
 
 
 class Trace:
-    """A context that traces the steps of cfg.profile on rank 0, whose trace has the others' exchanges with it, too.
+    """A context that traces the steps of cfg.profile on rank 0, including its exchanges with other ranks.
 
     The trace is written to trace_FIRST-LAST.json in the run's folder, after the last of the steps or, if the run ends
     before, at its end. A resumed run traces the steps that it takes.

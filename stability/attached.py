@@ -1,6 +1,6 @@
 """Measurements of any model: its weights and, by hooks, one forward pass in training. `monitor` decides when.
 
-The names of the results are those of `metrics`. No function changes the model, its gradients or a random state.
+Results have the names of `metrics`, and qk/…. No function changes the model, its gradients or a random state.
 """
 
 import math
@@ -185,9 +185,10 @@ def block_jacobians(model: nn.Module, blocks: Sequence[nn.Module], inputs: tuple
 
 
 class _Logits(TorchDispatchMode):
-    """Inside, the largest attention logit of the first sequence is found, in `largest`; `heads` of them if known.
+    """Inside, `largest` becomes the largest attention logit of the first sequence.
 
-    It looks at the operators that PyTorch ends up with, so it does not matter how the model calls them.
+    heads: how many a sequence has, or None. The operators that PyTorch ends up with are looked at, so it does not
+    matter how the model calls them.
     """
 
     supports_higher_order_operators = True  # flex_attention's passes through unseen

@@ -13,7 +13,7 @@ from stability import metrics, theory
 class Instruments:
     """The measurements of one run, on a fixed probe batch; they change no weight, no gradient, no random state.
 
-    model: the model in training, perhaps sharded. probe: inputs and targets, each (probe_batch, block_size).
+    model: the model in training, perhaps sharded. probe: inputs and labels, each (probe_batch, block_size).
     whole: returns the same model with whole weights on the process that measures, None on the others; all processes
     call it together. norms: turns (name, tensor) pairs into {name: ‖·‖_F}, over all processes. autocast: the context in
     which training computes. warn: is told what could not be measured.
@@ -31,9 +31,9 @@ class Instruments:
     ):
         self.cfg, self.whole, self.norms, self.autocast, self.warn = cfg, whole, norms, autocast, warn
         self.parameters = dict(model.named_parameters())
-        self.tokens, self.targets = probe
+        self.tokens, self.labels = probe
         self.weights_before: dict[str, Tensor] = {}
-        self.around_msign: dict[str, float] = {}
+        self.beside_msign: dict[str, float] = {}
 
     def before_step(self, step: int) -> dict[str, float]:
         """The measurements due at `step`, taken before the update, on the weights that give its loss and gradient."""
@@ -59,7 +59,7 @@ class Instruments:
 
     def updates(self, step: int) -> dict[str, float]:
         """The metrics update_norm/… of the step just taken, and what `observe_msign` measured in it."""
-        found, self.around_msign = self.around_msign, {}
+        found, self.beside_msign = self.beside_msign, {}
         if self.weights_before:
             # one difference at a time, and each copy is dropped: two more models would not fit beside a large one
             moved = ((name, p.detach() - self.weights_before.pop(name)) for name, p in self.parameters.items())
@@ -73,10 +73,10 @@ class Instruments:
             lambda model: metrics.activations(model, self.tokens, False, self.warn),
             lambda model: metrics.jacobians(model, self.tokens, False, self.warn),
         ])  # fmt: skip
-        self.around_msign |= {f"{when}_msign/{name}": value for name, value in found.items()}
+        self.beside_msign |= {f"{when}_msign/{name}": value for name, value in found.items()}
 
     def _theorems(self, model: GPT) -> dict[str, float]:
-        sides = theory.all_theorems(model, self.tokens, self.targets)
+        sides = theory.all_theorems(model, self.tokens, self.labels)
         return {f"theory/{name}": value for name, value in sides.items()}
 
     def _measure(self, wanted: list[Callable[[GPT], dict[str, float]]]) -> dict[str, float]:

@@ -35,8 +35,8 @@ def weights(model: GPT, each_layer: bool) -> dict[str, float]:
     """Stable ranks, spectral norms and the gains of norms.
 
     srank/<part>, sigma1/<part>: geometric means of the stable rank ‖W‖_F² / ‖W‖₂² (Def. 3.1) and of ‖W‖₂ over the
-        matrices of a part of the model. A part is a role, "attention", "mlp", or "early": the attention matrices in
-        the first quarter of the blocks, as in Fig 1.
+        matrices of a part of the model, a stack counting as one by its mean. A part is a role, "attention", "mlp", or
+        "early": the attention matrices in the first quarter of the blocks, as in Fig 1.
     norm_gain/<role>: root mean square of the gains.
 
     With each_layer also fro/<layer>.<role>, ‖W‖_F.
@@ -68,7 +68,7 @@ def weights(model: GPT, each_layer: bool) -> dict[str, float]:
 def norms(family: str, tensors: Mapping[str, Tensor], each_layer: bool) -> dict[str, float]:
     """<family>/<role>: the Frobenius norm of all tensors of a role together.
 
-    tensors: {parameter's name: tensor}, for instance gradients before clipping or the updates of a step.
+    tensors: {parameter's name: tensor, or already its norm}, such as gradients or the updates of a step.
     """
     found = probes.norms(tensors)
     squares = defaultdict(float)

@@ -68,7 +68,7 @@ class Monitor:
         self.armed = False  # whether the next step is measured
         self.forward: Forward | None = None
         self.taken: dict[str, float] = {}
-        self.shares: dict[str, float] = {}
+        self.ratios: dict[str, float] = {}
         self.before: dict[str, Tensor] = {}
         self.targets = self._find(split)
         if every is None and any(hasattr(t.parameter, "full_tensor") for t in self.targets.values()):
@@ -92,7 +92,7 @@ class Monitor:
         collapsed = self.watch.collapse is not None
         self.watch.add(line["loss"], norm)
         step = self.watch.step
-        line |= {name: _number(math.nan if norm is None else v * norm) for name, v in self.shares.items()}
+        line |= {name: _number(math.nan if norm is None else v * norm) for name, v in self.ratios.items()}
         line |= {name: _number(v) for name, v in self.taken.items()}
         self.history.append(line)
         events = []
@@ -104,13 +104,13 @@ class Monitor:
             events.append(f"step {step}: {self.watch.collapse}")
         for event in events:
             self.warn(event)
-        self.taken, self.shares = {}, {}
+        self.taken, self.ratios = {}, {}
         if self._due(step + 1):
             self._arm()
         return line | {"events": events}
 
     def measure(self) -> None:
-        """Measure gradients and updates, if due; only for loops that set gradients to zero before they call `step`."""
+        """Measure gradients and updates, if due. A loop that sets gradients to zero before `step` calls this."""
         if not self.armed:
             return
         self.armed = False
@@ -119,7 +119,7 @@ class Monitor:
             self.taken |= norms("update_norm", self.targets, lambda name, p: p.detach() - self.before.pop(name))
             total = total_norm(p.grad for p in self.model.parameters() if p.grad is not None) or 1.0
             gradients = norms("grad_norm", self.targets, lambda name, p: p.grad)
-            self.shares = {name: norm / total for name, norm in gradients.items()}
+            self.ratios = {name: norm / total for name, norm in gradients.items()}
 
     def jacobians(self, *inputs, **named) -> Jacobians:
         """The `probes.Jacobians` of the blocks at model(*inputs, **named), in evaluation mode and without a cache.
@@ -160,7 +160,7 @@ class Monitor:
         """Drop a measurement that has begun."""
         if self.forward is not None:
             self.forward.remove()
-        self.armed, self.taken, self.shares, self.before, self.forward = False, {}, {}, {}, None
+        self.armed, self.taken, self.ratios, self.before, self.forward = False, {}, {}, {}, None
 
     def _say(self, line: str):
         if line not in self.said:

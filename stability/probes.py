@@ -201,7 +201,7 @@ class Jacobians:
 
 
 def product_bounds(sigma: Tensor, ratio: Tensor, alignment: Tensor) -> tuple[Tensor, Tensor]:
-    """Two quantities (...) to compare with ‖J(L)···J(1)‖₂: the lower bound that Thm 4.2 states, and one that holds.
+    """What Thm 4.2 states as a lower bound of ‖J(L)···J(1)‖₂, and a lower bound that holds, each of shape (...).
 
     sigma, ratio: (L, ...), σ₁ and σ₂/σ₁ of each J(ℓ). alignment: (L − 1, ...), see `Jacobians`.
 

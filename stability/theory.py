@@ -74,8 +74,8 @@ class Pass(NamedTuple):
     grads: dict[str, Tensor]
 
 
-def observe(model: nn.Module, tokens: Tensor, targets: Tensor) -> Pass:
-    """The `Pass` of a `model.GPT` over tokens and targets, both (N, T). Raises TypeError for a wrapped model."""
+def observe(model: nn.Module, tokens: Tensor, labels: Tensor) -> Pass:
+    """The `Pass` of a `model.GPT` over tokens and labels, both (N, T). Raises TypeError for a wrapped model."""
     refuse_wrapped(model)
     seen = defaultdict(list)
     with ExitStack() as stack, torch.enable_grad(), uncompiled():
@@ -85,7 +85,7 @@ def observe(model: nn.Module, tokens: Tensor, targets: Tensor) -> Pass:
             ):  # fmt: skip
                 hook = module.register_forward_hook(lambda _, z, y, to=name: seen[to].append((z[0], y)))
                 stack.callback(hook.remove)
-        loss = model(tokens, targets)
+        loss = model(tokens, labels)
     inputs = [torch.stack([z for z, _ in seen[name]]).detach() for name in ("block", "attn", "mlp", "down")]
     matrices = {n: p for n, p in model.blocks.named_parameters() if p.ndim == 2}
     L, N = len(model.blocks), len(tokens)
@@ -371,14 +371,14 @@ def _share(true: Tensor, *needed: Tensor) -> float:
     return true[~sum(needed).isnan()].double().mean().item()
 
 
-def all_theorems(model: nn.Module, tokens: Tensor, targets: Tensor) -> dict[str, float]:
-    """All theorems on tokens and targets (N, T), as {"<theorem>/<name>": number}, or /<name>/<layer> for each layer.
+def all_theorems(model: nn.Module, tokens: Tensor, labels: Tensor) -> dict[str, float]:
+    """All theorems on tokens and labels (N, T), as {"<theorem>/<name>": number}, or /<name>/<layer> for each layer.
 
     4.4: error, the largest relative difference of the two sides. For the others see `_flat_norms` (4.5, 4.6),
-    `_flat_gradients` (4.8, 4.9), `_flat_ranks` (4.10) and `_flat_drift` (4.12). In all of them "holds" is the share of
-    cases in which the theorem holds, and a mean or a share leaves out what is not defined.
+    `_flat_gradients` (4.8, 4.9), `_flat_ranks` (4.10) and `_flat_drift` (4.12). "holds" is the share of cases
+    in which the theorem holds (4.12: its condition). A mean or a share leaves out what is not defined.
     """
-    seen = observe(model, tokens, targets)
+    seen = observe(model, tokens, labels)
     matrices = {name: p for name, p in model.blocks.named_parameters() if p.ndim == 2}
     sides = weight_norms(matrices)
     error = (sides.measured / sides.bound - 1).abs().nan_to_num(0).max().item()

@@ -93,7 +93,7 @@ def steps(model: GPT, optimizer: torch.optim.Optimizer, first: int, last: int):
         optimizer.zero_grad()
 
 
-def saved_while_training(folder: Path, number: int, name: str, writer: checkpoint.Sharded) -> tuple[bool, int, dict]:
+def saved_while_training(folder: Path, number: int, name: str, writer: checkpoint.Several) -> tuple[bool, int, dict]:
     """Save, while three steps are taken, and load; whether six steps with this in between give the same as without.
 
     Also returns the bytes of all tensors, and what this rank counted: bytes copied, in the largest tensor, in its file,
@@ -129,7 +129,7 @@ def saved_while_training(folder: Path, number: int, name: str, writer: checkpoin
     return all(map(torch.equal, model.parameters(), other.parameters())), sum(sizes), counted
 
 
-def refused_save(folder: Path, number: int, writer: checkpoint.Sharded) -> str:
+def refused_save(folder: Path, number: int, writer: checkpoint.Several) -> str:
     try:
         writer.save(folder, number, *model_and("adamw"), {"architecture": {}, "metrics_bytes": 0}, then=lambda: None)
         writer.wait()
@@ -140,7 +140,7 @@ def refused_save(folder: Path, number: int, writer: checkpoint.Sharded) -> str:
 
 def checkpoints(folder: str, victim: list[str]):
     """Prints what test_all_ranks_write_their_shares… expects; then rank 1 dies while the victim's second save runs."""
-    rank, writer, found = dist.get_rank(), checkpoint.Sharded(), {"same": {}, "total": {}, "counted": {}}
+    rank, writer, found = dist.get_rank(), checkpoint.Several(), {"same": {}, "total": {}, "counted": {}}
     everyone = parallel.World(rank, dist.get_world_size(), torch.device("cpu")).agree
     # their states are of every kind: tensors of each parameter, numbers and truth values, the parts of two optimizers
     for number, name in enumerate(("adamw", "spam", "muon")):
