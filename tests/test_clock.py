@@ -23,8 +23,8 @@ def lines(folder):
 def test_the_phases_of_a_run_add_up_and_its_metrics_hold_no_times(config_file, tmp_path, monkeypatch):
     folder, argv = tmp_path / "runs" / "small", [str(config_file), "--msign_period=4"]
     monkeypatch.setattr(clock, "EVERY", 0.0)
-    save = checkpoint.Whole.save
-    monkeypatch.setattr(checkpoint.Whole, "save", lambda *args: time.sleep(0.02) or save(*args))
+    save = checkpoint.Single.save
+    monkeypatch.setattr(checkpoint.Single, "save", lambda *args: time.sleep(0.02) or save(*args))
     began = time.perf_counter()
     train.train(load_config(argv))
     took = time.perf_counter() - began
