@@ -1,16 +1,13 @@
 """Prepare a corpus from text files of your own.
 
-    python data/text.py notes.txt book.md --name=mine     # data/mine
+    python -m data.text notes.txt book.md --name=mine     # data/mine
     python train.py configs/stress_constant.py --dataset=mine
 
 The last twentieth of every file is held out for validation.
 """
 
 import argparse
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 

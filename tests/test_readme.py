@@ -41,7 +41,7 @@ SHORT = {
     "scripts/faults.py": "--only read_only",
     "scripts/soak.py": "--help",
     "scripts/sweep.py": "--max_steps=2 --dry_run --runs_dir={}",
-    "data/text.py": "--name={}/mine",
+    "-m data.text": "--name={}/mine",
     "scripts/sample.py": "",
     "-m data.openwebtext": "--help",
     "-m data.nemotron_cc": "--help",
@@ -67,7 +67,7 @@ def needed(line: str) -> str | None:
     """The command that must have run before this one, if there is one."""
     if "--resume" in line:
         return line.replace(" --resume", "")
-    needs = {"scripts/sample.py": "train.py configs/stress_constant.py", "--dataset={}/mine": "data/text.py"}
+    needs = {"scripts/sample.py": "train.py configs/stress_constant.py", "--dataset={}/mine": "-m data.text"}
     starts = [other for part, other in needs.items() if part in line]
     return next(line for line in SHORTENED if line.startswith(starts[0])) if starts else None
 

@@ -5,14 +5,14 @@ import torch
 
 from engine.sampling import sample
 from model import GPT
-from tests.conftest import refused, run, small
+from tests.conftest import here, refused, run, small
 
 PHRASE = "the quick brown fox jumps over the lazy dog. "
 
 
 def test_ones_own_text_is_trained_on_and_comes_out_again(tmp_path, config_file):
     (tmp_path / "fox.txt").write_text(PHRASE * 400)
-    done = run("data/text.py", tmp_path / "fox.txt", f"--name={tmp_path / 'fox'}")
+    done = here("-m", "data.text", tmp_path / "fox.txt", f"--name={tmp_path / 'fox'}")
     assert done.returncode == 0, done.stderr
     assert "17,101 train tokens, 900 val tokens" in done.stdout
     options = [f"--dataset={tmp_path / 'fox'}", "--name=fox", "--max_steps=300", "--lr=0.003", "--block_size=32"]
@@ -64,6 +64,6 @@ def test_a_run_without_checkpoints_or_tokenizer(tmp_path, config_file):
 @pytest.mark.parametrize("content, says", [(b"", "empty; must hold text"), (b"ab\xff", "byte 2 is not UTF-8")])
 def test_what_is_not_text(tmp_path, content, says):
     (tmp_path / "a.txt").write_bytes(content)
-    refused("data/text.py", tmp_path / "a.txt", f"--name={tmp_path / 'a'}", says=says)
+    refused("-m", "data.text", tmp_path / "a.txt", f"--name={tmp_path / 'a'}", says=says)
     assert not (tmp_path / "a").exists()
-    refused("data/text.py", tmp_path / "b.txt", says="b.txt")
+    refused("-m", "data.text", tmp_path / "b.txt", says="b.txt")
