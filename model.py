@@ -461,19 +461,23 @@ class GPT(nn.Module):
         The attention weights and the padding of experts are not counted.
         """
         cfg = self.cfg
-        # W_up x and its GELU; or W_gate x, its SiLU, W_up x and their product
-        mlp = (4 if cfg.mlp == "swiglu" else 2) * cfg.d_ff
-        if cfg.n_experts:
-            mlp = cfg.top_k * (mlp + 5 * cfg.d_model)  # tokens are copied into the order of the experts and back
-        # values kept for each token, in units of d_model: inputs and outputs of 2 norms (4), q, k, v (3), attention's
-        # output (1) and copies (2); RoPE: q and k before, during and after the rotation (6 at most)
-        values = (10 + 6 * (cfg.position == "rope")) * cfg.d_model + mlp
-        kept_in_fp32 = 4 * cfg.d_model  # of these values: inputs and outputs of norms, which autocast does not convert
-        block = (values - kept_in_fp32) * bytes_per_value + kept_in_fp32 * 4
+        gated = cfg.mlp == "swiglu"
+        # W_up x and its GELU; or W_gate x, its SiLU, W_up x and their product; and their input, cast for each matrix
+        mlp = (4 if gated else 2) * cfg.d_ff + (2 if gated else 1) * cfg.d_model
+        if cfg.n_experts:  # tokens copied into the order of the experts, and the experts' outputs in that of the tokens
+            mlp = cfg.top_k * (4 * cfg.d_ff + 2 * cfg.d_model) + cfg.d_model
+        # values for each token, in units of d_model: attention's input (1), q, k, v (3) and output (1); RoPE: q and k
+        # after the rotation (2) and another copy of the output (1)
+        values = (5 + 3 * (cfg.position == "rope")) * cfg.d_model + mlp
+        block = values * bytes_per_value + 2 * cfg.d_model * 4  # the inputs of both norms stay in fp32
         # a recomputed block keeps its fp32 input, and all of it at a time when no other block is left
         again = min(cfg.recompute, cfg.n_layer)
         blocks = again * 4 * cfg.d_model + max(cfg.n_layer - again, 1) * block
         tokens = cfg.micro_batch * cfg.block_size
-        # logits, log-softmax and their gradient, in fp32, of all tokens or of a GPU's chunk
-        logits = 3 * min(tokens * cfg.vocab_size, max(LOGITS, GPU_ROWS * cfg.vocab_size))
+        # in fp32: logits, log-softmax and their gradient of all tokens; or of a GPU's chunk, which PyTorch overwrites
+        # when it computes in fp32, and the gradient of the head
+        logits = 3 * tokens * cfg.vocab_size
+        if tokens * cfg.vocab_size > LOGITS:
+            chunk = max(LOGITS, min(tokens, GPU_ROWS) * cfg.vocab_size)
+            logits = (1 if bytes_per_value == 4 else 3) * chunk + self.head.weight.numel()
         return tokens * blocks + logits * 4

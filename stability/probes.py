@@ -330,10 +330,11 @@ class _Linearised:
         self._transpose()
 
     @classmethod
-    def along(cls, blocks: Iterable[nn.Module], x: Tensor) -> tuple["_Linearised", str | None]:
-        """The blocks linearised at the residual stream that begins with x, and an error line or None.
+    def along(cls, blocks: Iterable[nn.Module], x: Tensor, first: int = 0) -> tuple["_Linearised", Tensor, str | None]:
+        """The blocks linearised at the residual stream that begins with x, what they make of x, and a line or None.
 
-        The line names the first block whose output is not finite; this block and those after it are left out.
+        The line names the first block whose output is not finite, counted from `first`; this block and those after it
+        are left out.
         """
         self, error = cls([], []), None
         with torch.enable_grad(), _Measured():
@@ -341,12 +342,12 @@ class _Linearised:
                 z = leaf(x)
                 x = block(z)
                 if not torch.isfinite(x).all():
-                    error = not_finite(i, block, z)
+                    error = not_finite(first + i, block, z)
                     break
                 self.z.append(z)
                 self.y.append(x)
         self._transpose()
-        return self, error
+        return self, x.detach(), error
 
     def _transpose(self):
         """Record the backward passes g = Jᵀu, to be differentiated with respect to u."""
@@ -368,29 +369,41 @@ class _Linearised:
         """Jᵀu for the functions in `live`."""
         return self._apply(self.y, self.z, u, live)
 
-    def chain(self, v: Tensor, live: list[int]) -> Tensor:
-        """J(L)···J(1)v for v (1, rows, T · d)."""
-        for i in range(len(self.z)):
-            v = self.matvec(v, [i])
+    def triples(self, steps: int = 12, generator: torch.Generator | None = None) -> Triples:
+        """The top singular triples of every function's Jacobian."""
+        start = _start(len(self.z), self.z[0], generator or torch.Generator().manual_seed(0))
+        return top_triples(self.matvec, self.rmatvec, start, steps)
+
+
+def _start(functions: int, z: Tensor, generator: torch.Generator) -> Tensor:
+    """Random starting vectors, (functions, rows, T · d)."""
+    return torch.randn(functions, len(z), z[0].numel(), generator=generator).to(z)
+
+
+class _Product:
+    """Products with J(L)···J(1) of blocks in parts, each linearised at its point; only one part is so at a time."""
+
+    def __init__(self, parts: Sequence[Sequence[nn.Module]], points: Sequence[Tensor], last: _Linearised):
+        self.parts, self.points = parts, points
+        self.at, self.linearised = len(parts) - 1, last
+
+    def _through(self, v: Tensor, order: range, multiply: Callable) -> Tensor:
+        for part in order:
+            if part != self.at:
+                self.linearised = _Linearised([], [])  # frees the part before
+                self.at, (self.linearised, *_) = part, _Linearised.along(self.parts[part], self.points[part])
+            blocks = range(len(self.parts[part]))
+            for i in blocks if order.step > 0 else reversed(blocks):
+                v = multiply(self.linearised, v, [i])
         return v
 
-    def rchain(self, u: Tensor, live: list[int]) -> Tensor:
+    def matvec(self, v: Tensor, live: list[int]) -> Tensor:
+        """J(L)···J(1)v for v (1, rows, T · d)."""
+        return self._through(v, range(len(self.parts)), _Linearised.matvec)
+
+    def rmatvec(self, u: Tensor, live: list[int]) -> Tensor:
         """(J(L)···J(1))ᵀu for u (1, rows, T · d)."""
-        for i in reversed(range(len(self.z))):
-            u = self.rmatvec(u, [i])
-        return u
-
-    def triples(self, steps: int = 12, seed: int = 0) -> Triples:
-        """The top singular triples of every function's Jacobian."""
-        return top_triples(self.matvec, self.rmatvec, self._start(len(self.z), seed), steps)
-
-    def product(self, steps: int = 12, seed: int = 0) -> Triples:
-        """The top singular triples of J(L)···J(1), where the functions are blocks that follow each other."""
-        return top_triples(self.chain, self.rchain, self._start(1, seed), steps)
-
-    def _start(self, functions: int, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device starts from the same vectors
-        return torch.randn(functions, self.z[0].shape[0], self.z[0][0].numel(), generator=generator).to(self.z[0])
+        return self._through(u, range(len(self.parts) - 1, -1, -1), _Linearised.rmatvec)
 
 
 def refuse_wrapped(module: nn.Module):
@@ -421,6 +434,7 @@ def jacobians(
     positions: Sequence[int] = (),
     steps: int = 12,
     seed: int = 0,
+    together: int = 0,
 ) -> Jacobians:
     """The layer Jacobians of any modules that map a residual stream (B, T, d) to one of the same shape.
 
@@ -428,6 +442,7 @@ def jacobians(
     positions: measure single tokens t instead of whole sequences, that is ∂h_t(ℓ) / ∂h_t(ℓ−1), d × d, with all other
                tokens held fixed. `product` is then NaN.
     steps:     the largest number of Lanczos steps. Vectors that they leave uncertain are `flagged`.
+    together:  how many blocks are linearised at a time. 0: all on a CPU, and on a GPU those for which there is memory.
 
     Where no vector is `flagged`, sigma is exact to 1e-4 in the tests; the iteration stops at an estimated error of
     3e-4. There is one rare exception: when σ₂ is nearly as large as σ₁, the iteration may find σ₂ first and take it for
@@ -441,33 +456,67 @@ def jacobians(
     for module in training:
         module.training = False
     try:
-        return _jacobians(blocks, x, positions, steps, seed)
+        return _jacobians(blocks, x, positions, steps, seed, together or _fitting(blocks, x, steps))
     finally:
         for module in training:
             module.training = True
 
 
-def _jacobians(blocks, x: Tensor, positions: Sequence[int], steps: int, seed: int) -> Jacobians:
-    linearised, error = _Linearised.along(blocks, x)
-    measured = len(linearised.z)
-    if measured and len(positions):
-        points = [z.detach() for z in linearised.z]
-        functions = [partial(_at_positions, f, z, positions) for f, z in zip(blocks, points, strict=False)]
-        linearised = _Linearised(functions, [z[:, list(positions)].flatten(0, 1) for z in linearised.z])
+def _fitting(blocks, x: Tensor, steps: int) -> int:
+    """How many blocks can be linearised at a time: all on a CPU; those that fit, but one at least, on a GPU."""
+    if x.device.type != "cuda":
+        return len(blocks)
+    before = torch.cuda.memory_allocated(x.device)
+    first, *_ = _Linearised.along(blocks[:1], x)
+    graph = torch.cuda.memory_allocated(x.device) - before
+    del first
+    free, memory = torch.cuda.mem_get_info(x.device)
+    unused = free + torch.cuda.memory_reserved(x.device) - before - 0.2 * memory  # a fifth is left to others
+    vectors = (2 * steps + 1) * x.numel() * x.element_size()
+    # a product takes, for a moment, as much as two blocks at most (experts)
+    return max(1, min(len(blocks), int(unused / (graph + vectors)) - 2))
+
+
+def _jacobians(blocks, x: Tensor, positions: Sequence[int], steps: int, seed: int, together: int) -> Jacobians:
     L, N = len(blocks), x.shape[0] * max(1, len(positions))
-    nan = torch.full((L, N), math.nan, dtype=torch.float64)
-    sigma, ratio, residual = nan.clone(), nan.clone(), nan.clone()
-    alignment, product = nan[1:].clone(), nan[0].clone()
-    if measured:
-        top = linearised.triples(steps, seed)
-        for into, values in ((sigma, top.sigma), (ratio, top.ratio), (residual, top.residual)):
-            into[:measured] = values.view(measured, N).cpu()
-        u, v = top.u.view(measured, N, -1), top.v.view(measured, N, -1)
-        alignment[: measured - 1] = (v[1:] * u[:-1]).sum(-1).abs().double().cpu()
-        if measured == L and not len(positions):
-            product = linearised.product(steps, seed).sigma.cpu()
+    sigma, ratio, residual = torch.full((3, L, N), math.nan, dtype=torch.float64)
+    alignment, product = sigma[1:].clone(), sigma[0].clone()
+    generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device starts from the same vectors
+    parts = [blocks[first : first + together] for first in range(0, L, together)]
+    points, measured, error, u_before = [], 0, None, None
+    for part in parts:
+        points.append(x)
+        linearised, x, error = _Linearised.along(part, x, measured)
+        count = len(linearised.z)
+        if count:
+            top = _at(linearised, part, positions).triples(steps, generator)
+            for into, values in ((sigma, top.sigma), (ratio, top.ratio), (residual, top.residual)):
+                into[measured : measured + count] = values.view(count, N).cpu()
+            u, v = top.u.view(count, N, -1), top.v.view(count, N, -1)
+            if u_before is not None:
+                alignment[measured - 1] = (v[0] * u_before).sum(-1).abs().double().cpu()
+            alignment[measured : measured + count - 1] = (v[1:] * u[:-1]).sum(-1).abs().double().cpu()
+            u_before, measured = u[-1].clone(), measured + count
+            del top, u, v
+        if error:
+            break
+        if part is not parts[-1]:
+            del linearised  # the next part needs its memory
+    if measured == L and not len(positions):
+        whole, generator = _Product(parts, points, linearised), torch.Generator().manual_seed(seed)
+        del linearised  # `whole` lets go of it when it takes another part
+        product = top_triples(whole.matvec, whole.rmatvec, _start(1, x, generator), steps).sigma.cpu()
     bad = ill_conditioned(ratio, residual)
     return Jacobians(sigma, ratio, residual, alignment, bad[1:] | bad[:-1], product, (error,) if error else ())
+
+
+def _at(linearised: _Linearised, blocks: Sequence[nn.Module], positions: Sequence[int]) -> _Linearised:
+    """The same blocks linearised as functions of single tokens at the positions, if there are some."""
+    if not len(positions):
+        return linearised
+    points = [z.detach() for z in linearised.z]
+    functions = [partial(_at_positions, f, z, positions) for f, z in zip(blocks, points, strict=False)]
+    return _Linearised(functions, [z[:, list(positions)].flatten(0, 1) for z in points])
 
 
 def _at_positions(block: Callable[[Tensor], Tensor], x: Tensor, positions: Sequence[int], h: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def test_memory_of_a_layout():
     assert (replica.weights, replica.gradients, replica.moments) == (4 * n, 4 * n, 8 * n)
     assert shard.moments == pytest.approx(n, rel=1e-6)
     assert shard.total < replica.total / 3
-    assert Memory.of(config("gpt_3b", "--recompute=0"), 8, True).activations > 5 * shard.activations
+    assert Memory.of(config("gpt_3b", "--recompute=0"), 8, True).activations > 4 * shard.activations
 
 
 def test_flops_and_memory_follow_the_number_of_recomputed_blocks():

@@ -1,6 +1,7 @@
 import copy
 import itertools
 import math
+import weakref
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import mup
 from config import Config
 from model import GPT
+from stability import probes
 from stability.metrics import forward_pass
 from stability.probes import (
     geometric_mean,
@@ -261,6 +263,32 @@ def test_a_block_that_is_not_finite_is_named_and_the_rest_measured():
     assert part.sigma[2].isnan().all()
     assert part.alignment[1].isnan().all()
     assert part.product.isnan().all()
+
+
+@pytest.mark.parametrize("positions", [(), (1, 5)])
+def test_a_few_blocks_at_a_time_give_the_same(positions, monkeypatch):
+    """Five blocks, two at a time; then one whose output is not finite. Of the linearised blocks only two ever live."""
+    model = noisy_model(n_layer=5)
+    x = model.embed(torch.arange(16).view(2, 8)).detach()
+    whole, alive, most = jacobians(model.blocks, x, positions), weakref.WeakSet(), []
+    linearised = probes._Linearised.along.__func__
+
+    def along(cls, *args):
+        made = linearised(cls, *args)
+        alive.add(made[0])
+        most.append(sum(len(one.z) for one in alive))
+        return made
+
+    monkeypatch.setattr(probes._Linearised, "along", classmethod(along))
+    parts = jacobians(model.blocks, x, positions, together=2)
+    assert max(most) == 2
+    for name in ("sigma", "ratio", "alignment", "product"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-3, atol=1e-4, equal_nan=True)
+    with torch.no_grad():
+        model.blocks[3].mlp.W_up.weight[0, 0] = math.inf
+    cut = jacobians(model.blocks, x, positions, together=2)
+    assert cut.errors == ("block 3: its mlp.W_up.weight is not finite",)
+    assert torch.equal(cut.sigma[:3], parts.sigma[:3]) and cut.sigma[3:].isnan().all()
 
 
 def test_wrapped_modules_are_refused_by_name():

@@ -36,6 +36,7 @@ SHORT = {
     "scripts/coord_check.py": "--widths 48 96 --steps=1 --seeds=1 --out={}/check.png",
     "scripts/plan.py": "",
     "scripts/acceptance.py": "--only sign --device=cpu --out={}/acceptance",
+    "scripts/without_gpu.py": "--help",
     "scripts/evidence.py": "--help",
     "scripts/report.py": "--help",
     "scripts/faults.py": "--only read_only",
@@ -91,6 +92,28 @@ def test_make_targets_set_up_and_call_what_they_say(target):
     assert "install" in said.stdout
     assert "-r requirements.txt" in said.stdout
     assert {"reproduce": "python scripts/reproduce.py", "test": "python -m pytest"}[target] in said.stdout
+
+
+@pytest.mark.parametrize("uv_fails", [False, True])
+def test_set_up_obeys_pips_settings_and_falls_back_to_pip(uv_fails, tmp_path):
+    """With a python and a uv that only write down what they are called with."""
+    env, calls = tmp_path / "env", tmp_path / "calls"
+    note = f'#!/bin/sh\necho "$(basename "$0") $*" >> {calls}\n'
+    made = f'if [ "$2" = venv ]; then mkdir -p {env}/bin && cp "$0" {tmp_path}/uv {env}/bin; fi\n'
+    for name, does in (("python", made), ("uv", f"exit {int(uv_fails)}\n")):
+        (tmp_path / name).write_text(note + does)
+        (tmp_path / name).chmod(0o755)
+    command = ["make", "--silent", f"PYTHON={tmp_path}/python", f"VENV={env}", f"{env}/.complete"]
+    settings = {"PIP_CONSTRAINT": "requirements.lock", "PIP_INDEX_URL": "https://mirror.test/simple"}
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True)
+    assert (done.returncode, (env / ".complete").is_file()) == (0, True), done.stderr
+    uv, *pip = calls.read_text().splitlines()[3:]  # after the version, the environment, and pip install uv
+    assert uv.startswith("uv pip install ") and "--default-index https://mirror.test/simple" in uv
+    assert uv.endswith("-r requirements.txt") and "--constraint requirements.lock" in uv
+    assert [line.split()[1:4] + line.split()[-2:] for line in pip] == uv_fails * [
+        ["-m", "pip", "install", "-r", "requirements.txt"]
+    ]
+    assert ("uv failed, see above; pip, which is slower, installs instead" in done.stdout) == uv_fails
 
 
 def test_another_python_has_an_environment_of_its_own():

@@ -1,0 +1,271 @@
+"""Does a run fit into a GPU, and does it stay in bf16? Shown without one, for every configuration at its full size.
+
+The runs use PyTorch's CUDA build on a CUDA that computes nothing (without_gpu.c; Linux and gcc). Memory, types, copies
+and the number of calls are those of a GPU; losses and gradients mean nothing. Of several processes only rank 0 is
+started, in a process group that sends nothing. Triton and NCCL are not run: blocks are not compiled, and a collective
+costs neither memory nor time.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from config import UserError, load_config
+from engine.budget import ROOM
+
+SOURCE = Path(__file__).with_suffix(".c")
+COUNTERS = ("fp32", "bf16", "fp64", "pageable", "pinned", "read", "waited", "launches", "compiled")
+GIB = 2**30
+PLAN = 0.1  # by which share the plan may miss the peak
+SIGNAL = 4  # bytes: a step copies one number from the host, whether a signal came
+PROBE, APPLICATION, STEPS = 4, 5, 6  # the steps that measure, and apply MSign, and how many there are
+PLAIN = (2, 3, 6)  # steps that only train; the first one allocates the optimizer's moments
+# which run on how many GPUs: the paper's four models, and the ladder's largest
+RUNS = (("nano_5m_msign", 1), ("sigma_40m_msign", 1), ("gpt_124m", 1), ("gpt_1b", 8), ("llama_1b_msign", 8),
+        ("gpt_3b", 8), ("llama_moe_3b_msign", 8))  # fmt: skip
+# what a run adds to the configuration: few steps, two micro-batches in each, every instrument but the theorems
+OPTIONS = [f"--max_steps={STEPS}", "--warmup_steps=1", f"--probe_every={PROBE}", f"--layers_every={PROBE}",
+           f"--jacobian_every={PROBE}", "--theory_every=0", "--eval_every=0", "--ckpt_every=0", "--compile=off",
+           "--wandb=off"]  # fmt: skip
+
+
+PAGE = """# Memory and precision on an H100, without one
+
+Every run took six steps on a CUDA that computes nothing (`scripts/without_gpu.py`), as rank 0 of its processes. Memory
+is in GiB, of the 79.2 that PyTorch sees on an H100. *plan*: what the memory plan of `scripts/plan.py` counts; *peak*:
+the most that a step of training alone held; *reserved*: the most that PyTorch's allocator had taken from the GPU after
+any of the six steps. *fp32 share*: the share of fp32 in the FLOPs of matrix products of such a step. Blocks are not
+compiled. What NCCL and compiled kernels take is not in these numbers.
+
+{table}
+
+A rule is broken if the allocator takes more than 85 % of the memory, if a step keeps memory, if the plan misses
+the peak by more than a tenth, or if a step of a bf16 run has products in fp32, copies from memory that is not pinned,
+or waits for the GPU more than once, or if something could not be measured, for lack of memory, say.
+"""
+
+
+def symbols(libraries: list[Path], which: str) -> set[str]:
+    """The names that libraries define ("--defined-only"), or need and do not define ("--undefined-only")."""
+    command = ["nm", *(["-D"] if libraries[0].suffix == ".so" else []), which, *libraries]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return {line.split()[-1].split("@")[0] for line in lines if len(line.split()) > 1}
+
+
+def build(folder: Path) -> dict[str, str]:
+    """Compile the CUDA that computes nothing into `folder`. Returns the environment in which PyTorch uses it.
+
+    Raises UserError unless this is Linux with gcc and PyTorch's CUDA build.
+    """
+    packages = Path(sysconfig.get_path("purelib"))
+    headers = [path.parent for path in packages.glob("nvidia/*/include/cuda_runtime_api.h")]
+    if sys.platform != "linux" or not headers:
+        raise UserError("without_gpu: needs Linux, and the build of PyTorch that brings CUDA")
+    triton = packages / "triton" / "backends" / "nvidia"
+    headers.append(triton / "include")  # has headers that the others include
+    own, rest, library = folder / "own.o", folder / "rest.c", folder / "libcuda.so.1"
+    gcc = ["gcc", "-w", "-fPIC", *(f"-I{path}" for path in headers)]
+    users = [path for name in ("libtorch_*.so", "libc10_cuda.so", "libcaffe2_nvrtc.so")
+             for path in packages.glob(f"torch/lib/{name}")]  # fmt: skip
+    try:
+        subprocess.run([*gcc, "-c", SOURCE, "-o", own], check=True)
+        prefix = re.compile(r"(cu(da)?[A-Z]|__cuda[A-Z]|cublas|cusolver|nccl[A-Z]|nvrtc)\w+")
+        linked = filter(prefix.match, symbols(users, "--undefined-only"))
+        by_name = re.compile(rb"\0((?:cu|nvml)[A-Z]\w+)\0")
+        asked_for = [name.decode() for path in users for name in by_name.findall(path.read_bytes())]
+        asked_for += re.findall(r"\b(cu[A-Z]\w+)\(", (triton / "driver.c").read_text())
+        missing = {*linked, *asked_for} - symbols([own], "--defined-only")
+        rest.write_text("\n".join(f"int {name}() {{ return 0; }}" for name in sorted(missing)))
+        subprocess.run([*gcc, "-shared", "-Wl,-soname,libcuda.so.1", rest, own, "-o", library], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"without_gpu: gcc and nm are needed: {error}") from error
+    (folder / "libnvidia-ml.so.1").symlink_to(library)
+    return {"LD_PRELOAD": str(library), "LD_LIBRARY_PATH": str(folder)}
+
+
+# --- inside: in a process that was started with this environment ---
+
+
+def stand_ins(ranks: int, even: int):
+    """Replace what needs values or other processes, or costs time on the CPU alone.
+
+    even: how many tokens of a probe each expert gets if all get equally many. Training does not ask for the number.
+    """
+    import torch
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    import msign
+    import mup
+    from engine import parallel
+
+    torch.set_num_threads(1)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its plans are made by a library that asks the GPU
+    mup.init_weights = lambda *_: None
+    parallel.finite = lambda p: True
+    msign._require_finite = lambda *_: None
+    of_all = torch.Tensor.all  # asked whether all values are finite
+    yes = torch.tensor(True)
+    torch.Tensor.all = lambda x, *at, **dim: of_all(x, *at, **dim) if at or dim or not x.is_cuda else yes
+    parallel.World.agree = lambda self, rows: rows
+    integer = torch.Tensor.__int__
+    torch.Tensor.__int__ = lambda value: even if value.is_cuda else integer(value)
+    if ranks == 1:
+        return
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks)}
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    dist.new_group = lambda *_, **__: dist.group.WORLD
+    wrapped = parallel.DistributedDataParallel
+
+    def sends_nothing(state, bucket):
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    def data_parallel(*args, **options):
+        model = wrapped(*args, init_sync=False, **options)
+        model.register_comm_hook(None, sends_nothing)
+        return model
+
+    parallel.DistributedDataParallel = data_parallel
+
+
+class Counters:
+    """What the library counted since the last call."""
+
+    def __init__(self):
+        library = ctypes.CDLL(None)
+        self.values = (ctypes.c_double * len(COUNTERS)).in_dll(library, "counters")
+
+    def read(self) -> dict[str, float]:
+        found = dict(zip(COUNTERS, self.values, strict=True))
+        ctypes.memset(self.values, 0, ctypes.sizeof(self.values))
+        return found
+
+
+class Enough(Exception):
+    """The last step was taken."""
+
+
+def inside(name: str, ranks: int, folder: Path, more: list[str]) -> dict:
+    """Train a configuration as rank 0 of `ranks`. Returns the plan, and a line for each step with what it took."""
+    import torch
+
+    path = f"configs/{name}.py"
+    given = load_config([path])
+    stand_ins(ranks, given.probe_batch * given.block_size * given.top_k // max(given.n_experts, 1))
+    import train
+    from engine import budget
+
+    for split, tokens in (("train", 400_000), ("val", 100_000)):
+        np.zeros(tokens, np.uint16).tofile(folder / f"{split}.bin")
+    options = [f"--batch_size={2 * given.micro_batch * ranks}", f"--dataset={folder}", f"--runs_dir={folder}"]
+    options += [f"--msign_period={APPLICATION}"] if given.msign_period else []
+    cfg = load_config([path, *OPTIONS, *options, *more])
+    counters, lines = Counters(), []
+
+    def after_step(log, step: int, metrics: dict):
+        memory = {"allocated": torch.cuda.memory_allocated(), "peak": torch.cuda.max_memory_allocated(),
+                  "reserved": torch.cuda.memory_reserved()}  # fmt: skip
+        lines.append({"step": step, **memory, **counters.read()})
+        torch.cuda.reset_peak_memory_stats()
+        if step == cfg.max_steps:
+            raise Enough
+
+    train.RunLog.log = after_step
+    run = train.Run(cfg)
+    plan = budget.Memory.of(cfg, ranks, run.sharded).total
+    counters.read()
+    missing = []
+    run.not_measured = missing.append
+    run.begin()
+    with contextlib.suppress(Enough):
+        train.loop(run, train.Signals(), beat=lambda: None)
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return {
+        "layout": run.layout,
+        "dtype": cfg.dtype,
+        "plan": plan,
+        "memory": memory,
+        "steps": lines,
+        "missing": missing,
+    }
+
+
+# --- outside: what is asked of a run ---
+
+
+def named(text: str) -> tuple[str, int]:
+    """(configuration, number of GPUs) of "gpt_3b:8"."""
+    name, _, ranks = text.partition(":")
+    if not (ranks or "1").isdecimal() or int(ranks or 1) < 1:
+        raise UserError(f"only = {text!r}: must be a configuration and a number of GPUs, such as gpt_3b:8")
+    return name, int(ranks or 1)
+
+
+def run(name: str, ranks: int, environment: dict[str, str], folder: Path, more: tuple[str, ...] = ()) -> dict:
+    """What `inside` returns, from a process of its own. Raises UserError with the process's last line if it failed."""
+    out = folder / "found.json"
+    command = [sys.executable, __file__, name, str(ranks), str(out), *more]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise UserError(f"{name} on {ranks}: {why}")
+    return json.loads(out.read_text())
+
+
+def row(name: str, ranks: int, found: dict) -> dict:
+    """A line of the table, all in words, of what `inside` found."""
+    steps = {line["step"]: line for line in found["steps"]}
+    plain = [steps[step] for step in PLAIN]
+    peak = max(line["peak"] for line in plain)
+    return {
+        "run": f"{name}, {ranks} × {found['layout']}" if ranks > 1 else name,
+        "plan": f"{found['plan'] / GIB:.2f}",
+        "peak": f"{peak / GIB:.2f}",
+        "plan ÷ peak": f"{found['plan'] / peak:.3f}",
+        "peak, measuring": f"{steps[PROBE]['peak'] / GIB:.2f}",
+        "peak, MSign": f"{steps[APPLICATION]['peak'] / GIB:.2f}" if "msign" in name else "–",
+        "reserved": f"{max(line['reserved'] for line in found['steps']) / GIB:.2f}",
+        "after a step": f"{plain[-1]['allocated'] / GIB:.2f}",
+        "fp32 share": f"{max(line['fp32'] / (line['fp32'] + line['bf16']) for line in plain):.0%}",
+        "broken": "; ".join(broken(found)) or "none",
+    }
+
+
+def broken(found: dict) -> list[str]:
+    """Which of the rules a run breaks."""
+    steps = found["steps"]
+    plain = [line for line in steps if line["step"] in PLAIN]
+    peak = max(line["peak"] for line in plain)
+    rules = {
+        f"reserves more than {ROOM:.0%} of the GPU": all(line["reserved"] <= ROOM * found["memory"] for line in steps),
+        "a step keeps memory": len({line["allocated"] for line in steps[1:]}) == 1,
+        f"plan not within {PLAN:.0%}": abs(found["plan"] / peak - 1) <= PLAN,
+        "fp32 products": found["dtype"] == "float32" or not any(line["fp32"] for line in plain),
+        "copies from pageable memory": all(line["pageable"] <= SIGNAL for line in plain),
+        "could not be measured": not found["missing"],
+        "waits for the GPU more than once": all(line["read"] <= 1 for line in plain),
+    }
+    return [rule for rule, held in rules.items() if not held]
+
+
+def main():
+    name, ranks, out, *more = sys.argv[1:]
+    Path(out).write_text(json.dumps(inside(name, int(ranks), Path(out).parent, more)))
+    sys.stdout.flush()
+    os._exit(0)  # the library is not made to be taken down
+
+
+if __name__ == "__main__":
+    main()
