@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mup
@@ -313,7 +314,7 @@ def test_sharded_modules_are_refused_by_name(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        torch.distributed.fsdp.fully_shard(blocks[0], mesh=mesh)
+        fully_shard(blocks[0], mesh=mesh)
         with pytest.raises(TypeError, match="holds shards"):
             jacobians(blocks, x)
     finally:
