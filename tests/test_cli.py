@@ -16,7 +16,8 @@ COMMANDS = {
     "scripts.acceptance": [], "scripts.bench": [], "scripts.coord_check": [], "scripts.evidence": [],
     "scripts.export": ["runs/none", "out"], "scripts.faults": [], "scripts.page": ["results/ramp/ramp-adamw-seed0"],
     "scripts.plan": ["configs/gpt_3b.py"], "scripts.plot": ["results/ramp/ramp-adamw-seed0"],
-    "scripts.without_gpu": [], "scripts.report": ["--check"], "scripts.reproduce": [], "scripts.sample": ["runs/none"], "scripts.soak": [],
+    "scripts.report": ["--check"], "scripts.reproduce": [], "scripts.sample": ["runs/none"], "scripts.soak": [],
+    "scripts.without_gpu": [],
     "scripts.sweep": ["configs/sweeps/table2_small.py"], "data.text": ["README.md", "--name=x"], "data.openwebtext": [],
     "data.nemotron_cc": [], "data.fineweb_edu": [],
 }  # fmt: skip
