@@ -9,12 +9,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .DEFAULT_GOAL := reproduce
 
 # built anew whenever requirements.txt is newer; an interrupted set-up leaves no stamp and is redone
-# uv takes a tenth of pip's time; it reads no pip.conf, so that a mirror named there alone needs pip
+# uv takes a third of pip's time; it reads no pip.conf, so that a mirror named there alone needs pip. Compiled once here,
+# packages are not compiled by every process that may not write them
 $(VENV)/.complete: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python >= 3.10 is needed, this is " + sys.version)'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python $${PIP_CONSTRAINT:+--constraint "$$PIP_CONSTRAINT"} \
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python $${PIP_CONSTRAINT:+--constraint "$$PIP_CONSTRAINT"} \
 	  $${PIP_INDEX_URL:+--default-index "$$PIP_INDEX_URL"} -r requirements.txt \
 	  || { echo "uv failed, see above; pip, which is slower, installs instead"; $(PIP) -r requirements.txt; }
 	touch $@
