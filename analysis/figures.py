@@ -238,13 +238,18 @@ def dots(ax: Axes, runs: pd.DataFrame, x: str, y: str, color: str = ""):
 
 
 def strips(runs: pd.DataFrame) -> Figure:
-    """Final loss of every run, a row per arm; the line is attention-off's mean."""
-    fig, ax = plt.subplots(figsize=(9, 0.9 + 0.34 * runs["arm"].nunique()))
-    ax.yaxis.update_units(runs["arm"])  # the rows in their order, whichever run is drawn first
-    dots(ax, runs.assign(loss=runs["loss"].clip(upper=99)), "loss", "arm")
-    ax.axvline(runs.loc[runs["arm"] == OFF, "loss"].mean(), color=COLORS[OFF], lw=1, ls="--")
-    ax.invert_yaxis()
-    ax.set_xlabel(LOSS)
+    """Final loss of every run, a row per arm and a panel for each value of the column `panel`; the line is
+    attention-off's mean."""
+    panels = runs.assign(loss=runs["loss"].clip(upper=99)).groupby("panel", sort=False)
+    height = 0.9 + 0.34 * runs["arm"].nunique()
+    fig, axes = plt.subplots(1, panels.ngroups, figsize=(9, height), sharey=True, squeeze=False)
+    for ax, (name, of) in zip(axes.flat, panels, strict=True):
+        ax.yaxis.update_units(runs["arm"])  # the rows in their order, whichever run is drawn first
+        dots(ax, of, "loss", "arm")
+        ax.axvline(of.loc[of["arm"] == OFF, "loss"].mean(), color=COLORS[OFF], lw=1, ls="--")
+        ax.set_title(name)
+    axes[0, 0].invert_yaxis()
+    fig.supxlabel(LOSS, fontsize=plt.rcParams["axes.labelsize"])
     return fig
 
 

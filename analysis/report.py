@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,8 @@ LINES = {"MSign every P steps": ("table3_small", "msign_period", "P = {}"),
 # programs of others: the stem of the configuration, and its name
 CLIENT_GRIDS = ("clients", "clients_double")
 CLIENTS = {"nanogpt": "nanoGPT", "gpt2": "Trainer, GPT-2", "llama": "Trainer, Llama"}
+ARCHITECTURES = {"small_sigma": "Sigma", "small_llama": "LLaMA", "small_moe": "LLaMA-MoE",
+                 "small_gpt_12x64": "NanoGPT 12 × 64", "small_gpt_6x96": "NanoGPT 6 × 96"}  # fmt: skip
 THEOREMS = {  # a theorem: what it states, and what else is said of its measurements
     "4.2": ("product of the Jacobians above its bound", "at {count[holds]:.0f} measurements of the Jacobians"),
     "4.4": ("‖W‖₂ = ‖W‖_F / √srank(W), every matrix", "largest relative error {max[error]:.0e}"),
@@ -87,6 +89,7 @@ CLIENT = COLLAPSED | {
     "at step": ("fell_at", spread, 0), "at learning rate": ("rate", spread, 3), "largest rise": ("rise", spread),
     "final loss": ("loss", spread), "below attention-off": ("below_floor", spread),
 }  # fmt: skip
+ARCHITECTURE = FELL | LOSS | {"below attention-off": ("below_floor", said), NORM: ("max_grad_norm", spread, 1)}
 PERIODS = FELL | LOSS | {"time": ("time", said)}
 THRESHOLDS = {"matrices replaced in 1000 steps": ("applications", said, 0)} | COLLAPSED | LOSS | {
     "fixed P of nearly as many": ("fixed", "first"), "its collapses": ("collapsed_fixed", counted),
@@ -307,18 +310,34 @@ def regimes() -> pd.DataFrame:
     return pd.concat([runs.assign(regime=regime) for regime, runs in of.items()], ignore_index=True)
 
 
+def by_config(grids: Iterable[str], names: Mapping[str, str], folder: Path = RESULTS) -> pd.DataFrame:
+    """The runs of grids with several configurations, the stem of each named by `names` in the column "model"; a floor
+    is that of the same grid, configuration and seed."""
+    parts = []
+    for grid, (stem, name) in itertools.product(grids, names.items()):
+        runs = [run for run in packed(grid, folder) if Path(run.axes["config"]).stem == stem]
+        parts += [judged(runs).assign(model=name, panel=name)] if runs else []
+    return pd.concat(parts, ignore_index=True)
+
+
+@functools.cache
+def architectures(folder: Path = RESULTS) -> pd.DataFrame:
+    """The runs of the paper's other models in small, with what moved first."""
+    runs = moved(by_config(["architectures"], ARCHITECTURES, folder))
+    return runs.assign(
+        reached=runs["lr_multiple"].fillna(runs["lr_scale"])
+    )  # the rate of a collapse, or the ramp's top
+
+
 @functools.cache
 def clients(folder: Path = RESULTS) -> pd.DataFrame:
-    """The runs of other people's programs; a floor is that of the same program, ramp and seed."""
-    parts = []
-    for grid, (stem, name) in itertools.product(CLIENT_GRIDS, CLIENTS.items()):
-        runs = judged(run for run in packed(grid, folder) if Path(run.axes["config"]).stem == stem)
-        top = (runs["lr"] * runs["lr_scale"]).map("{:g}".format)
-        parts.append(runs.assign(program=name, top=top, panel=name + ", ramp to " + top))
-    runs = pd.concat(parts, ignore_index=True)
+    """The runs of other people's programs."""
+    runs = by_config(CLIENT_GRIDS, CLIENTS, folder).rename(columns={"model": "program"})
+    top = (runs["lr"] * runs["lr_scale"]).map("{:g}".format)
     means = [figures.mean_loss(run) for run in runs["run"]]
     rises = [(mean - mean.cummin()).max() for mean in means]  # largest rise of the mean loss above its lowest value
-    return runs.assign(rate=runs["lr_multiple"] * runs["lr"], rise=rises)
+    rate = runs["lr_multiple"] * runs["lr"]
+    return runs.assign(top=top, panel=runs["program"] + ", ramp to " + top, rate=rate, rise=rises)
 
 
 def all_grids() -> pd.DataFrame:
@@ -374,6 +393,8 @@ BLOCKS: dict[str, Callable[[str], str | pd.DataFrame]] = {
     "ledger": lambda name: ledger_table(regimes()),
     "alarms": alarms_block,
     "cost": lambda name: paper_table() + "\n",
+    "architectures": lambda name: by_arm(architectures(), ARCHITECTURE, "model"),
+    "models_first": lambda name: by_arm(architectures(), MOVED_FIRST, "model"),
     "clients": lambda name: by_arm(clients(), CLIENT, "program", "top"),
     "file": file,
     "targets": lambda name: file(name).split("\n\n")[0] + "\n",  # of a file only the first table
@@ -396,7 +417,7 @@ def filled(text: str) -> str:
 def drawn() -> Iterator[tuple[str, Figure]]:
     """Every figure under results/ by its name."""
     for name in FINDINGS:
-        yield name, figures.strips(finding(name))
+        yield name, figures.strips(finding(name).assign(panel=""))
     every, below, margin, texts = *map(numbered, LINES), frame("margin"), frame("texts")
     both = pd.concat([every, below]).query("applications > 0")
     margin = margin.assign(line=margin["arm"], arm=margin["lr_scale"])
@@ -412,6 +433,7 @@ def drawn() -> Iterator[tuple[str, Figure]]:
     yield "texts", figures.against(texts.assign(line=texts["arm"], panel=panels), "srank", "gap", 3.6, **words)
     yield "calm", figures.fig3(frame("table2_small").query("arm in @FIRST"))
     yield "late_seeds", figures.fig3(frame("late_seeds"))
+    yield "architectures", figures.strips(architectures())
     yield "clients", figures.loss_panels(clients(), len(CLIENTS))
     for name in ("constant", "ramp"):
         yield name, figures.overview(recorded(name))

@@ -15,6 +15,7 @@ from analysis.report import (
     LINES,
     alarms_block,
     all_grids,
+    architectures,
     finding,
     fitted_r,
     frame,
@@ -566,7 +567,7 @@ def test_the_pages_say_how_many_runs_and_questions_there_are():
     assert f"from {grids} runs of grids and from the {others} runs" in GRIDS_PAGE
     assert f"eleven questions, answered with {grids + others} runs" in README
     questions = re.findall(r"^### (\d+)\.", (ROOT / "results" / "REPORT.md").read_text(), re.M)
-    assert questions == [str(number) for number in range(1, 12)]
+    assert questions == [str(number) for number in range(1, 13)]
 
 
 def test_a_high_stable_rank_goes_with_low_losses_in_as_many_grids_as_reported():
@@ -635,3 +636,55 @@ def test_the_alarm_fails_where_the_report_says():
     later = judged[judged.lead.notna()]
     assert [of.false.sum() for of in (judged, high, later)] == [51, 20, 9]
     assert "Of its 51 false alarms 20 are in" in REPORT and "9 are in runs that collapse" in REPORT
+
+
+# in the final loss against MSign, with its p-value; the range of stable ranks at the end
+SIGMA = {
+    "MSign (attention)": ("", None, "3.2 to 3.5"),
+    "QK-norm": ("-0.516 ± 0.052", "< 0.001", "2.7 to 3.1"),
+    "attention's lr ÷ 16": ("-0.665 ± 0.029", "< 0.001", "2.2 to 2.3"),
+}
+LLAMA = {
+    "MSign (attention)": ("", None, "13.3 to 13.9"),
+    "QK-norm": ("-0.189 ± 0.049", "0.004", "6.3 to 6.4"),
+    "attention's lr ÷ 16": ("-0.182 ± 0.033", "0.002", "5.4 to 5.5"),
+}
+SIGMA_ADAMW = ("-0.224 ± 0.135", "0.019")
+
+
+@pytest.fixture(scope="module")
+def models():
+    return dict(iter(architectures().groupby("model", sort=False)))
+
+
+def test_other_architectures_collapse_and_bounded_logits_prevent_it(models):
+    fell = {}
+    for name, of in models.items():
+        fell[name] = of.groupby("arm", sort=False)["collapsed"].agg(["sum", "count"]).T.to_dict("list")
+    quiet = {"attention off": [0, 3], "QK-norm": [0, 3], "attention's lr ÷ 16": [0, 3]}
+    assert fell == {
+        "Sigma": {"AdamW": [3, 3], "MSign (attention)": [1, 3], **quiet},
+        "LLaMA": {"AdamW": [2, 3], "MSign (attention)": [0, 3], **quiet},
+    }
+    assert "AdamW collapses in 3 of 3 runs of Sigma and in 2 of 3 of LLaMA" in REPORT
+    sigma, llama = (arms(of) for of in models.values())
+    (top,) = sigma["MSign (attention)"].query("collapsed").lr_multiple
+    assert top == 5.0 and "one of its three runs collapses, at the top of the ramp" in REPORT
+    reported(sigma["MSign (attention)"].loss, sigma["AdamW"].loss, *SIGMA_ADAMW)
+    for of, words in ((sigma, SIGMA), (llama, LLAMA)):
+        for arm, (difference, p, srank) in words.items():
+            if difference:
+                reported(of[arm].loss, of["MSign (attention)"].loss, difference, p)
+            assert range_of(of[arm].srank, 1) == srank and srank in REPORT
+
+
+def test_the_stable_rank_does_not_move_in_other_architectures_either(models):
+    runs = pd.concat(models.values())
+    moved_at_all = runs[[of.signals["stable rank"] is not None for of in runs.onsets]]
+    assert set(moved_at_all.model + moved_at_all.arm) == {"Sigmaattention's lr ÷ 16"} and len(moved_at_all) == 3
+    assert not any("stable rank" in of.first for of in runs.onsets)
+    first = Counter(name for names in runs[runs.arm == "AdamW"]["first"] for name in names)
+    assert first == {"first-block gain": 4, "attention logits": 2}
+    assert "first in four of AdamW's six runs, the attention logits in two" in REPORT
+    logits = [of.signals["attention logits"] for of in runs[runs.arm == "AdamW"].onsets]
+    assert (min(logits), max(logits)) == (750, 2000) and "between steps 750 and 2000" in REPORT
