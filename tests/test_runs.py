@@ -119,9 +119,9 @@ def test_what_is_recorded_does_not_say_where(tmp_path):
     pack_run(made_up(tmp_path / "run", [1.0] * 5, runs_dir=str(tmp_path)), tmp_path / "packed")
     assert str(tmp_path) not in (tmp_path / "packed" / "record.json").read_text()
     grids = sorted({path.parent for path in ROOT.glob("results/*/runs.parquet")})
-    assert len(grids) == 13 and {run.config["runs_dir"] for grid in grids for run in load_runs(grid)} == {"runs"}
+    assert grids and {run.config["runs_dir"] for grid in grids for run in load_runs(grid)} == {"runs"}
     records = [path.read_text() for path in ROOT.glob("results/*/*/record.json")]
-    assert len(records) == 24 and all('"runs_dir": "/' not in text for text in records)
+    assert records and all('"runs_dir": "/' not in text for text in records)
 
 
 def test_what_is_not_a_run_is_refused(tmp_path):
