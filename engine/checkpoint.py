@@ -232,21 +232,24 @@ def _whole(path: Path, name: str, sha256: str) -> bool:
         return False
 
 
-class _Unpickler(pickle.Unpickler):
-    """Unpickles the .metadata of a checkpoint folder. It refuses every type and value that is not named below."""
+# all that a .metadata needs, but dtypes
+METADATA = {
+    "collections.OrderedDict", "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib._local.PosixPath",
+    "pathlib._local.WindowsPath", "torch.Size", "torch.contiguous_format", "torch.device", "torch.strided",
+    "torch.serialization._get_layout", "torch.distributed.checkpoint.filesystem._StorageInfo",
+    *(f"torch.distributed.checkpoint.metadata.{name}" for name in (
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING")),
+}  # fmt: skip
 
-    TYPES_FROM = ("torch.distributed.checkpoint.", "torch.serialization", "pathlib")  # any class of these modules
-    EXACTLY = (
-        "collections.OrderedDict", "torch.serialization._get_layout", "torch.Size", "torch.device", "torch.strided",
-        "torch.contiguous_format",
-    )  # fmt: skip
+
+class _Unpickler(pickle.Unpickler):
+    """Unpickles the .metadata of a checkpoint folder: only PyTorch's dtypes and what METADATA names."""
 
     def find_class(self, module: str, name: str):
-        exactly = f"{module}.{name}" in self.EXACTLY
-        if exactly or module == "torch" or module.startswith(self.TYPES_FROM):
-            found = super().find_class(module, name)
-            if exactly or isinstance(found, torch.dtype) or (module != "torch" and isinstance(found, type)):
-                return found
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if dtype or f"{module}.{name}" in METADATA:
+            return super().find_class(module, name)
         raise pickle.UnpicklingError(f".metadata names {module}.{name}, which does not belong there")
 
 

@@ -203,17 +203,22 @@ def test_a_damaged_shard_and_a_foreign_pickle_are_refused(runs, tmp_path):
         checkpoint.load(path, architecture, model, optimizer)
 
     class Evil:
-        def __reduce__(self):
-            return (tmp_path.joinpath("executed").mkdir, ())
+        def __init__(self, call, *args):
+            self.call, self.args = call, args
 
-    path = copy("evil")
-    (path / ".metadata").write_bytes(pickle.dumps(Evil()))
-    about = json.loads((path / checkpoint.ABOUT).read_text())
-    about["files"][".metadata"] = hashlib.sha256((path / ".metadata").read_bytes()).hexdigest()
-    (path / checkpoint.ABOUT).write_text(json.dumps(about))
-    with pytest.raises(UserError, match="which does not belong there"):
-        checkpoint.load(path, architecture, model, optimizer)
-    assert not (tmp_path / "executed").exists()
+        def __reduce__(self):
+            return self.call, self.args
+
+    path, executed = copy("evil"), tmp_path / "executed"
+    # the second is a class of a module of which .metadata holds a function; it opens a file
+    for evil in (Evil(executed.mkdir), Evil(torch.serialization._open_file, str(executed), "w")):
+        (path / ".metadata").write_bytes(pickle.dumps(evil))
+        about = json.loads((path / checkpoint.ABOUT).read_text())
+        about["files"][".metadata"] = hashlib.sha256((path / ".metadata").read_bytes()).hexdigest()
+        (path / checkpoint.ABOUT).write_text(json.dumps(about))
+        with pytest.raises(UserError, match="which does not belong there"):
+            checkpoint.load(path, architecture, model, optimizer)
+        assert not executed.exists()
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
