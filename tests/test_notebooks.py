@@ -8,7 +8,7 @@ from tests.conftest import ROOT, run
 
 # what each has to show besides figures
 NOTEBOOKS = {
-    "replot_failures": ["collapsed at step", "stable rank", "attention lives"],
+    "replot_failures": ["collapsed at step", "stable rank", "attention lives", "step 1812: a collapse may come"],
     "theory": ["attention's Jacobian below its bound", "Theorem 4.2 promises 0.500; the product is 5.1e-07"],
     "your_run": ["collapsed at step", "jacobian/alignment/3", "log Z"],
 }
