@@ -19,7 +19,7 @@ import heapq
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -565,30 +565,69 @@ def apply_(
     Raises NonFiniteWeightError, on all ranks, naming the first parameter that is not finite; no parameter has changed
     then. Raises ValueError for any other way of sharding.
     """
-    sharded = _sharded(targets)
-    group = group or next(iter(sharded.values()), None)
-    _require_finite({name: target.parameter for name, target in targets.items()}, group)
-    ranks = dist.get_world_size(group) if group else 1
-    local: list[_Matrix] = []  # updated without an exchange
+    parameters = {name: target.parameter for name, target in targets.items()}
+    group = _group(parameters, group)
+    _require_finite(parameters, group)
+    parts = {name: (t.layout, t.roles) for name, t in targets.items() if not t.alone}
+    for by_owner, exchange in _dealt(parameters, group, parts):
+        exchange(by_owner, update, group)
+
+
+@torch.no_grad()
+def share_of(
+    parameters: Mapping[str, Tensor], group: dist.ProcessGroup | None = None
+) -> Iterator[list[tuple[str, Tensor]]]:
+    """The whole matrices (m, n) that this process is to measure, with their parameters' names, some at a time.
+
+    They are dealt out as `apply_` does, and every matrix of every parameter falls to one process. Those of which the
+    process holds only rows are gathered when their list is due, up to STACK_ELEMENTS elements or one matrix. All
+    processes call this together and iterate to the end. Raises ValueError for sharding that `apply_` refuses.
+    """
+    group = _group(parameters, group)
+    rank = dist.get_rank(group) if group else 0
+    for by_owner, exchange in _dealt(parameters, group):
+        if exchange is not _by_rows:
+            yield [(matrix.name, matrix.values) for matrix in by_owner[rank]]
+            continue
+        size = max(1, STACK_ELEMENTS // max(matrix.shape.numel() for theirs in by_owner for matrix in theirs))
+        for first in range(0, max(map(len, by_owner)), size):
+            rows = _Rows([theirs[first : first + size] for theirs in by_owner], group)
+            yield [(matrix.name, matrix.values) for matrix in rows.gather()]
+
+
+def _group(parameters: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """The processes that share the work: `group`, or those that hold the shards; None where one process is alone."""
+    group = group or next(iter(_sharded(parameters).values()), None)
+    return group if group and dist.get_world_size(group) > 1 else None
+
+
+def _dealt(
+    parameters: Mapping[str, Tensor], group, parts: Mapping = {}
+) -> Iterator[tuple[list[list["_Matrix"]], Callable]]:
+    """The matrices by the process that computes them, and how they are exchanged: a function for `apply_`.
+
+    parts: {name: (layout, roles)} of parameters that are not one matrix.
+    """
+    ranks, rank = (dist.get_world_size(group), dist.get_rank(group)) if group else (1, 0)
+    sharded = _sharded(parameters)
     dealt: dict[tuple, list[_Matrix]] = defaultdict(list)
-    for name, target in targets.items():
-        p, parts = target.parameter, None if target.alone else (target.layout, target.roles)
-        for values in _matrices(_local(p)):
-            matrix = _Matrix(values, p.shape[-2:], parts)
-            here = ranks == 1 or (name in sharded and p.ndim > 2)
-            (local if here else dealt[name in sharded, p.dtype, p.device]).append(matrix)
-    _update(local, update)
-    for (is_sharded, *_), matrices in dealt.items():
+    for name, p in parameters.items():
+        here = ranks == 1 or (name in sharded and p.ndim > 2)
+        exchange = _here if here else _by_rows if name in sharded else _replicated
+        matrices = [_Matrix(name, values, p.shape[-2:], parts.get(name)) for values in _matrices(_local(p))]
+        dealt[exchange, not here and (p.dtype, p.device)] += matrices
+    for (exchange, _), matrices in dealt.items():
         by_owner: list[list[_Matrix]] = [[] for _ in range(ranks)]
-        for matrix, owner in zip(matrices, deal([matrix.shape for matrix in matrices], ranks), strict=True):
+        owners = [rank] * len(matrices) if exchange is _here else deal([matrix.shape for matrix in matrices], ranks)
+        for matrix, owner in zip(matrices, owners, strict=True):
             by_owner[owner].append(matrix)
-        (_by_rows if is_sharded else _replicated)(by_owner, update, group)
+        yield by_owner, exchange
 
 
-def _sharded(targets: dict[str, Target]) -> dict[str, dist.ProcessGroup]:
+def _sharded(parameters: Mapping[str, Tensor]) -> dict[str, dist.ProcessGroup]:
     """{name: its processes} of the sharded parameters. Raises ValueError for another way of sharding than by rows."""
     groups = {}
-    for name, p in ((name, target.parameter) for name, target in targets.items()):
+    for name, p in parameters.items():
         if hasattr(p, "placements") and hasattr(p, "device_mesh"):
             if len(p.placements) != 1 or not p.placements[0].is_shard(0):
                 need = "MSign needs [Shard(0)] on a mesh of one dimension"
@@ -616,10 +655,11 @@ def _matrices(W: Tensor) -> Iterable[Tensor]:
 class _Matrix(NamedTuple):
     """A parameter's matrix, or the rows of it that this process holds.
 
-    values: what it holds. shape: the whole matrix's.
+    name: the parameter's. values: what the process holds. shape: the whole matrix's.
     parts: the layout and the roles to be updated, or None where the matrix is a target as a whole.
     """
 
+    name: str
     values: Tensor
     shape: torch.Size
     parts: tuple[Layout, tuple[str, ...]] | None
@@ -651,6 +691,12 @@ def _update(matrices: Iterable[_Matrix], update: Callable[[Tensor], Tensor]):
                 W.copy_(new)
 
 
+def _here(by_owner: list[list[_Matrix]], update, group):
+    """Update matrices that this process holds as a whole and no other needs."""
+    for mine in by_owner:
+        _update(mine, update)
+
+
 def _replicated(by_owner: list[list[_Matrix]], update, group):
     """Update matrices that every process holds: each updates those it owns, then sends them to all others."""
     rank = dist.get_rank(group)
@@ -667,37 +713,56 @@ def _replicated(by_owner: list[list[_Matrix]], update, group):
 
 
 def _by_rows(by_owner: list[list[_Matrix]], update, group):
-    """Update matrices of which every process holds some rows, dealt out as torch.chunk does.
+    """Update matrices of which every process holds some rows: they go to their owners and back."""
+    rows = _Rows(by_owner, group)
+    whole = rows.gather()
+    _update(whole, update)
+    rows.scatter(whole)
+
+
+class _Rows:
+    """Matrices of which every process holds some rows, dealt out as torch.chunk does, and their way to their owners.
 
     The rows travel in flat buffers: `pieces` is this process's rows of all matrices, in the order of their owners, and
     `wholes` is all rows of the matrices that it owns, in the order of the processes that hold the rows.
     """
-    ranks, rank = len(by_owner), dist.get_rank(group)
-    mine, ordered = by_owner[rank], [matrix.values for theirs in by_owner for matrix in theirs]
-    rows = []  # rows[i][other]: of mine[i] on the process `other`
-    for m, _ in (matrix.shape for matrix in mine):
-        most = math.ceil(m / ranks)
-        rows.append([max(0, min(most, m - other * most)) for other in range(ranks)])
-    # elements[other][i]: of mine[i] on that process; whole_sizes: summed over i
-    elements = [
-        [held[other] * matrix.shape[1] for held, matrix in zip(rows, mine, strict=True)] for other in range(ranks)
-    ]
-    whole_sizes = list(map(sum, elements))
-    piece_sizes = [sum(matrix.values.numel() for matrix in theirs) for theirs in by_owner]
-    pieces = torch.cat([values.reshape(-1) for values in ordered])
-    wholes = pieces.new_empty(sum(whole_sizes))
-    dist.all_to_all_single(wholes, pieces, whole_sizes, piece_sizes, group)
-    from_each = [part.split(sizes) for part, sizes in zip(wholes.split(whole_sizes), elements, strict=True)]
-    whole = [matrix._replace(values=torch.cat(parts).view(matrix.shape))
-             for matrix, *parts in zip(mine, *from_each, strict=True)]  # fmt: skip
-    _update(whole, update)
-    to_each = zip(*(matrix.values.split(held) for matrix, held in zip(whole, rows, strict=True)), strict=True)
-    wholes = torch.cat([wholes[:0], *(part.reshape(-1) for parts in to_each for part in parts)])
-    dist.all_to_all_single(pieces, wholes, piece_sizes, whole_sizes, group)
-    kept = piece_sizes[rank] + whole_sizes[rank]  # elements that a process sends to itself
-    counts["bytes"] += (pieces.numel() + wholes.numel() - kept) * pieces.itemsize
-    for values, new in zip(ordered, pieces.split([values.numel() for values in ordered]), strict=True):
-        values.copy_(new.view(values.shape))
+
+    def __init__(self, by_owner: list[list[_Matrix]], group):
+        ranks, rank = len(by_owner), dist.get_rank(group)
+        self.group, self.mine = group, by_owner[rank]
+        self.held = [matrix.values for theirs in by_owner for matrix in theirs]
+        self.rows = []  # rows[i][other]: of mine[i] on the process `other`
+        for m, _ in (matrix.shape for matrix in self.mine):
+            most = math.ceil(m / ranks)
+            self.rows.append([max(0, min(most, m - other * most)) for other in range(ranks)])
+        # elements[other][i]: of mine[i] on that process; whole_sizes: summed over i
+        self.elements = [[held[other] * matrix.shape[1] for held, matrix in zip(self.rows, self.mine, strict=True)]
+                         for other in range(ranks)]  # fmt: skip
+        self.whole_sizes = list(map(sum, self.elements))
+        self.piece_sizes = [sum(matrix.values.numel() for matrix in theirs) for theirs in by_owner]
+
+    def gather(self) -> list[_Matrix]:
+        """This process's matrices, whole."""
+        pieces = torch.cat([values.reshape(-1) for values in self.held])
+        wholes = pieces.new_empty(sum(self.whole_sizes))
+        self._send(wholes, pieces, self.whole_sizes, self.piece_sizes)
+        parts = zip(wholes.split(self.whole_sizes), self.elements, strict=True)
+        from_each = [part.split(sizes) for part, sizes in parts]
+        return [matrix._replace(values=torch.cat(parts).view(matrix.shape))
+                for matrix, *parts in zip(self.mine, *from_each, strict=True)]  # fmt: skip
+
+    def scatter(self, whole: list[_Matrix]):
+        """Give every process its rows of the whole matrices."""
+        to_each = zip(*(matrix.values.split(held) for matrix, held in zip(whole, self.rows, strict=True)), strict=True)
+        pieces = self.held[0].new_empty(sum(self.piece_sizes))
+        wholes = torch.cat([pieces[:0], *(part.reshape(-1) for parts in to_each for part in parts)])
+        self._send(pieces, wholes, self.piece_sizes, self.whole_sizes)
+        for values, new in zip(self.held, pieces.split([values.numel() for values in self.held]), strict=True):
+            values.copy_(new.view(values.shape))
+
+    def _send(self, into: Tensor, out: Tensor, into_sizes: list[int], out_sizes: list[int]):
+        dist.all_to_all_single(into, out, into_sizes, out_sizes, self.group)
+        counts["bytes"] += (out.numel() - out_sizes[dist.get_rank(self.group)]) * out.itemsize
 
 
 def _of_base(name: str) -> Any:
@@ -745,7 +810,9 @@ class MSign(Optimizer):
         self.base = base
         self.period = period
         self.targets = find(model, targets, split)
-        _sharded(self.targets)  # refuses now what an application would refuse
+        _sharded(
+            {name: target.parameter for name, target in self.targets.items()}
+        )  # refuses now what an application would refuse
         for name, t in self.targets.items() if reset else ():
             if t.roles != t.layout.roles:
                 parts = f"all of {', '.join(t.layout.roles)}, not {', '.join(t.roles)} alone"

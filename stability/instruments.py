@@ -14,9 +14,10 @@ class Instruments:
     """The measurements of one run, on a fixed probe batch; they change no weight, no gradient, no random state.
 
     model: the model in training, perhaps sharded. probe: inputs and labels, each (probe_batch, block_size).
-    whole: returns the same model with whole weights on the process that measures, None on the others; all processes
-    call it together. norms: turns (name, tensor) pairs into {name: ‖·‖_F}, over all processes. autocast: the context in
-    which training computes. warn: is told what could not be measured.
+    group: the processes that share the work on spectra, None if there is one. whole: returns the same model with whole
+    weights on the process that measures everything else, None on the others; all processes call it together. norms:
+    turns (name, tensor) pairs into {name: ‖·‖_F}, over all processes. autocast: the context in which training computes.
+    warn: is told what could not be measured.
     """
 
     def __init__(
@@ -24,12 +25,14 @@ class Instruments:
         cfg: Config,
         model: GPT,
         probe: tuple[Tensor, Tensor],
+        group,
         whole: Callable[[], GPT | None],
         norms: Callable[[Iterable[tuple[str, Tensor]]], Mapping[str, Tensor]],
         autocast,
         warn: Callable[[str], None],
     ):
-        self.cfg, self.whole, self.norms, self.autocast, self.warn = cfg, whole, norms, autocast, warn
+        self.cfg, self.group, self.whole, self.norms = cfg, group, whole, norms
+        self.model, self.autocast, self.warn = model, autocast, warn
         self.parameters = dict(model.named_parameters())
         self.tokens, self.labels = probe
         self.weights_before: dict[str, Tensor] = {}
@@ -39,15 +42,15 @@ class Instruments:
         """The measurements due at `step`, taken before the update, on the weights that give its loss and gradient."""
         cfg, tokens, warn = self.cfg, self.tokens, self.warn
         each_layer = due(cfg.layers_every, step)
-        wanted = []
+        found, wanted = {}, []
         if due(cfg.probe_every, step):
-            wanted.append(lambda model: metrics.weights(model, each_layer))
+            found = self._weights(each_layer)
             wanted.append(lambda model: metrics.activations(model, tokens, each_layer, warn, self.autocast))
         if due(cfg.jacobian_every, step):
             wanted.append(lambda model: metrics.jacobians(model, tokens, True, warn, cfg.jacobian_positions))
         if due(cfg.theory_every, step):
             wanted.append(self._theorems)
-        return self._measure(wanted)
+        return found | self._measure(wanted)
 
     def gradients(self, step: int) -> dict[str, float]:
         """The metrics grad_norm/…; call this before gradients are clipped. Also copies the weights for `updates`."""
@@ -68,12 +71,14 @@ class Instruments:
 
     def observe_msign(self, when: str):
         """Measure right "before" or "after" MSign acts; `updates` returns them as before_msign/… and after_msign/…"""
-        found = self._measure([
-            lambda model: metrics.weights(model, False),
+        found = self._weights(False) | self._measure([
             lambda model: metrics.activations(model, self.tokens, False, self.warn),
             lambda model: metrics.jacobians(model, self.tokens, False, self.warn),
         ])  # fmt: skip
         self.beside_msign |= {f"{when}_msign/{name}": value for name, value in found.items()}
+
+    def _weights(self, each_layer: bool) -> dict[str, float]:
+        return metrics.weights(self.model, each_layer, self.warn, self.group, self.norms)
 
     def _theorems(self, model: GPT) -> dict[str, float]:
         sides = theory.all_theorems(model, self.tokens, self.labels)

@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+import msign
 from model import GPT
 from msign import ATTENTION, MLP
 from mup import role_of
@@ -31,18 +33,45 @@ def by_layer(family: str, values: Mapping[str, float]) -> dict[str, float]:
     return {f"{family}/{layer_of(n)}.{role_of(n)}": v for n, v in values.items() if layer_of(n) is not None}
 
 
-def weights(model: GPT, each_layer: bool) -> dict[str, float]:
-    """Stable ranks, spectral norms and the gains of norms.
+@torch.no_grad()
+def spectra(parameters: Mapping[str, Tensor], group, warn: Callable[[str], None]) -> dict[str, probes.Spectrum]:
+    """The Spectrum of every parameter, of a stack the mean, on every process of `group` (None: there is only this one).
+
+    Each process measures its share of the matrices (see `msign.share_of`), and the few numbers are added up at the end.
+    Memory that is lacking makes a share NaN on all processes; `warn` is told on the one that lacks it.
+    """
+    places = {name: place for place, name in enumerate(parameters)}
+    found = torch.zeros(len(places), len(probes.Spectrum._fields), dtype=torch.float64)
+    for share in msign.share_of(parameters, group):
+        try:
+            measured = probes.spectra({i: W for i, (_, W) in enumerate(share)}).values()
+        except torch.OutOfMemoryError as error:
+            warn(f"out of memory: {str(error).splitlines()[0]}")
+            measured = [(math.nan,) * len(probes.Spectrum._fields)] * len(share)
+        for (name, _), values in zip(share, measured, strict=True):
+            found[places[name]] += torch.tensor(values, dtype=torch.float64)
+    if group:
+        found = found.to(next(iter(parameters.values())).device)
+        dist.all_reduce(found, group=group)
+    sizes = torch.tensor([[p.shape[:-2].numel()] for p in parameters.values()])  # 1, or a stack's
+    return dict(zip(places, (probes.Spectrum(*row) for row in (found.cpu() / sizes).tolist()), strict=True))
+
+
+def weights(
+    model: GPT, each_layer: bool, warn: Callable[[str], None], group=None, norms: Callable = dict
+) -> dict[str, float]:
+    """Stable ranks, spectral norms and the gains of norms, on every process of `group`.
 
     srank/<part>, sigma1/<part>: geometric means of the stable rank ‖W‖_F² / ‖W‖₂² (Def. 3.1) and of ‖W‖₂ over the
         matrices of a part of the model, a stack counting as one by its mean. A part is a role, "attention", "mlp", or
         "early": the attention matrices in the first quarter of the blocks, as in Fig 1.
     norm_gain/<role>: root mean square of the gains.
 
-    With each_layer also fro/<layer>.<role>, ‖W‖_F.
+    With each_layer also fro/<layer>.<role>, ‖W‖_F. norms: turns (name, tensor) pairs into {name: ‖·‖_F}, over all
+    processes; on one process {name: tensor} will do. For `group` and `warn` see `spectra`.
     """
     matrices = {n: p for n, p in model.named_parameters() if role_of(n) in ATTENTION + MLP}
-    found = probes.spectra(matrices)
+    found = spectra(matrices, group, warn)
     parts = defaultdict(list)
     for name in found:
         parts["attention" if role_of(name) in ATTENTION else "mlp"].append(name)
@@ -54,7 +83,7 @@ def weights(model: GPT, each_layer: bool) -> dict[str, float]:
         metrics[f"srank/{part}"] = geometric_mean(found[n].srank for n in names)
         metrics[f"sigma1/{part}"] = geometric_mean(found[n].sigma1 for n in names)
     gains = {n: p for n, p in model.named_parameters() if role_of(n).endswith("_norm")}
-    rms = {n: norm / math.sqrt(gains[n].numel()) for n, norm in probes.norms(gains).items()}
+    rms = {n: norm / math.sqrt(gains[n].numel()) for n, norm in probes.norms(norms(gains.items())).items()}
     for role in dict.fromkeys(map(role_of, gains)):
         squares = [v * v for n, v in rms.items() if role_of(n) == role]
         metrics[f"norm_gain/{role}"] = math.sqrt(sum(squares) / len(squares))

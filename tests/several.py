@@ -26,6 +26,7 @@ from config import Config, UserError, load_config, run_cli
 from engine import budget, checkpoint, machine, parallel
 from model import GPT
 from remedies import rivals
+from stability import metrics, probes
 
 
 def trainings(runs: list[list[str]]) -> list[int]:
@@ -224,6 +225,34 @@ def signs() -> dict:
             "matrices": [c[0] for c in counted],
             "bytes": [c[1] for c in counted],
         }
+    return out
+
+
+def spectra() -> dict:
+    """Spectra of replicated and of sharded weights, compared with those that one process measures.
+
+    Returns for both: whether they are the same, and by rank the matrices that it measured and the most elements that it
+    had at once of matrices gathered from rows.
+    """
+    alone, measure, out = metrics.spectra(weights(), None, print), probes.spectra, {}
+    msign.STACK_ELEMENTS = 60  # elements of one of the larger matrices
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for kind in ("replicated", "sharded"):
+        several, shares = weights(), []
+        if kind == "sharded":
+            several = {n: distribute_tensor(W, mesh, [Shard(0)]) for n, W in several.items()}
+        held = {W.to_local().untyped_storage().data_ptr() for W in several.values()} if kind == "sharded" else set()
+
+        def noted(share, shares=shares, held=held):
+            shares.append([0 if W.untyped_storage().data_ptr() in held else W.numel() for W in share.values()])
+            return measure(share)
+
+        probes.spectra = noted
+        found = metrics.spectra(several, dist.group.WORLD, print)
+        counted = [None] * dist.get_world_size()
+        dist.all_gather_object(counted, (sum(map(len, shares)), max(map(sum, shares))))
+        same = torch.allclose(torch.tensor(list(found.values())), torch.tensor(list(alone.values())), equal_nan=True)
+        out[kind] = {"same": same, "matrices": [c[0] for c in counted], "at once": [c[1] for c in counted]}
     return out
 
 

@@ -22,7 +22,7 @@ def no_warning(text):
 
 
 def test_weights(model):
-    got = metrics.weights(model, each_layer=True)
+    got = metrics.weights(model, True, no_warning)
     matrices = {n: p for n, p in model.named_parameters() if "W_" in n}
     found = spectra(matrices)
     for name, spectrum in found.items():
@@ -35,7 +35,7 @@ def test_weights(model):
     gains = [block.mlp_norm.weight for block in model.blocks]
     assert got["norm_gain/mlp_norm"] == pytest.approx(torch.stack(gains).square().mean().sqrt().item())
     assert got["norm_gain/3.mlp_norm"] == pytest.approx(gains[3].square().mean().sqrt().item())
-    summary = metrics.weights(model, each_layer=False)
+    summary = metrics.weights(model, False, no_warning)
     assert summary.items() <= got.items()
     assert not any("." in key for key in summary)
 
@@ -70,7 +70,7 @@ def test_a_broken_block_is_named_once_and_the_rest_measured(model):
     with torch.no_grad():
         model.blocks[4].mlp.W_down.weight[0, 0] = math.inf
     said = []
-    got = metrics.weights(model, True) | metrics.activations(model, TOKENS, True, said.append)
+    got = metrics.weights(model, True, said.append) | metrics.activations(model, TOKENS, True, said.append)
     got |= metrics.jacobians(model, TOKENS, True, said.append)
     assert said == [f"{what}: block 4: its mlp.W_down.weight is not finite" for what in ("activations", "jacobians")]
     assert math.isnan(got["srank/4.W_down"])

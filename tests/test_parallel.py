@@ -233,6 +233,15 @@ def test_msign_on_several_ranks_is_one_processs_and_each_computes_its_share(rank
     assert max(found["sharded"]["bytes"]) < max(found["replicated"]["bytes"])
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_every_rank_measures_the_spectra_of_its_share_and_gathers_one_matrix_at_a_time(ranks):
+    for kind, found in several(ranks, "spectra").items():
+        assert found["same"], kind
+        assert sum(found["matrices"]) == 6 + 5, kind  # none is measured twice
+        assert max(found["matrices"]) <= -(-11 // ranks) + 1, kind
+        assert kind == "replicated" or max(found["at once"]) == 60
+
+
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_gradients_are_held_once_while_they_accumulate(way):
     assert several(2, "gradients", way)

@@ -562,7 +562,7 @@ class Bench:
 
         jacobians = f"Jacobians ({cfg.n_layer} blocks, {cfg.probe_batch} × {cfg.block_size})"
         work = {
-            "spectra": (timed(lambda: metrics.weights(model, True)), cfg.probe_every),
+            "spectra": (timed(lambda: metrics.weights(model, True, print)), cfg.probe_every),
             "norms of gradients and updates": (lambda: norms(model, tokens), cfg.probe_every),
             "activations": (timed(activations), cfg.probe_every),
             jacobians: (timed(lambda: metrics.jacobians(model, tokens, True, print)), cfg.jacobian_every),
