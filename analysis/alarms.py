@@ -43,7 +43,7 @@ import pandas as pd
 from scipy import stats
 
 from analysis.runs import Run
-from stability.alarm import REST, CollapseAlarm
+from stability.alarm import HELD, LOGIT, REST
 from stability.collapse import WINDOW
 
 HORIZON, AHEAD, LIMITS = 1000, 200, (1000, 10_000, 100_000)
@@ -63,16 +63,24 @@ def parted(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.sort_values("steps", kind="stable").drop_duplicates("begin", keep="last").sort_index()
 
 
-def z_scores(norms: np.ndarray, first: int = 25) -> np.ndarray:
+def z_scores(norms: list[float], first: int = 25) -> list[float]:
     """ZClip's z-score of every gradient norm, against the mean and variance of the norms before as ZClip clips them."""
-    mean, variance, z = norms[:first].mean(), norms[:first].var(), np.full(len(norms), math.nan)
-    for step in range(first, len(norms)):
+    mean, variance, z = float(np.mean(norms[:first])), float(np.var(norms[:first])), [math.nan] * min(first, len(norms))
+    for norm in norms[first:]:
         deviation = variance**0.5
-        z[step] = (norms[step] - mean) / (deviation + 1e-6)
-        clipped = mean + 2.5**2 * deviation / z[step] if z[step] > 2.5 else norms[step]
+        z.append((norm - mean) / (deviation + 1e-6))
+        clipped = mean + 2.5**2 * deviation / z[-1] if z[-1] > 2.5 else norm
         mean = 0.97 * mean + 0.03 * clipped
         variance = 0.97 * variance + 0.03 * (clipped - mean) ** 2
     return z
+
+
+def saturated(logit: pd.Series) -> pd.Series:
+    """Condition 1 of stability/alarm.py at every step: whether the largest logit was above LOGIT for HELD steps."""
+    measured = logit[np.isfinite(logit)]
+    high, steps = measured > LOGIT, measured.index.to_series().astype(float)
+    since = steps.where(high & ~high.shift(fill_value=False)).ffill().where(high, math.inf)
+    return logit.index - since.reindex(logit.index, method="ffill") >= HELD
 
 
 @functools.cache
@@ -80,15 +88,13 @@ def scores(run: Run) -> dict[str, np.ndarray]:
     """By rule: the number of each step, shape (steps,), that has to exceed a threshold; NaN: the rule is silent."""
     keys = ["train/loss", "attention/max_logit", "grad_norm", "srank/attention", "jacobian/alignment"]
     loss, logit, norm, rank, alignment = (of for _, of in run.steps.reindex(columns=keys).items())
-    losses, alarm, rises = loss.rolling(WINDOW), CollapseAlarm(math.inf), []
-    for step, *values in zip(loss.index, loss, logit, strict=True):
-        alarm.update(step, dict(zip(keys, values, strict=False)))
-        rises.append(alarm.rise)
+    mean, deviation = loss.rolling(WINDOW).mean(), loss.rolling(WINDOW).std()
+    rises = (mean - mean.cummin()) / deviation
     found = {
-        RULE: rises,
-        "the loss no longer falls": (losses.mean() - losses.mean().cummin()) / losses.std(),
-        "spike of the loss": (loss - losses.mean().shift()) / losses.std().shift(),
-        "spike of the gradient norm (ZClip)": z_scores(norm.to_numpy()),
+        RULE: rises.where(saturated(logit)),
+        "the loss no longer falls": rises,
+        "spike of the loss": (loss - mean.shift()) / deviation.shift(),
+        "spike of the gradient norm (ZClip)": z_scores(norm.tolist()),
         "gradient norm ÷ its median": norm / norm.rolling(WINDOW).median().shift(),
         "fall of the stable rank": rank.cummax() / rank,
         "Jacobian alignment": alignment,
@@ -97,38 +103,57 @@ def scores(run: Run) -> dict[str, np.ndarray]:
     return {rule: np.asarray(values, dtype=float) for rule, values in found.items()}
 
 
-def rung(runs: pd.DataFrame, rule: str, threshold: float) -> pd.DataFrame:
-    """The runs with their "healthy" steps and "false" alarms, the "lead" of a collapse, which is 0 without a ring, and
-    the "window", the number of steps at which a ring announces a collapse in time."""
-    rows = []
-    for run, steps, collapsed, end in zip(*(runs[name] for name in ("run", "steps", "collapsed", "end")), strict=True):
-        end = end if collapsed else steps + 1
-        sick = end - HORIZON if collapsed else end  # the first step that is not healthy
-        on, rings = 1 + np.flatnonzero(scores(run)[rule][: end - 1] > threshold), []
-        while len(on):
-            rings.append(on[0])
-            on = on[np.searchsorted(on, on[0] + REST) :]
-        leads = [end - ring for ring in rings if ring >= sick]
-        lead = max(leads, default=0) if collapsed else math.nan
-        rows.append((max(sick - 1, 0), len(rings) - len(leads), lead, end - max(sick, 1) + 1 - AHEAD))
-    columns = zip(("healthy", "false", "lead", "window"), zip(*rows, strict=True), strict=True)
-    return runs[["regime", "wandb_group", "lr_scale", "collapse", "end"]].assign(**dict(columns))
+class Bells:
+    """Where a rule rings in the runs, at any threshold.
+
+    The scores of all runs, of each up to its collapse or its end, stand in one array, with REST steps of NaN before
+    each run: no ring silences a step of the next run.
+    """
+
+    def __init__(self, runs: pd.DataFrame, rule: str):
+        self.collapsed, silence = runs["collapsed"].to_numpy(), np.full(REST, math.nan)
+        self.ends = runs["end"].to_numpy() + ~self.collapsed  # the step of the collapse, or the one after the last
+        self.sick = self.ends - HORIZON * self.collapsed  # the first step that is not healthy
+        self.healthy = np.maximum(self.sick - 1, 0)
+        parts = [(silence, scores(run)[rule][: end - 1]) for run, end in zip(runs["run"], self.ends, strict=True)]
+        self.scores = np.concatenate(sum(parts, ()))
+        self.starts = np.cumsum(REST + self.ends - 1) - self.ends  # the place of step 0
+
+    def rung(self, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+        """By run: the number of false alarms, and the lead of a collapse: 0 without a ring, NaN without a collapse."""
+        on, place, rings = np.flatnonzero(self.scores > threshold), 0, []
+        while place < len(on):
+            rings.append(on[place])
+            place = np.searchsorted(on, on[place] + REST)
+        rings = np.array(rings, dtype=int)
+        of = np.searchsorted(self.starts, rings) - 1
+        steps = rings - self.starts[of]
+        early, leads = steps < self.sick[of], np.where(self.collapsed, 0.0, math.nan)
+        np.fmax.at(leads, of[~early], (self.ends[of] - steps)[~early])
+        return np.bincount(of[early], minlength=len(leads)), leads
 
 
 def judged(runs: pd.DataFrame) -> pd.DataFrame:
-    """What has `rung` in the runs by every rule and for each of LIMITS, at the threshold that is chosen for it: the
-    best of 300 quantiles of the rule's scores, or infinity if none will do."""
+    """By rule and for each of LIMITS, the runs with their "healthy" steps and "false" alarms, the "lead" of a collapse
+    and the "window", the number of steps at which a ring announces the collapse in time. The rule has the best of 300
+    quantiles of its scores as its "threshold", or infinity if none will do."""
     built, parts = runs[runs["regime"] == "built on"], []
-    for rule in scores(built["run"].iloc[0]):
+    for rule in scores(runs["run"].iloc[0]):
         values = np.concatenate([scores(run)[rule] for run in built["run"]])
         values, best = values[np.isfinite(values)], dict.fromkeys(LIMITS, (0, math.inf))
-        for threshold in np.quantile(values, 1 - np.geomspace(0.5, 0.5 / len(values), 300)):
-            found = rung(built, rule, threshold)
-            for limit in LIMITS:
-                if found["false"].sum() * limit <= found["healthy"].sum():
-                    best[limit] = max(best[limit], ((found["lead"] >= AHEAD).sum(), threshold))
+        bells = Bells(built, rule)
+        for threshold in np.quantile(values, 1 - np.geomspace(0.5, 0.5 / len(values), 300))[::-1]:
+            false, leads = bells.rung(threshold)
+            allowed = [limit for limit in LIMITS if false.sum() * limit <= bells.healthy.sum()]
+            if not allowed:
+                break  # a lower threshold gives no fewer false alarms
+            best |= {limit: max(best[limit], ((leads >= AHEAD).sum(), threshold)) for limit in allowed}
+        bells = Bells(runs, rule)
+        windows = bells.ends - np.maximum(bells.sick, 1) + 1 - AHEAD
         for limit, (_, threshold) in best.items():
-            parts.append(rung(runs, rule, threshold).assign(rule=rule, limit=limit, threshold=threshold))
+            found = dict(zip(("false", "lead"), bells.rung(threshold), strict=True))
+            found |= {"healthy": bells.healthy, "window": windows, "rule": rule, "limit": limit, "threshold": threshold}
+            parts.append(runs[["regime", "wandb_group", "lr_scale", "collapse", "end"]].assign(**found))
     return pd.concat(parts).sort_values("limit", kind="stable")
 
 

@@ -3,12 +3,15 @@
 import json
 import math
 
+import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from analysis import alarms
 from analysis.report import packed
-from stability.alarm import HELD, LOGIT, REST, Alarm, CollapseAlarm
+from stability.alarm import HELD, LOGIT, REST, THRESHOLD, Alarm, CollapseAlarm
 from stability.collapse import WINDOW
 
 
@@ -94,3 +97,28 @@ def test_of_recorded_runs_it_rings_before_adamw_collapses_and_never_with_qk_norm
     logged = [run.steps.reset_index().to_dict("records") for run in (adamw, qk_norm)]
     rang, silent = map(rings, logged)
     assert 2022 - 1000 <= rang[0].step <= 2022 - 200 and silent == []
+
+
+@pytest.mark.parametrize("threshold", [0.0, THRESHOLD])
+def test_what_is_judged_on_recorded_runs_rings_where_the_alarm_does(threshold):
+    """Of alarms.py, which calculates with arrays: on runs that collapse, and that do not, to their last steps."""
+    for run in packed("table2_small") + packed("late_controls")[::4]:
+        frame = pd.DataFrame([{"run": run, "collapsed": False, "end": len(run.steps)}])
+        steps = [ring.step for ring in rings(run.steps.reset_index().to_dict("records"), CollapseAlarm(threshold))]
+        assert alarms.Bells(frame, alarms.RULE).rung(threshold)[0] == [len(steps)]
+        high = np.flatnonzero(alarms.scores(run)[alarms.RULE] > threshold) + 1
+        assert set(steps) <= set(high) and (not steps or steps[0] == high[0])
+
+
+def test_a_ring_is_a_false_alarm_or_has_a_lead_and_silences_no_other_run():
+    """Three runs of 1500 steps: one does not collapse, one does, and one does without a ring."""
+    runs = packed("table2_small")[:3]
+    scores = [np.full(1500, math.nan) for _ in runs]
+    scores[0][[0, 199, 200, 1499]] = 1.0  # steps 1 and 201, for 200 is silent, and the last one
+    scores[1][[0, 399, 499, 599, 1450]] = 1.0  # the collapse at step 1450 is announced from step 450 on
+    frame = pd.DataFrame({"run": runs, "collapsed": [False, True, True], "end": [1500, 1450, 1450]})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(alarms, "scores", lambda run: {"rule": scores[runs.index(run)]})
+        false, leads = alarms.Bells(frame, "rule").rung(0.5)
+        assert false.tolist() == [3, 2, 0] and np.array_equal(leads, [math.nan, 850, 0], equal_nan=True)
+        assert alarms.Bells(frame, "rule").rung(1.0)[0].tolist() == [0, 0, 0]
