@@ -770,7 +770,31 @@ def _of_base(name: str) -> Any:
     return property(lambda self: getattr(self.base, name), lambda self, value: setattr(self.base, name, value))
 
 
-class MSign(Optimizer):
+class Wrapper(Optimizer):
+    """An optimizer around another, `base`, whose parameter groups, state and state_dict it has."""
+
+    def __init__(self, base: Optimizer):
+        self.base = base
+        self.__setstate__({})  # sets up an Optimizer's hooks; Optimizer.__init__ would make a second param_groups
+
+    param_groups: list[dict[str, Any]] = _of_base("param_groups")
+    state: defaultdict[Tensor, Any] = _of_base("state")
+    defaults: dict[str, Any] = _of_base("defaults")
+
+    def zero_grad(self, set_to_none: bool = True):
+        self.base.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict):
+        self.base.add_param_group(param_group)
+
+    def state_dict(self) -> dict:
+        return self.base.state_dict()
+
+    def load_state_dict(self, state_dict: dict):
+        self.base.load_state_dict(state_dict)
+
+
+class MSign(Wrapper):
     """An optimizer that steps as `base` does and, every `period` steps, applies MSign to the targets.
 
     base:   the optimizer that does the steps. Its moments are left alone unless `reset` is set.
@@ -807,7 +831,7 @@ class MSign(Optimizer):
         if period < 1:
             raise ValueError(f"period = {period!r}: must be at least 1 step (math.inf for never)")
         msign(torch.empty(0, 0), backend)  # refuses an unknown backend
-        self.base = base
+        super().__init__(base)
         self.period = period
         self.targets = find(model, targets, split)
         _sharded(
@@ -822,11 +846,6 @@ class MSign(Optimizer):
         self.reset = reset
         self.steps = 0
         self.observe: Callable[[str], None] = lambda when: None
-        self.__setstate__({})  # sets up an Optimizer's hooks; Optimizer.__init__ would make a second param_groups
-
-    param_groups: list[dict[str, Any]] = _of_base("param_groups")
-    state: defaultdict[Tensor, Any] = _of_base("state")
-    defaults: dict[str, Any] = _of_base("defaults")
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         loss = self.base.step(closure)
@@ -848,18 +867,12 @@ class MSign(Optimizer):
         """Whether this step, counted from 1, ends with an application."""
         return step % self.period == 0
 
-    def zero_grad(self, set_to_none: bool = True):
-        self.base.zero_grad(set_to_none)
-
-    def add_param_group(self, param_group: dict):
-        self.base.add_param_group(param_group)
-
     def state_dict(self) -> dict:
-        return self.base.state_dict() | {"msign": {"steps": self.steps}}
+        return super().state_dict() | {"msign": {"steps": self.steps}}
 
     def load_state_dict(self, state_dict: dict):
         """Restore what `state_dict` returned. Raises ValueError for what a plain optimizer saved, such as `base`."""
         if "msign" not in state_dict:
             raise ValueError("state_dict has no 'msign' entry: a plain optimizer saved it; load it into MSign.base")
-        self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "msign"})
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "msign"})
         self.steps = state_dict["msign"]["steps"]
