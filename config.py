@@ -182,6 +182,9 @@ class Config:
     grad_clip: float = opt(
         1.0, "optimizer", "largest global gradient norm; 0 = off; with optimizer = zclip, ZClip clips at it",
         NOT_NEGATIVE)
+    logit_trust: float = opt(
+        0.0, "optimizer", "largest change of an attention logit in a step, nats (remedies/trust.py); 0 = no limit",
+        NOT_NEGATIVE)
     balance_coef: float = opt(0.01, "optimizer", "weight of the experts' load-balancing loss", NOT_NEGATIVE)
     # MSign
     msign_period: int = opt(0, "MSign", "steps between two applications of MSign; 0 = never (no MSign)", COUNT)
@@ -291,6 +294,9 @@ class Config:
         if self.decay_coupling == "independent":
             right = "below 0.01, such as 1e-4, with decay_coupling='independent': the share lost in a step"
             yield self.weight_decay < 0.01, "weight_decay", right
+        if self.logit_trust:  # its bound is one of these logits
+            shared = self.attention != "mha" and self.position == "rope" and self.mla_rope_dim
+            yield not self.qk_norm and not shared, "logit_trust", "0 with qk_norm, and with RoPE in MLA (mla_rope_dim)"
         if self.optimizer != "adamw":
             yield self.parallel != "fsdp", "parallel", f"ddp or auto with optimizer={self.optimizer!r}"
         right = f"START:STOP with 1 ≤ START ≤ STOP ≤ max_steps={self.max_steps}"

@@ -61,7 +61,7 @@ def build_optimizer(cfg: Config, model: GPT, group=None) -> Optimizer:
 
     Raises UserError if msign_targets matches no matrix.
     """
-    base = rivals.build(cfg, mup.param_groups(model, cfg), model.named_parameters())
+    base = rivals.build(cfg, mup.param_groups(model, cfg), model)
     if not cfg.msign_period:
         return base
     update = controls.update_of(cfg.msign_map, cfg.msign_backend, cfg.msign_below)

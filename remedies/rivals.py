@@ -6,13 +6,13 @@ their papers, AdamW updates all others; here these include stacks of experts. Ev
 update is given, so no library default can change a run.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from config import Config
+from remedies.trust import LogitTrust
 
 
 def library():
@@ -166,15 +166,17 @@ WHOLE: dict[str, Callable] = {"adamw": adamw, "spam": spam, "stable_spam": stabl
 MATRICES: dict[str, Callable] = {"muon": muon, "spectral_sphere": spectral_sphere}
 
 
-def build(cfg: Config, groups: list[dict], named_params: Iterable[tuple[str, Tensor]]) -> Optimizer:
-    """The optimizer that cfg.optimizer names, for the groups of `mup.param_groups`."""
+def build(cfg: Config, groups: list[dict], model: torch.nn.Module) -> Optimizer:
+    """The optimizer that cfg.optimizer names, for the groups of `mup.param_groups`; in a LogitTrust if cfg says so."""
     if cfg.optimizer in WHOLE:
-        return WHOLE[cfg.optimizer](groups, cfg)
-    inside = {id(p) for name, p in named_params if name.startswith("blocks.") and p.ndim == 2}
+        optimizer = WHOLE[cfg.optimizer](groups, cfg)
+    else:
+        inside = {id(p) for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2}
 
-    def only(wanted: bool) -> list[dict]:
-        """The groups with the blocks' 2-D weights alone (True) or with all other parameters (False)."""
-        kept = [{**g, "params": [p for p in g["params"] if (id(p) in inside) == wanted]} for g in groups]
-        return [g for g in kept if g["params"]]
+        def only(wanted: bool) -> list[dict]:
+            """The groups with the blocks' 2-D weights alone (True) or with all other parameters (False)."""
+            kept = [{**g, "params": [p for p in g["params"] if (id(p) in inside) == wanted]} for g in groups]
+            return [g for g in kept if g["params"]]
 
-    return Together([MATRICES[cfg.optimizer](only(True), cfg), adamw(only(False), cfg)])
+        optimizer = Together([MATRICES[cfg.optimizer](only(True), cfg), adamw(only(False), cfg)])
+    return LogitTrust(optimizer, model, cfg.logit_trust, cfg.attn_scale_power) if cfg.logit_trust else optimizer

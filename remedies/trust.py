@@ -61,7 +61,7 @@ class LogitTrust(Wrapper):
         self.factors: dict[str, Tensor] = {}
         targets = find(model, "attention", split)
         self.targets = list(targets.values())
-        self.group = next(iter(_sharded(targets).values()), None)
+        self.group = next(iter(_sharded({n: t.parameter for n, t in targets.items()}).values()), None)
         self.modules: defaultdict[str, dict[str, Target]] = defaultdict(dict)
         for target in self.targets:
             self.modules[target.module] |= dict.fromkeys(target.roles, target)

@@ -83,7 +83,7 @@ def model_and(optimizer: str) -> tuple[GPT, torch.optim.Optimizer]:
     cfg = Config(n_layer=1, d_model=16, n_head=2, d_ff=64, vocab_size=64, block_size=8, optimizer=optimizer)
     model = GPT(cfg)
     mup.init_weights(model, cfg)
-    return model, rivals.build(cfg, mup.param_groups(model, cfg), model.named_parameters())
+    return model, rivals.build(cfg, mup.param_groups(model, cfg), model)
 
 
 def steps(model: GPT, optimizer: torch.optim.Optimizer, first: int, last: int):

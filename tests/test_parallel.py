@@ -28,8 +28,9 @@ from train import RunLog, build_optimizer, train
 LLAMA = ["--norm=rmsnorm", "--mlp=swiglu", "--position=rope", "--n_kv_head=1"]
 MODELS = {
     "gpt": [],
-    "moe": [*LLAMA, "--n_experts=4", "--top_k=2", "--attention=alternating", "--mla_rank=8", "--msign_targets=blocks"],
-}
+    "moe": [*LLAMA, "--n_experts=4", "--top_k=2", "--attention=alternating", "--mla_rank=8", "--msign_targets=blocks",
+            "--logit_trust=0.5"],
+}  # fmt: skip
 
 
 def torchrun(n: int, script, *arguments) -> list[str]:

@@ -20,7 +20,7 @@ def model_and(name):
     cfg = small(optimizer=name)
     model = GPT(cfg)
     mup.init_weights(model, cfg)
-    return model, rivals.build(cfg, mup.param_groups(model, cfg), model.named_parameters())
+    return model, rivals.build(cfg, mup.param_groups(model, cfg), model)
 
 
 def test_every_name_has_an_optimizer():

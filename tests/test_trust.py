@@ -7,9 +7,10 @@ import pytest
 import torch
 import transformers
 
+from engine.runlog import read_metrics
 from model import GPT
 from remedies.trust import LogitTrust
-from tests.conftest import noisy_model
+from tests.conftest import here, noisy_model, refused
 
 KINDS = {
     "heads": {},
@@ -132,3 +133,18 @@ def test_a_scheduler_sets_the_rates_of_the_base():
     optimizer = LogitTrust(torch.optim.AdamW(model.parameters(), lr=1.0), model, 1.0)
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
     assert optimizer.base.param_groups[0]["lr"] == 0.5
+
+
+def test_it_is_announced_and_attention_moves_less(config_file, tmp_path):
+    moved = {}
+    for limit in (0, 0.01):
+        done = here("train.py", config_file, f"--logit_trust={limit}", "--lr=0.02", f"--name={limit}")
+        assert done.returncode == 0, done.stderr
+        moved[limit] = read_metrics(tmp_path / "runs" / str(limit))[-1]["update_norm/W_Q"]
+    assert "plain AdamW, no logit moves by more than 0.01 in a step" in done.stdout
+    assert moved[0.01] < moved[0] / 10
+
+
+def test_where_it_has_no_bound_it_is_refused(config_file):
+    says = "logit_trust = 1.0: must be 0 with qk_norm"
+    refused("train.py", config_file, "--logit_trust=1", "--qk_norm=true", says=says)
