@@ -39,4 +39,5 @@ arm = {
     "attention off": {"msign_period": 100, "msign_map": "zero"},
     "QK-norm": {"qk_norm": True},
     "attention's lr ÷ 16": {"attn_lr": 0.0625},
+    "logits move ≤ 1 nat a step": {"logit_trust": 1.0},
 }

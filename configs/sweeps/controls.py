@@ -20,5 +20,6 @@ arm = {
     "attention in plain math": {"attn_kernel": "math"},
     "bf16": {"dtype": "bfloat16"},
     "decay independent of the rate": {"decay_coupling": "independent", "weight_decay": 1e-4},
+    "logits move ≤ 1 nat a step": {"logit_trust": 1.0},
 }
 seed = [0, 1, 2, 3, 4]

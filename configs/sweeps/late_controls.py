@@ -13,5 +13,6 @@ arm = {
     "W scaled to MSign's spectral norm": {**_every, "msign_map": "scale"},
     "attention's lr ÷ 16": {"attn_lr": 0.0625},
     "QK-norm": {"qk_norm": True},
+    "logits move ≤ 1 nat a step": {"logit_trust": 1.0},
 }
 seed = [1, 2, 3, 4, 5]

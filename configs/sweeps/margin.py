@@ -7,6 +7,7 @@ arm = {
     "MSign (attention)": {"msign_period": 100},
     "QK-norm": {"qk_norm": True},
     "attention's lr ÷ 16": {"attn_lr": 0.0625},
+    "logits move ≤ 1 nat a step": {"logit_trust": 1.0},
 }
 warmup_steps = 300
 max_steps = 1500
