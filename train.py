@@ -119,7 +119,7 @@ class Run:
         self.writer = checkpoint.Several() if world.size > 1 else checkpoint.Single()
         self.restore()
         probe = tuple(t.to(device) for t in (self.val_data or self.train_data).fixed_windows(cfg.probe_batch))
-        spread = world.group, partial(parallel.whole, self.model, world), parallel.norms
+        spread = world.group, partial(parallel.lend, self.model, world), parallel.norms
         self.instruments = Instruments(cfg, self.model, probe, *spread, self.autocast, warn=self.not_measured)
         self.clock = Clock.of(cfg, self.model, world)
         self.trace = Trace(cfg, self.folder, device, world.main)

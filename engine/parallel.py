@@ -7,7 +7,7 @@ rows. Up to rounding, the logged values do not depend on the number of processes
 import atexit
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 import mup
 from config import Config, UserError
 from engine import budget, hang, machine
-from model import GPT
+from model import GPT, Block
 
 
 @dataclass(frozen=True)
@@ -254,21 +254,64 @@ class Replica:
             self.model.reshard()
 
 
-@torch.no_grad()
-def whole(model: GPT, world: World) -> GPT | None:
-    """The model with whole weights on rank 0, for measuring; None on other ranks. All ranks have to call this."""
+def lend(model: GPT, world: World, measure: Callable[[GPT], dict], at_once: bool = False) -> dict:
+    """What measure(model) returns on rank 0, {} on the others. All ranks call this together.
+
+    A sharded model comes as a copy with whole weights. Each block is gathered when `measure` takes it from its `blocks`
+    and freed when `measure` drops it; if `at_once`, all are gathered first. Another rank holds one whole weight at a
+    time, and waits no longer than from one block to the next.
+    """
     if not any(isinstance(p, DTensor) for p in model.parameters()):
-        return model if world.main else None
-    with torch.device("meta"):
-        copy = GPT(model.cfg) if world.main else None
-    state = {}
-    for name, p in model.named_parameters():
-        full = p.full_tensor()
-        if world.main:
-            state[name] = full
-    if world.main:
-        copy.load_state_dict(state, assign=True)
-    return copy
+        return measure(model) if world.main else {}
+    if not world.main:
+        while (index := world.tell(None)) is not None:
+            _gather(model, world, index)
+        return {}
+    try:
+        with torch.device("meta"):
+            copy = GPT(model.cfg)
+        del copy.blocks
+        copy.load_state_dict(_gather(model, world, world.tell(OUTSIDE)), assign=True)
+        copy.requires_grad_(at_once)  # autocast would keep the bf16 copies of weights that require gradients
+        lent = Lent(model, world, range(len(model.blocks)))
+        copy.blocks = nn.ModuleList(lent).requires_grad_() if at_once else lent
+        return measure(copy)
+    finally:
+        world.tell(None)
+
+
+OUTSIDE = -1  # stands for the weights outside blocks
+
+
+@torch.no_grad()
+def _gather(model: GPT, world: World, index: int) -> dict[str, Tensor]:
+    """The whole weights of a block, or of what is OUTSIDE, by name, on rank 0; all ranks call this together."""
+    module = model if index == OUTSIDE else model.blocks[index]
+    found = {}
+    for name, p in module.named_parameters():
+        if index != OUTSIDE or not name.startswith("blocks."):
+            whole = p.full_tensor()
+            found |= {name: whole} if world.main else {}
+    return found
+
+
+class Lent(Sequence):
+    """Blocks of a sharded model on rank 0, for `lend`: what is taken is a new block, with whole weights."""
+
+    def __init__(self, model: GPT, world: World, indices: range):
+        self.model, self.world, self.indices = model, world, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return Lent(self.model, self.world, self.indices[i])
+        index = self.world.tell(self.indices[i])
+        with torch.device("meta"):
+            block = Block(self.model.cfg, index)
+        block.load_state_dict(_gather(self.model, self.world, index), assign=True)
+        return block.requires_grad_(False).eval()
 
 
 def norms(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

@@ -14,10 +14,11 @@ class Instruments:
     """The measurements of one run, on a fixed probe batch; they change no weight, no gradient, no random state.
 
     model: the model in training, perhaps sharded. probe: inputs and labels, each (probe_batch, block_size).
-    group: the processes that share the work on spectra, None if there is one. whole: returns the same model with whole
-    weights on the process that measures everything else, None on the others; all processes call it together. norms:
-    turns (name, tensor) pairs into {name: ‖·‖_F}, over all processes. autocast: the context in which training computes.
-    warn: is told what could not be measured.
+    group: the processes that share the work on spectra, None if there is one. lend: calls a function with the model, on
+    the process that measures everything else, and returns the result, there; {} on the others. All processes call it
+    together. With at_once=True all weights are whole at once, which gradients need. norms: turns (name, tensor) pairs
+    into {name: ‖·‖_F}, over all processes. autocast: the context in which training computes. warn: is told what could
+    not be measured.
     """
 
     def __init__(
@@ -26,12 +27,12 @@ class Instruments:
         model: GPT,
         probe: tuple[Tensor, Tensor],
         group,
-        whole: Callable[[], GPT | None],
+        lend: Callable[..., dict[str, float]],
         norms: Callable[[Iterable[tuple[str, Tensor]]], Mapping[str, Tensor]],
         autocast,
         warn: Callable[[str], None],
     ):
-        self.cfg, self.group, self.whole, self.norms = cfg, group, whole, norms
+        self.cfg, self.group, self.lend, self.norms = cfg, group, lend, norms
         self.model, self.autocast, self.warn = model, autocast, warn
         self.parameters = dict(model.named_parameters())
         self.tokens, self.labels = probe
@@ -48,9 +49,10 @@ class Instruments:
             wanted.append(lambda model: metrics.activations(model, tokens, each_layer, warn, self.autocast))
         if due(cfg.jacobian_every, step):
             wanted.append(lambda model: metrics.jacobians(model, tokens, True, warn, cfg.jacobian_positions))
+        found |= self._measure(wanted)
         if due(cfg.theory_every, step):
-            wanted.append(self._theorems)
-        return found | self._measure(wanted)
+            found |= self._measure([self._theorems], at_once=True)
+        return found
 
     def gradients(self, step: int) -> dict[str, float]:
         """The metrics grad_norm/…; call this before gradients are clipped. Also copies the weights for `updates`."""
@@ -84,15 +86,16 @@ class Instruments:
         sides = theory.all_theorems(model, self.tokens, self.labels)
         return {f"theory/{name}": value for name, value in sides.items()}
 
-    def _measure(self, wanted: list[Callable[[GPT], dict[str, float]]]) -> dict[str, float]:
-        """The results of the functions `wanted`, on the process that gets the whole model; {} on the others."""
-        found = {}
-        model = self.whole() if wanted else None
-        if model is None:
+    def _measure(self, wanted: list[Callable[[GPT], dict[str, float]]], at_once: bool = False) -> dict[str, float]:
+        """The results of the functions `wanted`, on the process that measures; {} on the others."""
+
+        def all_wanted(model: GPT) -> dict[str, float]:
+            found = {}
+            try:
+                for measure in wanted:
+                    found |= measure(model)
+            except torch.OutOfMemoryError as error:
+                self.warn(f"out of memory: {str(error).splitlines()[0]}")
             return found
-        try:
-            for measure in wanted:
-                found |= measure(model)
-        except torch.OutOfMemoryError as error:
-            self.warn(f"out of memory: {str(error).splitlines()[0]}")
-        return found
+
+        return self.lend(all_wanted, at_once) if wanted else {}

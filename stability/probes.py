@@ -415,6 +415,11 @@ def refuse_wrapped(module: nn.Module):
         raise TypeError(f"{kind} holds shards (DTensor): gather its parameters and measure that copy")
 
 
+def _measurable(module: nn.Module) -> nn.Module:
+    refuse_wrapped(module)
+    return module
+
+
 def not_finite(i: int, block: nn.Module, x: Tensor) -> str:
     """A line that names what is not finite in block i with input x: a parameter, the input, or else the output."""
     bad = [name for name, p in block.named_parameters() if not torch.isfinite(p).all()]
@@ -450,9 +455,7 @@ def jacobians(
     modules run in evaluation mode, without dropout. They do not change, no gradient is accumulated, and no global
     random state is used. Raises TypeError for a wrapper (DDP, FSDP, torch.compile) or a module that holds shards.
     """
-    for block in blocks:
-        refuse_wrapped(block)
-    training = [module for block in blocks for module in block.modules() if module.training]
+    training = [module for block in blocks for module in _measurable(block).modules() if module.training]
     for module in training:
         module.training = False
     try:

@@ -1,5 +1,6 @@
 """What the tests run on several processes, as `torchrun tests/several.py FUNCTION JSON`. Rank 0 prints the result."""
 
+import gc
 import json
 import os
 import resource
@@ -60,23 +61,34 @@ def sleeping(step: int, seconds: float, argv: list[str]):
     train.train(load_config(argv))
 
 
-class Reading:
-    """torch.load, which counts the bytes of the tensors that it has read, and the most that were held at once."""
+class Held:
+    """The bytes of tensors that were added: of those that still exist, the most that ever did, and of all."""
 
     def __init__(self):
-        self.load, self.read, self.held, self.most = torch.load, 0, 0, 0
+        self.now, self.most, self.added = 0, 0, 0
+
+    def add(self, x: torch.Tensor):
+        self.now += x.nbytes
+        self.added += x.nbytes
+        self.most = max(self.most, self.now)
+        weakref.finalize(x.untyped_storage(), self.drop, x.nbytes)
+
+    def drop(self, size: int):
+        self.now -= size
+
+
+class Reading(Held):
+    """torch.load, which adds the tensors that it reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.load = torch.load
 
     def __call__(self, *args, **options):
         found = self.load(*args, **options)
         if torch.is_tensor(found):
-            self.count(found.nbytes)
-            self.read += found.nbytes
-            weakref.finalize(found.untyped_storage(), self.count, -found.nbytes)
+            self.add(found)
         return found
-
-    def count(self, size: int):
-        self.held += size
-        self.most = max(self.most, self.held)
 
 
 def model_and(optimizer: str) -> tuple[GPT, torch.optim.Optimizer]:
@@ -124,7 +136,7 @@ def saved_while_training(folder: Path, number: int, name: str, writer: checkpoin
     checkpoint.load(path, {}, other, resumed)
     torch.load = reading.load
     sizes = [t.nbytes for t in checkpoint.tensors_of(path).values()]
-    counted = {"copied": sum(copied), "tensors": len(copied), "largest": max(sizes), "read": reading.read,
+    counted = {"copied": sum(copied), "tensors": len(copied), "largest": max(sizes), "read": reading.added,
                "at once": reading.most, "file": (path / f"__{writer.rank}_0.distcp").stat().st_size}  # fmt: skip
     steps(other, resumed, 3, 6)
     return all(map(torch.equal, model.parameters(), other.parameters())), sum(sizes), counted
@@ -253,6 +265,47 @@ def spectra() -> dict:
         dist.all_gather_object(counted, (sum(map(len, shares)), max(map(sum, shares))))
         same = torch.allclose(torch.tensor(list(found.values())), torch.tensor(list(alone.values())), equal_nan=True)
         out[kind] = {"same": same, "matrices": [c[0] for c in counted], "at once": [c[1] for c in counted]}
+    return out
+
+
+def lent() -> dict:
+    """What rank 0 holds of whole weights while it measures a sharded model, at most and at the end, in bytes.
+
+    Returns it for activations, Jacobians one block at a time, and all weights at once; the bytes of a block and of the
+    rest of the model; and whether the Jacobians are those of a model that was never sharded.
+    """
+    cfg = Config(n_layer=6, d_model=16, n_head=2, d_ff=64, vocab_size=64, block_size=8)
+    world = parallel.World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    models = [parallel.build(cfg, world, sharded) for sharded in (True, False)]
+    gather, held, tokens = parallel._gather, Held(), torch.arange(16).view(2, 8)
+
+    def counted(*args):
+        found = gather(*args)
+        for whole in found.values():
+            held.add(whole)
+        return found
+
+    parallel._gather = counted
+    measured = {
+        "activations": lambda model: metrics.activations(model, tokens, True, print, nullcontext()),
+        "jacobians": lambda model: {"found": probes.jacobians(model.blocks, model.embed(tokens).detach(), together=1)},
+        "at once": lambda model: {"loss": model(tokens, tokens).backward()},
+    }
+    out = {}
+    for name, measure in measured.items():
+        held.most = 0
+        found = parallel.lend(models[0], world, measure, at_once=name == "at once")
+        assert bool(found) == world.main
+        if name == "jacobians" and world.main:
+            alone = measure(models[1])["found"]
+            out["same"] = all(
+                torch.allclose(getattr(found["found"], n), getattr(alone, n)) for n in ("sigma", "product")
+            )
+        del found
+        gc.collect()
+        out[name] = held.most, held.now
+    out["block"] = sum(p.nbytes for p in models[1].blocks[0].parameters())
+    out["rest"] = sum(p.nbytes for p in models[1].parameters()) - cfg.n_layer * out["block"]
     return out
 
 

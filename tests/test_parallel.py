@@ -243,6 +243,16 @@ def test_every_rank_measures_the_spectra_of_its_share_and_gathers_one_matrix_at_
         assert kind == "replicated" or max(found["at once"]) == 60
 
 
+def test_a_sharded_model_is_measured_on_rank_0_without_being_there_as_a_whole():
+    found = several(2, "lent")
+    assert found["same"]
+    for name in ("activations", "jacobians"):
+        most, left = found[name]
+        assert found["rest"] + found["block"] <= most <= found["rest"] + 2 * found["block"] and left == 0, name
+    most, left = found["at once"]
+    assert most == found["rest"] + 6 * found["block"] and left == 0
+
+
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_gradients_are_held_once_while_they_accumulate(way):
     assert several(2, "gradients", way)

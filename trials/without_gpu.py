@@ -117,7 +117,7 @@ def stand_ins(ranks: int, even: int):
     of_all = torch.Tensor.all  # asked whether all values are finite
     yes = torch.tensor(True)
     torch.Tensor.all = lambda x, *at, **dim: of_all(x, *at, **dim) if at or dim or not x.is_cuda else yes
-    parallel.World.agree = lambda self, rows: rows
+    parallel.World.agree = parallel.World.tell = lambda self, what: what
     integer = torch.Tensor.__int__
     torch.Tensor.__int__ = lambda value: even if value.is_cuda else integer(value)
     if ranks == 1:
