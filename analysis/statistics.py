@@ -15,7 +15,7 @@ from scipy import stats
 
 from analysis.runs import OFF, Run
 from config import UserError
-from stability.collapse import CLEARLY, SIGNALS, SPIKE, WINDOW, final_loss, find_collapse, find_onsets
+from stability.collapse import CLEARLY, SIGNALS, SPIKE, WINDOW, final_loss, find_collapse, onsets_of
 
 # the paper's chain: a name for a link, its cause and its effect as logged
 LINKS = {
@@ -86,12 +86,9 @@ def verdict(row) -> str:
 
 def moved(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs with what moved first up to the collapse, or in the whole run if there is none (find_onsets)."""
-    keys = ["grad_norm", *(key for key, _ in SIGNALS.values())]
-    onsets = []
-    for row in runs.itertuples():
-        logged = row.run.steps.reindex(columns=keys)
-        values = logged.astype(object).where(np.isfinite(logged), None).reset_index().to_numpy().tolist()
-        onsets.append(find_onsets([dict(zip(["iter", *keys], line, strict=True)) for line in values], row.end))
+    keys = ("grad_norm", *(key for key, _ in SIGNALS.values()))
+    logged = [{key: list(run.series(key).items()) for key in keys} for run in runs["run"]]
+    onsets = list(map(onsets_of, logged, runs["end"]))
     return runs.assign(onsets=onsets, first=[of.first or ["none"] for of in onsets])
 
 

@@ -28,6 +28,7 @@ cause: compare it with the same signal in runs that did not collapse, for which 
 """
 
 import math
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -196,21 +197,38 @@ def find_onsets(lines: Sequence[Mapping[str, float | None]], until: int | None =
 
     until: the step of the collapse, beyond which nothing counts; None means the whole run.
     """
+    steps = [int(line["iter"] or 0) for line in lines]
+    keys = ("grad_norm", *(key for key, _ in SIGNALS.values()))
+    logged = {key: [(step, line.get(key)) for step, line in zip(steps, lines, strict=True)] for key in keys}
+    known = {key: [(step, value) for step, value in of if value is not None] for key, of in logged.items()}
+    return onsets_of(known, until or steps[-1])
 
-    def step_of(line: Mapping[str, float | None]) -> int:
-        return int(line["iter"] or 0)
 
-    end = until or step_of(lines[-1])
-    lines = [line for line in lines if end / 4 < step_of(line) <= end]
+def onsets_of(logged: Mapping[str, Sequence[tuple[int, float]]], end: int) -> Onsets:
+    """When each signal moved in a run that collapsed, or ended, at the step `end`.
+
+    logged: by key of metrics.jsonl, of the gradient norm and of SIGNALS, the steps at which it was logged, with its
+    values.
+    """
 
     def series(key: str, direction: int) -> tuple[list[int], list[float]]:
-        """The steps at which `key` was logged, and the logarithms of its values, higher being worse."""
-        found = [(step_of(line), value) for line in lines if (value := line.get(key)) is not None]
+        """The steps that count, and the logarithms of the values of `key`, higher being worse."""
+        found = [(step, value) for step, value in logged[key] if end / 4 < step <= end]
         if key != "log_z":
             found = [(step, math.log(value)) for step, value in found if value > 0]
         return [step for step, _ in found], [direction * value for _, value in found]
 
     steps, norms = series("grad_norm", 1)
-    medians = [median(norms[i - WINDOW : i]) for i in range(WINDOW, len(norms) + 1)]
     signals = {name: onset(*series(key, direction)) for name, (key, direction) in SIGNALS.items()}
-    return Onsets(signals, onset(steps[WINDOW - 1 :], medians))
+    return Onsets(signals, onset(steps[WINDOW - 1 :], medians(norms)))
+
+
+def medians(values: Sequence[float]) -> list[float]:
+    """The median of every WINDOW values that follow one another."""
+    window = sorted(values[: WINDOW - 1])
+    found = []
+    for old, new in zip(values, values[WINDOW - 1 :], strict=False):
+        insort(window, new)
+        found.append((window[WINDOW // 2 - 1] + window[WINDOW // 2]) / 2)
+        del window[bisect_left(window, old)]
+    return found

@@ -43,7 +43,7 @@ from analysis.statistics import (
 )
 from stability.alarm import HELD, LOGIT, REST, THRESHOLD
 from stability.collapse import CLEARLY, SPIKE
-from tests.conftest import ROOT
+from tests.conftest import ROOT, here
 
 # a sentence may go on in the next line
 README, GRIDS_PAGE, REPORT = (
@@ -86,6 +86,12 @@ def test_every_run_was_recorded_by_committed_code_and_every_arm_has_its_seeds(la
     for arm in layers.values():
         assert sorted(arm.seed) == [0, 1, 2, 3, 4]
         assert all(run.code["dirty"] is False for run in arm.run) and all(arm.max_steps == arm.steps)
+
+
+def test_the_pages_tables_come_from_the_recorded_runs():
+    """In this process: the other tests of this file need the same frames."""
+    done = here("scripts/report.py", "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_table_of_the_set_up_is_that_of_the_recorded_runs():
