@@ -38,6 +38,7 @@ ATTENTION = ("W_Q", "W_K", "W_V", "W_DQ", "W_UQ", "W_DKV", "W_UK", "W_UV", "W_KR
 MLP = ("W_up", "W_gate", "W_down")
 TARGETS = {"attention": ATTENTION, "mlp": MLP, "blocks": ATTENTION + MLP}
 CUSHION = 0.03  # the smallest singular value, as a share of the largest one, that `polar_steps` fits
+HEADROOM = 1.001  # see `polar_steps`
 STACK_ELEMENTS = 2**26  # a process stacks matrices of one shape up to this many elements (0.5 GB in fp64)
 # "polar" accepts a result X with ‖XXᵀX − X‖_F / ‖X‖_F up to this. In the root mean square, the singular values that
 # are not 0 then differ from 1 by about half of this.
@@ -109,7 +110,8 @@ def polar_steps(low: float, accuracy: float = 1e-2) -> tuple[tuple[float, float,
     Together they map the interval [low, 1] of singular values into [1 − accuracy, 1 + accuracy]. Each quintic is the
     best approximation of 1 on the interval that the previous one leaves (arXiv 2505.16932). Its error is −E, +E, −E, +E
     at the lower end, the two extrema and the upper end, which `_nearest_to_one` makes use of. Each quintic but the last
-    is scaled by 1 / (1 + E), so that its interval ends at 1 again.
+    is divided by (1 + E) · HEADROOM, so that its interval ends just below 1. A quintic without HEADROOM would map 1 to
+    1 with a slope of 12: a singular value that rounding lifts to 1 + 1e-7 would leave the interval within eight steps.
 
     A fit never begins below CUSHION. Smaller values are then lifted nearly as fast, and large values keep their
     digits. A quintic fitted to smaller values would map some large values close to 0. It would do so by cancellation,
@@ -121,7 +123,7 @@ def polar_steps(low: float, accuracy: float = 1e-2) -> tuple[tuple[float, float,
         a, b, c, E = _nearest_to_one(fit)
         if low == fit and accuracy >= E:
             return (*steps, (a, b, c))
-        a, b, c = (v / (1 + E) for v in (a, b, c))
+        a, b, c = (v / (1 + E) / HEADROOM for v in (a, b, c))
         steps.append((a, b, c))
         low = a * low + b * low**3 + c * low**5
 
