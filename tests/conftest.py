@@ -153,14 +153,19 @@ def _as_script(words: list[str], cwd: str, env: dict[str, str], output: tuple[st
 
 
 class Forked:
-    """What the scripts need of subprocess.Popen, by a fork: the new process need not import PyTorch again."""
+    """What the scripts and torchrun need of subprocess.Popen, by a fork: the process need not import PyTorch again."""
 
-    def __init__(self, command: list[str], stdout=None, stderr=None, env=os.environ, pass_fds: Sequence[int] = ()):
-        assert command[0] == sys.executable
+    def __init__(
+        self, args, stdout=None, stderr=None, env=os.environ, pass_fds: Sequence[int] = (), start_new_session=False
+    ):
+        assert args[0] == sys.executable
+        words = [word for word in args[1:] if word != "-u"]
         output = (stdout.fileno(), stdout.fileno()) if stderr == subprocess.STDOUT else (1, 2)
+        first = os.setsid if start_new_session else None
         fork = multiprocessing.get_context("fork").Process
-        self.process = fork(target=_as_script, args=(command[1:], str(Path.cwd()), dict(env), output))
+        self.process = fork(target=_as_script, args=(words, str(Path.cwd()), dict(env), output, first))
         self.process.start()
+        self.pid = self.process.pid
         self.terminate, self.kill, self.wait = self.process.terminate, self.process.kill, self.process.join
 
     def poll(self) -> int | None:

@@ -12,6 +12,7 @@ from tests.conftest import small
 from tests.test_faults import FORKING
 from trials import acceptance
 from trials.acceptance import Row
+from trials.place import CONFIG
 
 CPU = torch.device("cpu")
 
@@ -62,6 +63,7 @@ def test_a_sign_that_is_wrong_or_fails_is_found(monkeypatch):
 
 def test_runs_on_several_processes_and_killed_ones_hold(tmp_path, monkeypatch):
     monkeypatch.setattr("trials.place.subprocess", FORKING)
+    monkeypatch.setattr("trials.place.CONFIG", CONFIG.replace("max_steps = 120", "max_steps = 40"))
     monkeypatch.setattr(acceptance, "WAYS", ("fsdp",))  # tests/test_parallel.py has both
     found = by_path(acceptance.rows(["run"], CPU, tmp_path))
     assert found.pop("hsdp").found == "not run: not built"

@@ -10,9 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 from engine import checkpoint, parallel
-from tests.conftest import ROOT, here, refused, start
+from tests.conftest import ROOT, Forked, here, refused, start
 from trials import faults
 from trials.place import Place
 
@@ -25,6 +26,7 @@ def table(path) -> list[list[str]]:
 
 def in_a_session_of_its_own(first: Callable | None):
     os.setsid()
+    subprocess_handler.Popen = Forked  # with which torchrun, should this process become it, starts its processes
     if first:
         first()
 

@@ -187,7 +187,7 @@ def runs(device: torch.device, place: Place) -> Iterable[Row]:
         place.here("--name=cpu", "--device=cpu")
         return same_run(place, "whole", "cpu")
 
-    yield checked("run", f"120 steps on {device.type}, against the CPU", LOSS, on_cpu)
+    yield checked("run", f"{place.steps('whole')} steps on {device.type}, against the CPU", LOSS, on_cpu)
     count = torch.cuda.device_count() if device.type == "cuda" else 2
     for way in WAYS:
 
@@ -210,7 +210,7 @@ def runs(device: torch.device, place: Place) -> Iterable[Row]:
             raise NotHere("there is one GPU")
         fifth = ("before the old one goes", 5)  # checkpoint, after which the main process kills itself
         output(place.start("--name=moved", "--parallel=fsdp", "--micro_batch=1", victim=fifth, processes=2))
-        if place.saved("moved") in (None, 120):
+        if place.saved("moved") in (None, place.saved("whole")):
             raise UserError("moved: did not end in the middle")
         trained(place, "moved", "--micro_batch=1", "--resume")
         return same_run(place, "moved", "whole")
