@@ -4,7 +4,7 @@ import os
 import subprocess
 import tempfile
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,9 +32,11 @@ def in_a_session_of_its_own(first: Callable | None):
 
 
 class Started:
-    """What trials/place.py needs of subprocess.Popen, by a fork: the new process need not import PyTorch again."""
+    """What trials/ needs of subprocess.Popen, by a fork: the new process need not import PyTorch again."""
 
-    def __init__(self, command: list[str], preexec_fn: Callable | None, env: dict[str, str], **_):
+    def __init__(
+        self, command: list[str], preexec_fn: Callable | None = None, env: Mapping[str, str] = os.environ, **_
+    ):
         folder = Path(tempfile.mkdtemp())
         self.said = folder / "out", folder / "err"
         first = partial(in_a_session_of_its_own, preexec_fn)

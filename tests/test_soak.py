@@ -6,6 +6,7 @@ import pytest
 
 from config import UserError
 from tests.conftest import refused
+from tests.test_faults import FORKING
 from trials.place import Place
 from trials.soak import judge, watch
 
@@ -18,9 +19,10 @@ def flat(steps) -> pd.DataFrame:
     )
 
 
-def test_nothing_grows_in_a_short_run(tmp_path):
-    samples = watch(Place(tmp_path), 100)
-    assert samples.step.iloc[-1] <= 100 and samples.log.iloc[-1] > 100_000
+def test_nothing_grows_in_a_short_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("trials.soak.subprocess", FORKING)
+    samples = watch(Place(tmp_path), 60, interval=0.1)
+    assert samples.step.iloc[-1] <= 60 and samples.log.iloc[-1] > 60_000
     said, _ = judge(samples.assign(seconds=samples.step / 10))  # this machine's pace is no test
     verdicts = [line.split("|")[-2].strip() for line in said.splitlines() if line.startswith("|")][2:]
     assert verdicts == ["yes"] * 5
