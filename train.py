@@ -35,6 +35,7 @@ from engine.validation import validation_loss
 from model import GPT
 from msign import MSign, NonFiniteWeightError, counts
 from remedies import controls, rivals
+from stability import footprint
 from stability.collapse import Watch, final_loss, find_onsets
 from stability.instruments import Instruments
 
@@ -85,7 +86,7 @@ class Run:
         self.cfg = cfg
         self.folder = Path(cfg.runs_dir) / cfg.name
         self.train_data, self.val_data, notes = corpora.open_splits(cfg)
-        self.world = parallel.start(cfg)
+        self.world = parallel.start(cfg, footprint.needs)
         self.device = self.world.device
         self.layout, announced = parallel.choose(cfg, self.world)  # ddp or fsdp
         self.sharded = self.layout == "fsdp" and self.world.size > 1

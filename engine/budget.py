@@ -100,6 +100,16 @@ class Memory:
         return cls(4 * share, 4 * share, 8 * share, model.activation_bytes(width), casts, gathered)
 
 
+def shards(cfg: Config, ranks: int, memory: int | None) -> bool:
+    """Whether cfg shards the model: if it says so, or, left to choose, if a GPU of this memory cannot hold it (DDP).
+
+    memory: in bytes; None for a CPU, where nothing is sharded unasked.
+    """
+    if ranks == 1 or cfg.parallel != "auto":
+        return ranks > 1 and cfg.parallel == "fsdp"
+    return bool(memory) and Memory.of(cfg, ranks, sharded=False).total > ROOM * memory
+
+
 def step_flops(cfg: Config) -> float:
     """FLOPs of a step: forward and backward pass over all its tokens, and the blocks that are computed again.
 

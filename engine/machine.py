@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -101,19 +102,23 @@ def memory_of(device: torch.device) -> int:
     return min(installed, int(text)) if text.isdigit() else installed
 
 
-def require(cfg: Config, device: torch.device, ranks: int = 1, local_ranks: int = 1):
+def require(
+    cfg: Config, device: torch.device, ranks: int = 1, local_ranks: int = 1, footprint: Callable = lambda *_: ()
+):
     """Raise UserError unless the run fits into this machine's memory and its attention kernel runs on the device.
 
-    ranks: processes of the run; local_ranks: those on this machine.
+    ranks: processes of the run; local_ranks: those on this machine. footprint: counts what measurements take beside the
+    weights, as `stability.footprint.needs` does.
     """
     here = memory_of(device)
     share = here // local_ranks if device.type != "cuda" else here
-    for name, need in needs(cfg, device, ranks):
+    for name, need in chain(needs(cfg, device, ranks), measuring(cfg, device, ranks, footprint)):
         if need > share:
+            right = repr(type(getattr(cfg, name))(0)) if name.endswith(("_every", "_probe")) else "less"
             size = "more than can be counted" if need == float("inf") else f"{need / 2**30:.3g} GiB"
             of_each = f" for each of {local_ranks} processes" if share != here else ""
             raise UserError(
-                f"{name} = {shown(getattr(cfg, name))}: must be less; with the other fields it takes {size} "
+                f"{name} = {shown(getattr(cfg, name))}: must be {right}; with the other fields it takes {size} "
                 f"of memory, and {device} has {share / 2**30:.3g} GiB{of_each}"
             )
     if cfg.attn_kernel != "auto" and not kernel_runs(cfg, device):
@@ -153,6 +158,17 @@ def needs(cfg: Config, device: torch.device, ranks: int) -> Iterable[tuple[str, 
         probabilities = 4 * cfg.micro_batch * cfg.n_head * cfg.block_size**2  # of one block, fp32
         # the chunked kernel skips what the causal mask hides
         yield name, need + probabilities * kept.count("math") + probabilities * kept.count("chunked") // 2
+
+
+def measuring(cfg: Config, device: torch.device, ranks: int, footprint: Callable) -> Iterable[tuple[str, float]]:
+    """As `needs`, for each measurement: its own memory beside what a training step leaves on the rank that measures."""
+    if cfg.dry_run:
+        return
+    sharded = budget.shards(cfg, ranks, memory_of(device) if device.type == "cuda" else None)
+    memory = budget.Memory.of(cfg, ranks, sharded)
+    kept = memory.weights + memory.moments + (memory.gradients if ranks > 1 and not sharded else 0)
+    for name, need in footprint(cfg, device, sharded):
+        yield name, kept + need
 
 
 @contextlib.contextmanager

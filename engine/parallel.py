@@ -84,10 +84,10 @@ class World:
         return [row for rows in all_rows for row in rows]
 
 
-def start(cfg: Config) -> World:
+def start(cfg: Config, footprint: Callable = lambda *_: ()) -> World:
     """Join the processes that torchrun started, or be the only one.
 
-    Raises UserError before anything can wait for another rank.
+    footprint: see `machine.require`. Raises UserError before anything can wait for another rank.
     """
     try:
         rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -113,7 +113,7 @@ def start(cfg: Config) -> World:
         torch.cuda.set_device(device)
     if cfg.parallel == "fsdp" and cfg.compile == "whole":
         raise UserError("compile = 'whole': must be blocks or off with parallel = 'fsdp'")
-    machine.require(cfg, device, size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    machine.require(cfg, device, size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), footprint)
     if size > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         hang.record_collectives(cfg)
@@ -160,13 +160,13 @@ def choose(cfg: Config, world: World, total_memory: int | None = None) -> tuple[
         return cfg.parallel, []
     if world.device.type == "cuda":
         total_memory = total_memory or torch.cuda.get_device_properties(world.device).total_memory
-    need = budget.Memory.of(cfg, world.size, sharded=False).total
-    fits = not total_memory or need <= budget.ROOM * total_memory
-    if not fits and cfg.optimizer != "adamw":
+    sharded = budget.shards(cfg, world.size, total_memory)
+    if sharded and cfg.optimizer != "adamw":
+        need = budget.Memory.of(cfg, world.size, sharded=False).total
         raise UserError(
             f"optimizer = {cfg.optimizer!r}: must be adamw for a model that has to be sharded ({need / 1e9:.3g} GB)"
         )
-    return "ddp" if fits else "fsdp", []
+    return "fsdp" if sharded else "ddp", []
 
 
 def build(cfg: Config, world: World, sharded: bool) -> GPT:

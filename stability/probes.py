@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+STEPS = 12  # of Lanczos iteration, at most
 STACK_ELEMENTS = 2**26  # of the matrices whose spectra are computed together: 0.5 GB in fp64
 
 
@@ -101,7 +102,7 @@ def top_triples(
     matvec: Callable[[Tensor, list[int]], Tensor],
     rmatvec: Callable[[Tensor, list[int]], Tensor],
     start: Tensor,
-    steps: int = 12,
+    steps: int = STEPS,
     tolerance: float = 3e-4,
 ) -> Triples:
     """The top singular triples of G groups of B maps at once, by Lanczos with full reorthogonalisation.
@@ -369,7 +370,7 @@ class _Linearised:
         """Jᵀu for the functions in `live`."""
         return self._apply(self.y, self.z, u, live)
 
-    def triples(self, steps: int = 12, generator: torch.Generator | None = None) -> Triples:
+    def triples(self, steps: int = STEPS, generator: torch.Generator | None = None) -> Triples:
         """The top singular triples of every function's Jacobian."""
         start = _start(len(self.z), self.z[0], generator or torch.Generator().manual_seed(0))
         return top_triples(self.matvec, self.rmatvec, start, steps)
@@ -437,7 +438,7 @@ def jacobians(
     blocks: Sequence[nn.Module] | nn.ModuleList,
     x: Tensor,
     positions: Sequence[int] = (),
-    steps: int = 12,
+    steps: int = STEPS,
     seed: int = 0,
     together: int = 0,
 ) -> Jacobians:

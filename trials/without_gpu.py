@@ -43,9 +43,11 @@ PAGE = """# Memory and precision on an H100, without one
 
 Every run took six steps on a CUDA that computes nothing (`scripts/without_gpu.py`), as rank 0 of its processes. Memory
 is in GiB, of the 79.2 that PyTorch sees on an H100. *plan*: what the memory plan of `scripts/plan.py` counts; *peak*:
-the most that a step of training alone held; *reserved*: the most that PyTorch's allocator had taken from the GPU after
-any of the six steps. *fp32 share*: the share of fp32 in the FLOPs of matrix products of such a step. Blocks are not
-compiled. What NCCL and compiled kernels take is not in these numbers.
+the most that a step of training alone held; *least, measuring*: what a run is refused for before it begins, the memory
+that measuring takes with the Jacobians of one block at a time; more blocks are taken where there is memory. *reserved*:
+the most that PyTorch's allocator had taken from the GPU after any of the six steps. *fp32 share*: the share of fp32 in
+the FLOPs of matrix products of such a step. Blocks are not compiled. What NCCL and compiled kernels take is not in
+these numbers.
 
 {table}
 
@@ -165,7 +167,8 @@ def inside(name: str, ranks: int, folder: Path, more: list[str]) -> dict:
     given = load_config([path])
     stand_ins(ranks, given.probe_batch * given.block_size * given.top_k // max(given.n_experts, 1))
     import train
-    from engine import budget
+    from engine import budget, machine
+    from stability import footprint
 
     for split, tokens in (("train", 400_000), ("val", 100_000)):
         np.zeros(tokens, np.uint16).tofile(folder / f"{split}.bin")
@@ -196,6 +199,7 @@ def inside(name: str, ranks: int, folder: Path, more: list[str]) -> dict:
         "layout": run.layout,
         "dtype": cfg.dtype,
         "plan": plan,
+        "measuring": max(need for _, need in machine.measuring(cfg, run.device, ranks, footprint.needs)),
         "memory": memory,
         "steps": lines,
         "missing": missing,
@@ -234,6 +238,7 @@ def row(name: str, ranks: int, found: dict) -> dict:
         "plan": f"{found['plan'] / GIB:.2f}",
         "peak": f"{peak / GIB:.2f}",
         "plan ÷ peak": f"{found['plan'] / peak:.3f}",
+        "least, measuring": f"{found['measuring'] / GIB:.2f}",
         "peak, measuring": f"{steps[PROBE]['peak'] / GIB:.2f}",
         "peak, MSign": f"{steps[APPLICATION]['peak'] / GIB:.2f}" if "msign" in name else "–",
         "reserved": f"{max(line['reserved'] for line in found['steps']) / GIB:.2f}",
