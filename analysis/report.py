@@ -28,6 +28,7 @@ PAGES = (ROOT / "README.md", RESULTS / "REPORT.md", *sorted(ROOT.glob("docs/*.md
 GRIDS = ("table2_small", "attention_off", "table3_small", "controls", "margin", "rivals", "late_collapse", "late_seeds",
          "late_controls", "texts", "adaptive")  # fmt: skip
 FIRST = ["AdamW", "MSign (attention)", OFF]
+TRUST = "logits move ≤ 1 nat a step"  # remedies/trust.py
 # a finding: its grid, and others of which it shows the arms in FIRST
 FINDINGS = {
     "layers": ("table2_small", "attention_off"),
@@ -90,6 +91,7 @@ CLIENT = COLLAPSED | {
     "final loss": ("loss", spread), "below attention-off": ("below_floor", spread),
 }  # fmt: skip
 ARCHITECTURE = FELL | LOSS | {"below attention-off": ("below_floor", said), NORM: ("max_grad_norm", spread, 1)}
+REMEDY = COLLAPSED | LOSS | {"above the trust region": ("above", said), "p": ("above", adjusted)}
 PERIODS = FELL | LOSS | {"time": ("time", said)}
 THRESHOLDS = {"matrices replaced in 1000 steps": ("applications", said, 0)} | COLLAPSED | LOSS | {
     "fixed P of nearly as many": ("fixed", "first"), "its collapses": ("collapsed_fixed", counted),
@@ -275,7 +277,10 @@ def theory_table(run: Run) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["theorem", "statement", "holds in", "looseness, powers of ten", ""])
 
 
-packed = functools.cache(lambda grid, folder=RESULTS: load_runs(folder / grid))  # the runs of a recorded grid
+@functools.cache
+def packed(grid: str, folder: Path = RESULTS) -> list[Run]:
+    """The runs of a recorded grid, but those of TRUST: they came when everything else had been judged."""
+    return [run for run in load_runs(folder / grid) if run.arm != TRUST]
 
 
 @functools.cache
@@ -323,10 +328,32 @@ def by_config(grids: Iterable[str], names: Mapping[str, str], folder: Path = RES
 @functools.cache
 def architectures(folder: Path = RESULTS) -> pd.DataFrame:
     """The runs of the paper's other models in small, with what moved first."""
-    runs = moved(by_config(["architectures"], ARCHITECTURES, folder))
-    return runs.assign(
-        reached=runs["lr_multiple"].fillna(runs["lr_scale"])
-    )  # the rate of a collapse, or the ramp's top
+    return moved(by_config(["architectures"], ARCHITECTURES, folder))
+
+
+def with_trust(runs: pd.DataFrame, grid: str) -> pd.DataFrame:
+    """A frame of runs that read one configuration, and those of TRUST in a recorded grid that read it too."""
+    config = runs["run"].iloc[0].axes.get("config")
+    added = [run for run in load_runs(RESULTS / grid) if run.arm == TRUST and run.axes.get("config") == config]
+    return judged([*runs["run"], *added], same="lr_scale")
+
+
+def small_rates() -> pd.DataFrame:
+    """The runs of the grid of constant rates at the rates at which TRUST was run."""
+    runs = with_trust(frame("margin"), "margin")
+    return runs[runs["lr_scale"].isin(runs.loc[runs["arm"] == TRUST, "lr_scale"])]
+
+
+def remedies() -> pd.DataFrame:
+    """By regime, the runs of TRUST and of the arms that they are compared with."""
+    regimes = {"ramp": (finding("controls"), "controls"), "no decay": (finding("late"), "late_controls")}
+    regimes |= {f"{model}, ramp": (of, "architectures") for model, of in architectures().groupby("model", sort=False)}
+    parts = []
+    for regime, (runs, grid) in regimes.items():
+        runs = with_trust(runs, grid)
+        runs = runs[runs["arm"].isin(["AdamW", "MSign (attention)", "QK-norm", "attention's lr ÷ 16", TRUST])]
+        parts.append(runs.assign(regime=regime, above=differences(runs, TRUST)))
+    return pd.concat(parts, ignore_index=True)
 
 
 @functools.cache
@@ -386,6 +413,7 @@ BLOCKS: dict[str, Callable[[str], str | pd.DataFrame]] = {
     "first": lambda name: by_arm(moved(finding(name)), MOVED_FIRST),
     "periods": periods,
     "margin": lambda name: margin_table(frame(name)),
+    "best": lambda name: margin_table(small_rates()),
     "late": lambda name: late_table(frame(name)),
     "texts": lambda name: texts_table(frame(name)),
     "thresholds": lambda name: threshold_table(*map(numbered, reversed(LINES))),
@@ -394,6 +422,7 @@ BLOCKS: dict[str, Callable[[str], str | pd.DataFrame]] = {
     "alarms": alarms_block,
     "cost": lambda name: paper_table() + "\n",
     "architectures": lambda name: by_arm(architectures(), ARCHITECTURE, "model"),
+    "remedies": lambda name: by_arm(remedies(), REMEDY, "regime"),
     "models_first": lambda name: by_arm(architectures(), MOVED_FIRST, "model"),
     "clients": lambda name: by_arm(clients(), CLIENT, "program", "top"),
     "file": file,

