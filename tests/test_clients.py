@@ -48,8 +48,10 @@ def is_restored(W: torch.Tensor) -> bool:
 
 
 def client(name: str, folder: Path, *more: str) -> subprocess.CompletedProcess:
-    """The run in a process of its own, in which our `model` is not imported yet: nanoGPT has one of that name."""
+    """The run; nanoGPT's in a process in which our `model` is not imported yet: it has one of that name."""
     words = ["scripts/client.py", f"configs/clients/{name}.py", f"--runs_dir={folder}", *SHORT, "--resume", *more]
+    if name != "nanogpt":
+        return run(*words)
     return subprocess.run([sys.executable, *words], cwd=ROOT, env=PYTHON, capture_output=True, text=True)
 
 
