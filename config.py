@@ -183,7 +183,7 @@ class Config:
         1.0, "optimizer", "largest global gradient norm; 0 = off; with optimizer = zclip, ZClip clips at it",
         NOT_NEGATIVE)
     logit_trust: float = opt(
-        0.0, "optimizer", "largest change of an attention logit in a step, nats (remedies/trust.py); 0 = no limit",
+        0.0, "optimizer", "largest move of an input's attention logit in a step, nats (remedies/trust.py); 0 = off",
         NOT_NEGATIVE)
     balance_coef: float = opt(0.01, "optimizer", "weight of the experts' load-balancing loss", NOT_NEGATIVE)
     # MSign

@@ -836,9 +836,7 @@ class MSign(Wrapper):
         super().__init__(base)
         self.period = period
         self.targets = find(model, targets, split)
-        _sharded(
-            {name: target.parameter for name, target in self.targets.items()}
-        )  # refuses now what an application would refuse
+        _sharded({name: target.parameter for name, target in self.targets.items()})  # refuses what `apply_` would
         for name, t in self.targets.items() if reset else ():
             if t.roles != t.layout.roles:
                 parts = f"all of {', '.join(t.layout.roles)}, not {', '.join(t.roles)} alone"

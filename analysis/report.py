@@ -91,7 +91,7 @@ CLIENT = COLLAPSED | {
     "final loss": ("loss", spread), "below attention-off": ("below_floor", spread),
 }  # fmt: skip
 ARCHITECTURE = FELL | LOSS | {"below attention-off": ("below_floor", said), NORM: ("max_grad_norm", spread, 1)}
-REMEDY = COLLAPSED | LOSS | {"above the trust region": ("above", said), "p": ("above", adjusted)}
+REMEDY = COLLAPSED | LOSS | {"above the limit's": ("above", said), "p": ("above", adjusted)}
 PERIODS = FELL | LOSS | {"time": ("time", said)}
 THRESHOLDS = {"matrices replaced in 1000 steps": ("applications", said, 0)} | COLLAPSED | LOSS | {
     "fixed P of nearly as many": ("fixed", "first"), "its collapses": ("collapsed_fixed", counted),
@@ -277,10 +277,12 @@ def theory_table(run: Run) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["theorem", "statement", "holds in", "looseness, powers of ten", ""])
 
 
-@functools.cache
+loaded = functools.cache(load_runs)
+
+
 def packed(grid: str, folder: Path = RESULTS) -> list[Run]:
     """The runs of a recorded grid, but those of TRUST: they came when everything else had been judged."""
-    return [run for run in load_runs(folder / grid) if run.arm != TRUST]
+    return [run for run in loaded(folder / grid) if run.arm != TRUST]
 
 
 @functools.cache
@@ -334,7 +336,7 @@ def architectures(folder: Path = RESULTS) -> pd.DataFrame:
 def with_trust(runs: pd.DataFrame, grid: str) -> pd.DataFrame:
     """A frame of runs that read one configuration, and those of TRUST in a recorded grid that read it too."""
     config = runs["run"].iloc[0].axes.get("config")
-    added = [run for run in load_runs(RESULTS / grid) if run.arm == TRUST and run.axes.get("config") == config]
+    added = [run for run in loaded(RESULTS / grid) if run.arm == TRUST and run.axes.get("config") == config]
     return judged([*runs["run"], *added], same="lr_scale")
 
 

@@ -54,10 +54,10 @@ def about(run) -> dict:
 
 def intervention(cfg: Config, optimizer) -> str:
     """What is done to the weights besides the optimizer's step, in words."""
+    limit = f"; logit_trust: a step moves a logit by at most {cfg.logit_trust:g} nats" if cfg.logit_trust else ""
     if not cfg.msign_period:
-        plain = f"plain {'AdamW' if cfg.optimizer == 'adamw' else cfg.optimizer}"
-        return plain + (f", no logit moves by more than {cfg.logit_trust:g} in a step" if cfg.logit_trust else "")
+        return f"plain {'AdamW' if cfg.optimizer == 'adamw' else cfg.optimizer}{limit}"
     what = {"sign": "MSign", "zero": "set to zero"}.get(cfg.msign_map, f"control: {cfg.msign_map}")
     which = f", stable rank below {cfg.msign_below:g}" if cfg.msign_below else ""
     matrices = f"{len(optimizer.targets)} matrices ({cfg.msign_targets}{which})"
-    return f"{what} every {cfg.msign_period} steps on {matrices}"
+    return f"{what} every {cfg.msign_period} steps on {matrices}{limit}"

@@ -1,11 +1,12 @@
-"""A trust region for attention: one step may change no attention logit by more than a limit.
+"""A trust region for attention: one step of the weights may change no logit of an input by more than a limit.
 
-    optimizer = LogitTrust(torch.optim.AdamW(model.parameters(), ...), model, limit=10.0)
+    optimizer = LogitTrust(torch.optim.AdamW(model.parameters(), ...), model, limit=1.0)
 
 Use it where attention logits grow until training collapses, if the model shall stay as it is (QK-norm changes it).
 
 A head's logits are (W_Q x)ᵀ(W_K y) / √k, with W_Q and W_K its k rows of the matrices and inputs x, y of root mean
-square 1, as a norm without gains returns them. With n inputs, ‖x‖ = √n. A step by ΔW_Q and ΔW_K therefore changes no
+square 1, as a norm without gains returns them. (Gains g let logits move up to max g² times as far, and the inputs of a
+block change too when the blocks before it learn.) With n inputs, ‖x‖ = √n. A step by ΔW_Q and ΔW_K therefore changes no
 logit by more than
 
     n / √k · (‖ΔW_Q‖_F ‖W_K‖_F + ‖W_Q‖_F ‖ΔW_K‖_F + ‖ΔW_Q‖_F ‖ΔW_K‖_F).
@@ -25,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from msign import Layout, Target, Wrapper, _local, _sharded, find
+from msign import Layout, Target, Wrapper, _group, _local, find
 
 # in these a head has some rows, in W_O some columns; all heads share the others
 QUERIES, KEYS, VALUES = ("W_Q", "W_UQ"), ("W_K", "W_UK"), ("W_V", "W_UV")
@@ -61,7 +62,7 @@ class LogitTrust(Wrapper):
         self.factors: dict[str, Tensor] = {}
         targets = find(model, "attention", split)
         self.targets = list(targets.values())
-        self.group = next(iter(_sharded({n: t.parameter for n, t in targets.items()}).values()), None)
+        self.group = _group({name: target.parameter for name, target in targets.items()}, None)
         self.modules: defaultdict[str, dict[str, Target]] = defaultdict(dict)
         for target in self.targets:
             self.modules[target.module] |= dict.fromkeys(target.roles, target)

@@ -64,8 +64,10 @@ def test_what_can_be_copied_needs_pytorch_and_nothing_else(path):
     assert {name.split(".")[0] for name in imported(ROOT / path)} <= {"torch", *sys.stdlib_module_names}
 
 
-@pytest.mark.parametrize("path", ["stability/monitor.py", "stability/attached.py", "stability/alarm.py"])
-def test_the_monitor_needs_pytorch_and_what_can_be_copied(path):
+@pytest.mark.parametrize(
+    "path", ["stability/monitor.py", "stability/attached.py", "stability/alarm.py", "remedies/trust.py"]
+)
+def test_the_monitor_and_the_limit_need_pytorch_and_what_can_be_copied(path):
     ours = {"msign", "stability.collapse", "stability.probes", "stability.attached", "stability"}
     names = {name for name in imported(ROOT / path) if name.split(".")[0] not in {"torch", *sys.stdlib_module_names}}
     assert {name.rpartition(".")[0] if name.rpartition(".")[0] in ours else name for name in names} <= ours

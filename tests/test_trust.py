@@ -7,10 +7,12 @@ import pytest
 import torch
 import transformers
 
+from engine.announce import intervention
 from engine.runlog import read_metrics
 from model import GPT
 from remedies.trust import LogitTrust
-from tests.conftest import here, noisy_model, refused
+from tests.conftest import here, noisy_model, refused, small
+from train import build_optimizer
 
 KINDS = {
     "heads": {},
@@ -141,10 +143,16 @@ def test_it_is_announced_and_attention_moves_less(config_file, tmp_path):
         done = here("train.py", config_file, f"--logit_trust={limit}", "--lr=0.02", f"--name={limit}")
         assert done.returncode == 0, done.stderr
         moved[limit] = read_metrics(tmp_path / "runs" / str(limit))[-1]["update_norm/W_Q"]
-    assert "plain AdamW, no logit moves by more than 0.01 in a step" in done.stdout
+    assert "plain AdamW; logit_trust: a step moves a logit by at most 0.01 nats" in done.stdout
     assert moved[0.01] < moved[0] / 10
 
 
 def test_where_it_has_no_bound_it_is_refused(config_file):
     says = "logit_trust = 1.0: must be 0 with qk_norm"
     refused("train.py", config_file, "--logit_trust=1", "--qk_norm=true", says=says)
+
+
+def test_it_is_announced_beside_msign():
+    cfg = small(msign_period=5, logit_trust=0.5)
+    said = intervention(cfg, build_optimizer(cfg, GPT(cfg)))
+    assert said.startswith("MSign every 5 steps") and said.endswith("a step moves a logit by at most 0.5 nats")
