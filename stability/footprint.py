@@ -73,8 +73,8 @@ def needs(cfg: Config, device: torch.device, sharded: bool) -> Iterator[tuple[st
     A sharded model is lent to it block by block. A CPU linearises all blocks at once, as `jacobians` does.
     """
     with torch.device("meta"):
-        sizes = dict(n_layer=min(cfg.n_layer, 2), theory_every=0, recompute=0)
-        model = GPT(replace(cfg, **sizes))
+        kinds = 2 if cfg.attention == "alternating" else 1  # of blocks; one of each is counted
+        model = GPT(replace(cfg, n_layer=min(cfg.n_layer, kinds), theory_every=0, recompute=0))
         tokens = torch.empty(cfg.probe_batch, cfg.block_size, dtype=torch.long)
         # the experts' share of tokens depends on values: in their place one MLP is as wide as those that a token uses
         width = cfg.d_ff * (cfg.top_k if cfg.n_experts else 1)
