@@ -1,18 +1,27 @@
-"""The launch scripts, with stand-ins for srun, scontrol, ssh and SkyPilot that start everything on this machine."""
+"""The launch scripts, with stand-ins for srun, scontrol, ssh and SkyPilot that start everything on this machine.
+
+torchrun and its processes are forked from one that has imported PyTorch; tests/test_parallel.py starts real ones.
+"""
 
 import json
 import os
 import re
 import socket
+import socketserver
 import subprocess
 import sys
-from pathlib import Path
+import threading
+from contextlib import suppress
+from functools import partial
+from importlib.util import find_spec
+from multiprocessing.connection import wait
 
 import pytest
 import yaml
 from torch.distributed.run import parse_args
 
-from tests.conftest import ROOT, here
+from tests.conftest import ROOT, here, start
+from tests.test_faults import in_a_session_of_its_own
 
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
@@ -25,34 +34,78 @@ exec bash -c "$3"
 """
 
 
+# in the place of torchrun: asks a Torchruns for it, and ends as it ends
+TORCHRUN = """#!/bin/sh
+exec "$TESTS_PYTHON" -S - "$@" << 'END'
+import json, os, socket, sys
+asked = socket.create_connection(("localhost", int(os.environ["TESTS_PORT"])))
+asked.sendall(json.dumps([os.getpid(), sys.argv[1:], dict(os.environ)]).encode() + b"\\n")
+sys.exit(int(asked.makefile().readline()))
+END
+"""
+
+
 def free_port() -> str:
     with socket.socket() as s:
         s.bind(("localhost", 0))
         return str(s.getsockname()[1])
 
 
+class Torchruns(socketserver.StreamRequestHandler):
+    """Starts what TORCHRUN asks for, with the output of the asking process, and stops it when that is stopped."""
+
+    def handle(self):
+        pid, words, env = json.loads(self.rfile.readline())
+        words = [str(ROOT / word) if word == "train.py" else word for word in words]
+        output = tuple(f"/proc/{pid}/fd/{number}" for number in (1, 2))
+        first = partial(in_a_session_of_its_own, None)
+        process = start(find_spec("torch.distributed.run").origin, *words, output=output, first=first, **env)
+        if process.sentinel not in wait([process.sentinel, self.connection]):
+            process.terminate()
+        process.join()
+        with suppress(BrokenPipeError, ConnectionResetError):
+            self.wfile.write(f"{process.exitcode}\n".encode())
+
+
 @pytest.fixture
-def cluster(tmp_path):
+def repository(tmp_path):
+    """A folder with all that this one has, but for an environment in which torchrun is TORCHRUN."""
+    copy = tmp_path / "repository"
+    (copy / ".venv" / "bin").mkdir(parents=True)
+    for path in ROOT.iterdir():
+        if path.name != ".venv":
+            (copy / path.name).symlink_to(path)
+    (copy / ".venv" / "bin" / "torchrun").write_text(TORCHRUN)
+    (copy / ".venv" / "bin" / "torchrun").chmod(0o755)
+    return copy
+
+
+@pytest.fixture
+def cluster(tmp_path, repository):
     """Environment of two 'nodes' of one process each."""
     tools = tmp_path / "tools"
     tools.mkdir()
     for name, text in {"srun": SRUN, "scontrol": SCONTROL, "ssh": SSH}.items():
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
-    return {
-        **os.environ,
-        "PATH": f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1", "NPROC": "1", "MASTER_PORT": free_port(), "SLURM_SUBMIT_DIR": str(ROOT),
-        "SLURM_JOB_NODELIST": "two", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7",
-    }  # fmt: skip
+    with socketserver.ThreadingTCPServer(("localhost", 0), Torchruns) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,)).start()
+        yield {
+            **os.environ,
+            "PATH": f"{tools}:{os.environ['PATH']}",
+            "TESTS_PYTHON": sys.executable, "TESTS_PORT": str(server.server_address[1]),
+            "OMP_NUM_THREADS": "1", "NPROC": "1", "MASTER_PORT": free_port(), "SLURM_SUBMIT_DIR": str(repository),
+            "SLURM_JOB_NODELIST": "two", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7",
+        }  # fmt: skip
+        server.shutdown()
 
 
 @pytest.mark.parametrize("launch, times", [(["scripts/slurm.sh"], 2), (["scripts/ssh.sh", "localhost localhost"], 1)])
-def test_two_nodes_train_one_model_and_go_on(launch, times, cluster, config_file, tmp_path):
+def test_two_nodes_train_one_model_and_go_on(launch, times, cluster, repository, config_file, tmp_path):
     for _ in range(times):  # the second time there is nothing left to do
         done = subprocess.run(
             ["bash", *launch, config_file, "--batch_size=4", "--micro_batch=2", "--parallel=ddp", "--device=cpu"],
-            cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=240,
+            cwd=repository, env=cluster, capture_output=True, text=True, timeout=240,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
     assert ("already finished" in done.stdout + done.stderr) == (times == 2)
@@ -61,10 +114,10 @@ def test_two_nodes_train_one_model_and_go_on(launch, times, cluster, config_file
     assert json.loads((folder / "record.json").read_text())["machine"]["processes"] == 2
 
 
-def test_ssh_stops_all_when_one_machine_fails(cluster, config_file):
+def test_ssh_stops_all_when_one_machine_fails(cluster, repository, config_file):
     done = subprocess.run(
         ["bash", "scripts/ssh.sh", "localhost elsewhere", config_file],
-        cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=60,
+        cwd=repository, env=cluster, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 9
 
