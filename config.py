@@ -192,7 +192,7 @@ class Config:
         "attention", "MSign", "attention | mlp | blocks | matrix names or patterns, comma-separated (W_V,W_O)")
     msign_backend: Literal["auto", "eigh", "svd", "polar"] = opt(
         "auto", "MSign",
-        "auto = polar on CUDA, else eigh | eigh = fp64 Gram matrix | svd = fp32, the paper's | polar = fp32 products")
+        "auto = polar on CUDA, else eigh | eigh = fp64 Gram matrix | svd = fp32, the paper's | polar = fp16 products")
     msign_map: Literal["sign", "zero", "scale", "clip", "soft", "random"] = opt(
         "sign", "MSign",
         "sign = MSign; the others are controls (remedies/controls.py): zero = 0 | scale = W at MSign's spectral norm | "

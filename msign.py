@@ -39,6 +39,7 @@ MLP = ("W_up", "W_gate", "W_down")
 TARGETS = {"attention": ATTENTION, "mlp": MLP, "blocks": ATTENTION + MLP}
 CUSHION = 0.03  # the smallest singular value, as a share of the largest one, that `polar_steps` fits
 HEADROOM = 1.001  # see `polar_steps`
+SCALE = 1024.0  # "polar" stores its matrices as this many times their value, since fp16 has few digits below 1e-4
 STACK_ELEMENTS = 2**26  # a process stacks matrices of one shape up to this many elements (0.5 GB in fp64)
 # "polar" accepts a result X with ‖XXᵀX − X‖_F / ‖X‖_F up to this. In the root mean square, the singular values that
 # are not 0 then differ from 1 by about half of this.
@@ -60,9 +61,10 @@ def msign(W: Tensor, backend: str = "auto") -> Tensor:
     backend "svd":   torch.linalg.svd in fp32 (in fp64 for an fp64 W), as the paper writes it.
     backend "eigh":  eigendecomposition of the smaller Gram matrix in fp64. It is more accurate than an fp32 SVD for
                      condition numbers up to 1e6 and, on a CPU, at least as fast.
-    backend "polar": fp32 products alone, for GPUs, where eigensolvers are slow. A matrix whose residual shows that
-                     the iteration did not converge goes to "eigh"; counts["fallbacks"] counts these matrices. An fp64 W
-                     goes to "eigh" as well and is not counted.
+    backend "polar": products of fp16 matrices, summed in fp32, for GPUs, where eigensolvers are slow. Each fp32 matrix
+                     is the sum of two in fp16. A matrix whose residual shows that the iteration did not converge goes
+                     to "eigh"; counts["fallbacks"] counts these matrices. An fp64 W, or one on MPS, goes to "eigh" as
+                     well and is not counted.
     backend "auto":  "polar" for CUDA tensors, otherwise "eigh".
 
     Raises ValueError for any other backend.
@@ -142,58 +144,112 @@ def _nearest_to_one(low: float) -> list[float]:
 
 
 @contextmanager
-def _exact_products(device: torch.device):
-    """Inside, fp32 products on `device` have full fp32 precision, whatever the process allows otherwise."""
+def _exact_sums(device: torch.device):
+    """Inside, products on `device` are summed in full fp32 precision, whatever the process allows otherwise."""
     if device.type not in ("cpu", "cuda"):
         yield
         return
     # PyTorch puts mkldnn's attributes in place at run time
     matmul = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul  # type: ignore
-    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+    name, exact = ("allow_fp16_accumulation", False) if device.type == "cuda" else ("fp32_precision", "ieee")
+    before = getattr(matmul, name)
+    setattr(matmul, name, exact)
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        setattr(matmul, name, before)
 
 
-def _scaled(X: Tensor) -> Tensor:
-    """X (N, m, n) divided, matrix by matrix, by an upper bound of its largest singular value s₁.
+def _halves(X: Tensor) -> tuple[Tensor, Tensor]:
+    """fp16 stacks H and L with X = H + L up to 2⁻²² |X| + 2⁻²⁵, elementwise; X is fp32 and below 65504."""
+    high = X.half()
+    return high, torch.sub(X, high, out=torch.empty_like(high))
 
-    The bound is ‖(XᵀX)⁸‖_F^(1/16) = (Σ s³²)^(1/32). It is at most r^(1/32) times s₁. 0.1 % is added for rounding.
+
+def _mm(A: Tensor, B: Tensor, C: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """scale · (AB + C) in fp32, in C if given: A and B are fp16, so elements' products are exact; fp32 sums them.
+
+    A GPU's matrix units compute it. Other devices emulate them, up to the order and the rounding of the sums.
+    """
+    to_fp32: dict[str, Any] = {"out_dtype": torch.float32} if A.is_cuda else {}
+    A, B = (A, B) if A.is_cuda else (A.float(), B.float())
+    if C is None:
+        return torch.bmm(A, B, **to_fp32)
+    return torch.baddbmm(C, A, B, beta=scale, alpha=scale, out=C, **to_fp32)
+
+
+def _product(X: tuple[Tensor, Tensor], Y: tuple[Tensor, Tensor]) -> Tensor:
+    """XY / SCALE from halves, without the product of the two low ones, which is below 2⁻²² |X||Y|."""
+    (HX, LX), (HY, LY) = X, Y
+    return _mm(HX, HY, _mm(LX, HY, _mm(HX, LY)), 1 / SCALE)
+
+
+def _gram(X: tuple[Tensor, Tensor]) -> Tensor:
+    """XᵀX / SCALE from halves. It is symmetric, so two products suffice where `_product` needs three."""
+    H, L = X
+    cross = _mm(H.mT, L)
+    return _mm(H.mT, H, cross + cross.mT, 1 / SCALE)
+
+
+def _quintic(A: Tensor, a: float, b: float, c: float) -> Tensor:
+    """SCALE · (aI + bG + cG²) for A = SCALE · G, a stack of symmetric matrices."""
+    P = _gram(_halves(A)).mul_(c).add_(A, alpha=b)
+    P.diagonal(dim1=-2, dim2=-1).add_(a * SCALE)
+    return P
+
+
+def _scaled(W: Tensor) -> Tensor:
+    """SCALE · W (N, m, n), in fp64, divided, matrix by matrix, by an upper bound of its largest singular value s₁.
+
+    The bound is ‖(WᵀW)⁸‖_F^(1/16) = (Σ s³²)^(1/32). It is at most r^(1/32) times s₁. 0.1 % is added for rounding.
     """
     tiny = torch.finfo(torch.float32).tiny
-    X = X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(tiny)
-    B = X.mT @ X
-    log_bound = X.new_zeros(())  # the logarithm of the bound of s₁²
+    largest = W.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(tiny)
+    B = W / largest * SCALE
+    log_bound = W.new_zeros(())  # the logarithm of the bound of s₁², for W / largest
     for power in (1, 2, 4, 8):
-        B = B if power == 1 else B @ B
-        norm = torch.linalg.matrix_norm(B, keepdim=True).clamp_min(tiny)
+        B = _gram(_halves(B))
+        norm = (torch.linalg.matrix_norm(B, keepdim=True) / SCALE).clamp_min(tiny)
         B, log_bound = B / norm, log_bound + norm.log() / power
-    return X / ((log_bound / 2).exp() * 1.001)
+    return W.double() * (SCALE / 1.001 / (log_bound.double() / 2).exp() / largest)
+
+
+def _iterate(W: Tensor) -> tuple[Tensor, Tensor]:
+    """SCALE · X, where X is the sign of W (N, m, n), m ≥ n, in fp32, and SCALE · ‖XXᵀX − X‖_F.
+
+    A fixed number of quintics lifts to 1 all singular values that exceed the cut-off. Rounding noise in null directions
+    grows with them but stays well below 1 (at most ‖W‖ · eps / cut-off). The last two steps, x -> 2.5x³ − 1.5x⁵,
+    therefore send the noise to 0 (0.1 becomes 4e-8) and the others to 1.
+
+    Every step is a product X · P(XᵀX). An error of P turns the result by as much, whatever W's condition. An error of
+    the product X · P counts more: relative to the smallest singular value, which is small at first. Hence P of the
+    first two steps is one matrix, and its product with X is computed in fp64.
+    """
+    first, second, *rest = polar_steps(polar_cutoff(*W.shape[-2:]))
+    W = _scaled(W)
+    A = _gram(_halves(W.float()))
+    P = _halves(_quintic(A, *first))
+    A = _product(_halves(_product(P, _halves(A))), P)
+    P = _product(P, _halves(_quintic(A, *second)))
+    X = (W @ P.double().div_(SCALE)).float()
+    for step in (*rest, *[(0.0, 2.5, -1.5)] * 2):
+        halves = _halves(X)
+        X = _product(halves, _halves(_quintic(_gram(halves), *step)))
+    halves = _halves(X)
+    return X, torch.linalg.matrix_norm(_product(halves, _halves(_gram(halves))) - X)
 
 
 def _polar(W: Tensor) -> Tensor:
-    """The sign. A fixed number of quintics lifts to 1 all singular values that exceed the cut-off.
-
-    Rounding noise in null directions grows with the quintics but stays well below 1 (at most ‖W‖ · eps / cut-off). The
-    last two steps, x -> 2.5x³ − 1.5x⁵, therefore send the noise to 0 (0.1 becomes 4e-8) and the others to 1.
-    """
-    if W.dtype == torch.float64:
+    if W.dtype == torch.float64 or W.device.type == "mps":
         return _eigh(W)
     if W.shape[-2] < W.shape[-1]:
         return _polar(W.mT).mT
     flat = W.reshape(-1, *W.shape[-2:]).float()
-    with _exact_products(W.device):  # TF32's relative error of 1e-3 exceeds the rank's cut-off
-        X = _scaled(flat)
-        for a, b, c in polar_steps(polar_cutoff(*W.shape[-2:])):
-            A = X.mT @ X
-            X = a * X + X @ (b * A + c * (A @ A))
-        for _ in range(2):
-            A = X.mT @ X
-            X = X @ (2.5 * A - 1.5 * (A @ A))
-        residual = torch.linalg.matrix_norm(X @ (X.mT @ X) - X)
+    with _exact_sums(W.device):
+        X, residual = _iterate(flat)
     # not "residual > …": a NaN is wrong too
     wrong = ~(residual <= POLAR_TOLERANCE * torch.linalg.matrix_norm(X))
+    X = X / SCALE
     fallbacks = int(wrong.sum())
     if fallbacks:
         counts["fallbacks"] += fallbacks

@@ -22,8 +22,8 @@ ROOM = 0.85  # the share of a GPU's memory that a plan may use; the rest is the 
 class GPU:
     """A GPU: peak FLOP/s without sparsity, bytes/s one way inside and between nodes, as its data sheet says.
 
-    names: a pattern of what CUDA calls GPUs with these peaks. memory: the bytes that PyTorch sees on one; the data
-    sheet's round number is another.
+    names: a pattern of what CUDA calls GPUs with these peaks. bf16 is fp16's peak, too. memory: the bytes that PyTorch
+    sees on one; the data sheet's round number is another. bandwidth: bytes/s from and to this memory.
     """
 
     names: str
@@ -31,6 +31,7 @@ class GPU:
     fp32: float
     fp64: float
     memory: float
+    bandwidth: float
     inside: float
     outside: float = 50e9  # 400 Gb/s a GPU
 
@@ -39,10 +40,10 @@ class GPU:
         return self.bf16 if dtype == "bfloat16" else self.fp32
 
 
-GPUS = {  # an H100 on a PCIe card has lower peaks, an H200 the same
-    "H100": GPU(r"H100 \d+GB HBM3|H200", 989e12, 67e12, 67e12, 79.18 * 2**30, 450e9),
-    "A100": GPU(r"A100", 312e12, 19.5e12, 19.5e12, 79.15 * 2**30, 300e9, 25e9),
-    "RTX4090": GPU(r"RTX 4090$", 165e12, 83e12, 1.3e12, 23.65 * 2**30, 32e9),
+GPUS = {  # an H100 on a PCIe card has lower peaks; an H200 has the same and a faster memory
+    "H100": GPU(r"H100 \d+GB HBM3|H200", 989e12, 67e12, 67e12, 79.18 * 2**30, 3.35e12, 450e9),
+    "A100": GPU(r"A100", 312e12, 19.5e12, 19.5e12, 79.15 * 2**30, 2.04e12, 300e9, 25e9),
+    "RTX4090": GPU(r"RTX 4090$", 165e12, 83e12, 1.3e12, 23.65 * 2**30, 1.01e12, 32e9),
 }
 
 
@@ -136,9 +137,25 @@ def eigh_flops(m: int, n: int) -> float:
 
 
 def polar_flops(m: int, n: int) -> float:
-    """FLOPs of msign's "polar" for m × n, m ≥ n: Gram matrix, three squarings, quintics, last two steps, residual."""
-    steps = len(polar_steps(polar_cutoff(m, n)))
-    return 2 * m * n**2 + 3 * 2 * n**3 + (steps + 2) * (4 * m * n**2 + 2 * n**3) + 4 * m * n**2
+    """FLOPs of msign's "polar" for m × n, m ≥ n, all in fp16 but `polar_wide_flops`.
+
+    A Gram matrix is two fp16 products, and any other product three. There are s quintics and two last steps. The bound
+    of s₁ takes four Gram matrices; the first two quintics, taken together, three and three products of n × n. Each
+    later step takes two Gram matrices and a product, the residual one Gram matrix and a product.
+    """
+    s = len(polar_steps(polar_cutoff(m, n)))
+    return 2 * ((5 * s + 9) * m * n**2 + (2 * s + 19) * n**3) + polar_wide_flops(m, n)
+
+
+def polar_wide_flops(m: int, n: int) -> float:
+    """FLOPs of the one product of "polar" in fp64."""
+    return 2 * m * n**2
+
+
+def polar_bytes(m: int, n: int) -> float:
+    """Bytes that "polar" reads and writes for m × n, m ≥ n, when no operation is fused with the next."""
+    s = len(polar_steps(polar_cutoff(m, n)))
+    return (48 * s + 224) * m * n + (110 * s + 598) * n**2
 
 
 def msign_flops(shapes: Iterable[tuple[int, ...]], flops=eigh_flops) -> float:

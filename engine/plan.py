@@ -5,11 +5,13 @@ A *layout* is a number of GPUs (ranks), a micro-batch, DDP or FSDP2 (sharded), a
 
 Nothing here is measured, except the overheads that the paper reports (PAPER). Three shares are assumed:
 a training step runs at the share `mfu` (model FLOPs utilisation) of the GPU's peak, the matrix sign's products at
-POLAR_SHARE of the fp32 peak, eigenvectors at EIGH_SHARE of the fp64 peak.
+POLAR_SHARE of the peak of their type, eigenvectors at EIGH_SHARE of the fp64 peak. What the matrix sign reads and
+writes is added, at the data sheet's bandwidth of the GPU's memory.
 """
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import pandas as pd
 
@@ -18,7 +20,7 @@ from engine import budget
 from engine.budget import GPU, GPUS, Memory
 
 EIGH_SHARE = 0.02  # assumed: eigenvectors are found at this share of the fp64 peak
-POLAR_SHARE = 0.5  # assumed: "polar" multiplies at this share of the fp32 peak
+POLAR_SHARE = 0.5  # assumed: "polar" multiplies at this share of the peaks of fp16 and fp64
 # from the paper: the step near which AdamW fails (Table 4, Fig 3); the overhead of MSign at P = 100 (Table 1)
 PAPER = {
     "nano_5m": (30_000, "−2.4 %"),
@@ -58,14 +60,19 @@ class Plan:
         """Bytes that the busiest rank sends in one application."""
         return max(budget.msign_bytes(self.shapes, self.ranks, self.sharded))
 
+    def sign_seconds(self, backend: str, m: int, n: int) -> float:
+        """Seconds for the sign of one matrix m × n, m ≥ n, among many."""
+        if backend == "eigh":
+            return budget.eigh_flops(m, n) / (self.gpu.fp64 * EIGH_SHARE)
+        wide = budget.polar_wide_flops(m, n)
+        products = (budget.polar_flops(m, n) - wide) / self.gpu.bf16 + wide / self.gpu.fp64
+        return products / POLAR_SHARE + budget.polar_bytes(m, n) / self.gpu.bandwidth
+
     def application_seconds(self, backend: str) -> tuple[float, float]:
         """Seconds of one application: the busiest rank's, of computing its signs and of exchanging them."""
-        flops, peak = {
-            "polar": (budget.polar_flops, self.gpu.fp32 * POLAR_SHARE),
-            "eigh": (budget.eigh_flops, self.gpu.fp64 * EIGH_SHARE),
-        }[backend]
+        cost = partial(self.sign_seconds, backend)
         rate = self.gpu.inside if self.ranks <= self.per_node else self.gpu.outside
-        return max(budget.msign_loads(self.shapes, self.ranks, self.sharded, flops)) / peak, self.bytes_sent / rate
+        return max(budget.msign_loads(self.shapes, self.ranks, self.sharded, cost)), self.bytes_sent / rate
 
     def application_steps(self, backend: str) -> float:
         """How many training steps take as long as one application, with its exchange."""

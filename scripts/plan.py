@@ -6,8 +6,9 @@
 
 A configuration that does not fit into the GPUs' memory is refused, and the message names the options that make it fit.
 Nothing is measured, except the column "paper, measured". Speeds are assumed: a step runs at --mfu of the GPU's peak,
-the matrix sign's products at 50 % of the fp32 peak, eigenvectors at 2 % of the fp64 peak. Memory is counted for fp32
-weights, gradients and moments, with an estimate of what one micro-batch keeps for its backward pass.
+the matrix sign's products at 50 % of the fp16 and fp64 peaks, eigenvectors at 2 % of the fp64 peak. What the matrix
+sign reads and writes is added, at the bandwidth of the GPU's memory. Memory is counted for fp32 weights, gradients and
+moments, with an estimate of what one micro-batch keeps for its backward pass.
 """
 
 import argparse

@@ -8,8 +8,11 @@ from itertools import pairwise
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+import msign as room
 from config import ROOT, load_config
 from engine import budget, plan
 from engine.budget import Memory
@@ -33,6 +36,49 @@ def test_flops_of_a_sign_are_counted_as_pytorch_counts_them(backend, flops, shap
     with FlopCounterMode(display=False) as counter:
         msign(W, backend)
     assert counter.get_total_flops() == flops(m, n) - (9 * n**3 if backend == "eigh" else 0)
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that operations read and write, but for those inside `quiet` ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes, self.quiet = 0, False
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        if not (self.quiet or operation.is_view or "empty" in str(operation)):
+            new = [] if "out" in (kwargs or {}) else result
+            self.bytes += sum(x.nbytes for x in tree_leaves((args, kwargs, new)) if isinstance(x, torch.Tensor))
+        return result
+
+    def mm(self, A, B, C=None, scale=1.0, mm=room._mm):
+        """`msign._mm`, counted as on a GPU, which reads fp16."""
+        self.quiet = True
+        result = mm(A, B, C, scale)
+        self.quiet = False
+        self.bytes += A.nbytes + B.nbytes + result.nbytes * (1 if C is None else 2)
+        return result
+
+
+@pytest.mark.parametrize("m, n", [(96, 96), (192, 96), (1100, 64)])  # the last one takes 9 steps, the others 10
+def test_bytes_of_a_sign_are_counted_one_operation_after_the_other(m, n, monkeypatch):
+    W = torch.randn(1, m, n, generator=torch.Generator().manual_seed(0))
+    expected = budget.polar_bytes(m, n)  # before the count, since it computes the coefficients of the quintics
+    with Traffic() as traffic:
+        monkeypatch.setattr(room, "_mm", traffic.mm)
+        room._iterate(W)
+    assert traffic.bytes == pytest.approx(expected, rel=0.01)
+
+
+def test_a_sign_takes_the_time_of_its_products_and_of_its_bytes():
+    h100 = plan.Plan(config("llama_1b_msign"), 8, False, GPUS["H100"], 0.4, "blocks")
+    m, n, gpu = 5440, 2048, h100.gpu
+    wide = budget.polar_wide_flops(m, n)
+    fp16 = (budget.polar_flops(m, n) - wide) / gpu.bf16 / plan.POLAR_SHARE
+    fp64, memory = wide / gpu.fp64 / plan.POLAR_SHARE, budget.polar_bytes(m, n) / gpu.bandwidth
+    assert h100.sign_seconds("polar", m, n) == pytest.approx(fp16 + fp64 + memory)
+    assert h100.application_steps("polar") < 1
 
 
 @pytest.mark.parametrize(

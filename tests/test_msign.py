@@ -144,6 +144,68 @@ def test_polar_over_condition_numbers(shape, log_kappa):
     assert error(msign(W, "polar"), oracle(W)) < 1e-5 + 10**log_kappa * EPS32
 
 
+def truncated(A, B, C=None, scale=1.0):
+    """`_mm` on a matrix unit that rounds badly: after every 16 products it cuts the sum off to fp32, towards 0."""
+    A, B = A.double(), B.double()
+    total = torch.zeros(*A.shape[:-1], B.shape[-1], dtype=torch.float64)
+    for k in range(0, A.shape[-1], 16):
+        total += A[..., k : k + 16] @ B[..., k : k + 16, :]
+        total.view(torch.int64).bitwise_right_shift_(29).bitwise_left_shift_(29)  # fp64 has 29 digits more than fp32
+    return total.float() if C is None else C.copy_(scale * (total.float() + C))
+
+
+def hard_spectra(m, n):
+    """{name: singular values} down to 1.5 times the cut-off, and of condition 1e6, which lies beyond the cut-off."""
+    k, low = min(m, n), 1.5 * rank_cutoff(m, n)
+    down_to = lambda low, rank: torch.logspace(0, math.log10(low), rank, dtype=torch.float64)  # noqa: E731
+    return {
+        "to the cut-off": down_to(low, k),
+        "to 1e-6": down_to(1e-6, k),
+        "half the rank": down_to(low, k // 2),
+        "one large": torch.tensor([1.0] + [low] * (k - 1), dtype=torch.float64),
+        "one small": torch.tensor([1.0] * (k - 1) + [low], dtype=torch.float64),
+        "rank 1": torch.ones(1, dtype=torch.float64),
+    }
+
+
+@pytest.mark.parametrize("sums", ["rounded", "truncated"])
+@pytest.mark.parametrize("shape", [(48, 48), (192, 48), (128, 448), (256, 256)])
+def test_polar_is_within_1e_4_of_the_sign_for_hard_spectra(shape, sums, monkeypatch):
+    """On a CPU the products of fp16 matrices are those of a GPU, but for the order and the rounding of their sums."""
+    if sums == "truncated":
+        monkeypatch.setattr(room, "_mm", truncated)
+    for name, s in hard_spectra(*shape).items():
+        W = with_spectrum(*shape, s)
+        room.counts.clear()
+        assert error(msign(W, "polar"), oracle(W)) < 1e-4, name
+        assert room.counts["fallbacks"] == (name == "to 1e-6"), name  # values at the cut-off end between 0 and 1
+
+
+def test_two_fp16_matrices_hold_an_fp32_matrix():
+    X = torch.randn(4, 64, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 4, 64)
+    high, low = room._halves(X)
+    assert high.dtype == low.dtype == torch.float16
+    assert ((X.double() - high.double() - low.double()).abs() <= 2.0**-22 * X.abs() + 2.0**-25).all()
+
+
+def test_a_gram_matrix_is_symmetric_to_the_last_bit():
+    X = torch.rand(2, 40, 30, generator=torch.Generator().manual_seed(0))
+    gram = room._gram(room._halves(X)) * room.SCALE
+    assert torch.equal(gram, gram.mT)
+    torch.testing.assert_close(gram, X.mT @ X, rtol=1e-6, atol=0)
+
+
+def test_fp16_products_are_summed_in_fp32_whatever_the_process_allows():
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_fp16_accumulation = True
+    try:
+        with room._exact_sums(torch.device("cuda")):
+            assert not matmul.allow_fp16_accumulation
+        assert matmul.allow_fp16_accumulation
+    finally:
+        matmul.allow_fp16_accumulation = False
+
+
 def test_polar_is_0_or_1_everywhere_and_says_where_it_was_not():
     """Smallest singular values on both sides of the cut-off: matrices that end between 0 and 1 go to "eigh"."""
     edge = polar_cutoff(48, 48)
