@@ -230,8 +230,8 @@ def _iterate(W: Tensor) -> tuple[Tensor, Tensor]:
     A = _gram(_halves(W.float()))
     P = _halves(_quintic(A, *first))
     A = _product(_halves(_product(P, _halves(A))), P)
-    P = _product(P, _halves(_quintic(A, *second)))
-    X = (W @ P.double().div_(SCALE)).float()
+    both = _product(P, _halves(_quintic(A, *second)))
+    X = (W @ both.double().div_(SCALE)).float()
     for step in (*rest, *[(0.0, 2.5, -1.5)] * 2):
         halves = _halves(X)
         X = _product(halves, _halves(_quintic(_gram(halves), *step)))

@@ -154,9 +154,9 @@ def truncated(A, B, C=None, scale=1.0):
     return total.float() if C is None else C.copy_(scale * (total.float() + C))
 
 
-def hard_spectra(m, n):
-    """{name: singular values} down to 1.5 times the cut-off, and of condition 1e6, which lies beyond the cut-off."""
-    k, low = min(m, n), 1.5 * rank_cutoff(m, n)
+def hard_spectra(m, n, above=2.0):
+    """{name: singular values} down to `above` times the cut-off, and of condition 1e6, beyond the cut-off."""
+    k, low = min(m, n), above * rank_cutoff(m, n)
     down_to = lambda low, rank: torch.logspace(0, math.log10(low), rank, dtype=torch.float64)  # noqa: E731
     return {
         "to the cut-off": down_to(low, k),
