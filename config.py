@@ -228,8 +228,9 @@ class Config:
     compile: Literal["off", "blocks", "whole"] = opt(
         "off", "run", "torch.compile each block (fast to start) | the whole loss; on a GPU with CUDA graphs if a step "
         "has one micro-batch")
-    parallel: Literal["auto", "ddp", "fsdp"] = opt(
-        "auto", "run", "with several processes: ddp = a whole model on each | fsdp = shards | auto = ddp where it fits")
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = opt(
+        "auto", "run", "with several processes: ddp = a whole model on each | fsdp = shards | hsdp = shards within a "
+        "node, replicas across nodes | auto = ddp where it fits, else fsdp")
     recompute: int = opt(
         0, "run", "the first blocks, this many, keep only their inputs and are computed again in the backward pass",
         COUNT)
@@ -298,7 +299,7 @@ class Config:
             shared = self.attention != "mha" and self.position == "rope" and self.mla_rope_dim
             yield not self.qk_norm and not shared, "logit_trust", "0 with qk_norm, and with RoPE in MLA (mla_rope_dim)"
         if self.optimizer != "adamw":
-            yield self.parallel != "fsdp", "parallel", f"ddp or auto with optimizer={self.optimizer!r}"
+            yield self.parallel in ("auto", "ddp"), "parallel", f"ddp or auto with optimizer={self.optimizer!r}"
         right = f"START:STOP with 1 ≤ START ≤ STOP ≤ max_steps={self.max_steps}"
         yield not self.profile or len(self.profiled) > 0, "profile", right
         a_name = self.name == Path(self.name).name and self.name not in (".", "..")

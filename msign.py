@@ -614,21 +614,27 @@ def apply_(
 ):
     """Replace the matrices of the targets in place: `update` gets a stack (N, m, n) and returns their replacements.
 
-    With a process group of several ranks the matrices are dealt out (`deal`), and every rank updates those that it
-    owns. Owners of matrices that all ranks hold (DDP) broadcast the results. Matrices that are sharded by rows (FSDP2)
-    need two exchanges: one all-to-all brings the whole matrices to their owners, another one returns the rows.
-    Parameters of three dimensions (experts) that are sharded along the first one need no exchange, because each matrix
-    lies on one rank.
+    Several ranks share the work: the matrices are dealt out (`deal`), and every rank updates those that it owns. What
+    then is sent depends on how the parameters lie on the ranks.
+
+    * `group` is given (DDP): its ranks all hold the same matrices. The owners broadcast the results.
+    * DTensors with placements [Shard(0)] (FSDP2): every rank holds some rows. One all-to-all brings the whole matrices
+      to their owners, another one returns the rows.
+    * DTensors with placements [Replicate(), Shard(0)] (HSDP): the ranks of a replica, which hold the matrices together,
+      exchange rows as FSDP2's do, but only for their share of the matrices. Then every rank broadcasts its new rows to
+      the ranks that hold the same rows in the other replicas.
+
+    Parameters of three dimensions (experts) that are sharded need no exchange of rows, because each matrix lies on one
+    rank of a replica.
 
     Raises NonFiniteWeightError, on all ranks, naming the first parameter that is not finite; no parameter has changed
-    then. Raises ValueError for any other way of sharding.
+    then. Raises ValueError for DTensors that lie in another way or on several meshes.
     """
     parameters = {name: target.parameter for name, target in targets.items()}
-    group = _group(parameters, group)
     _require_finite(parameters, group)
     parts = {name: (t.layout, t.roles) for name, t in targets.items() if not t.alone}
-    for by_owner, exchange in _dealt(parameters, group, parts):
-        exchange(by_owner, update, group)
+    for by_owner, spread in _dealt(parameters, group, parts):
+        _update_shared(by_owner, update, spread)
 
 
 @torch.no_grad()
@@ -639,67 +645,86 @@ def share_of(
 
     They are dealt out as `apply_` does, and every matrix of every parameter falls to one process. Those of which the
     process holds only rows are gathered when their list is due, up to STACK_ELEMENTS elements or one matrix. All
-    processes call this together and iterate to the end. Raises ValueError for sharding that `apply_` refuses.
+    processes call this together and iterate to the end. Raises ValueError for DTensors that `apply_` refuses.
     """
-    group = _group(parameters, group)
-    rank = dist.get_rank(group) if group else 0
-    for by_owner, exchange in _dealt(parameters, group):
-        if exchange is not _by_rows:
-            yield [(matrix.name, matrix.values) for matrix in by_owner[rank]]
+    for by_owner, spread in _dealt(parameters, group):
+        of_replica = by_owner[_place(spread.replicas)[0]]
+        if not spread.shards:
+            yield [(matrix.name, matrix.values) for matrix in of_replica[0]]
             continue
-        size = max(1, STACK_ELEMENTS // max(matrix.shape.numel() for theirs in by_owner for matrix in theirs))
-        for first in range(0, max(map(len, by_owner)), size):
-            rows = _Rows([theirs[first : first + size] for theirs in by_owner], group)
+        most = max((matrix.shape.numel() for theirs in of_replica for matrix in theirs), default=1)
+        size = max(1, STACK_ELEMENTS // most)
+        for first in range(0, max(map(len, of_replica)), size):
+            rows = _Rows([theirs[first : first + size] for theirs in of_replica], spread.shards)
             yield [(matrix.name, matrix.values) for matrix in rows.gather()]
 
 
-def _group(parameters: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """The processes that share the work: `group`, or those that hold the shards; None where one process is alone."""
-    group = group or next(iter(_sharded(parameters).values()), None)
-    return group if group and dist.get_world_size(group) > 1 else None
+class _Spread(NamedTuple):
+    """How parameters lie on the processes. None stands for this process alone.
+
+    replicas: the processes that hold what this one holds. shards: those that hold a parameter together, each some rows.
+    """
+
+    replicas: dist.ProcessGroup | None
+    shards: dist.ProcessGroup | None
+
+
+def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """This process's rank in the group, and the number of its ranks."""
+    return (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
 
 
 def _dealt(
     parameters: Mapping[str, Tensor], group, parts: Mapping = {}
-) -> Iterator[tuple[list[list["_Matrix"]], Callable]]:
-    """The matrices by the process that computes them, and how they are exchanged: a function for `apply_`.
+) -> Iterator[tuple[list[list[list["_Matrix"]]], _Spread]]:
+    """The matrices by the process that computes them, and how they lie: by_owner[replica][shard] are a process's.
 
     parts: {name: (layout, roles)} of parameters that are not one matrix.
     """
-    ranks, rank = (dist.get_world_size(group), dist.get_rank(group)) if group else (1, 0)
-    sharded = _sharded(parameters)
+    sharded, spread = _sharded(parameters)
+    whole = _Spread(_several(group) or spread.shards, None)  # of what is no DTensor
     dealt: dict[tuple, list[_Matrix]] = defaultdict(list)
     for name, p in parameters.items():
-        here = ranks == 1 or (name in sharded and p.ndim > 2)
-        exchange = _here if here else _by_rows if name in sharded else _replicated
+        where = whole if name not in sharded else spread if p.ndim == 2 else spread._replace(shards=None)
         matrices = [_Matrix(name, values, p.shape[-2:], parts.get(name)) for values in _matrices(_local(p))]
-        dealt[exchange, not here and (p.dtype, p.device)] += matrices
-    for (exchange, _), matrices in dealt.items():
-        by_owner: list[list[_Matrix]] = [[] for _ in range(ranks)]
-        owners = [rank] * len(matrices) if exchange is _here else deal([matrix.shape for matrix in matrices], ranks)
+        dealt[where, p.dtype, p.device] += matrices
+    for (where, *_), matrices in dealt.items():
+        (_, replicas), (_, shards) = map(_place, where)
+        by_owner: list[list[list[_Matrix]]] = [[[] for _ in range(shards)] for _ in range(replicas)]
+        owners = deal([matrix.shape for matrix in matrices], replicas * shards)
         for matrix, owner in zip(matrices, owners, strict=True):
-            by_owner[owner].append(matrix)
-        yield by_owner, exchange
+            by_owner[owner // shards][owner % shards].append(matrix)
+        yield by_owner, where
 
 
-def _sharded(parameters: Mapping[str, Tensor]) -> dict[str, dist.ProcessGroup]:
-    """{name: its processes} of the sharded parameters. Raises ValueError for another way of sharding than by rows."""
-    groups = {}
-    for name, p in parameters.items():
-        if hasattr(p, "placements") and hasattr(p, "device_mesh"):
-            if len(p.placements) != 1 or not p.placements[0].is_shard(0):
-                need = "MSign needs [Shard(0)] on a mesh of one dimension"
-                raise ValueError(f"{name} is distributed as {p.placements}; {need}")
-            groups[name] = p.device_mesh.get_group()
-    return groups
+def _sharded(parameters: Mapping[str, Tensor]) -> tuple[set[str], _Spread]:
+    """The names of the DTensors, and how they lie. Raises ValueError where `apply_` does."""
+    tensors: dict[str, Any] = {n: p for n, p in parameters.items() if hasattr(p, "placements")}
+    if not tensors:
+        return set(), _Spread(None, None)
+    first, mesh = next((name, p.device_mesh) for name, p in tensors.items())
+    for name, p in tensors.items():
+        *outer, last = p.placements
+        if len(outer) > 1 or not all(placement.is_replicate() for placement in outer) or not last.is_shard(0):
+            right = "[Shard(0)] (FSDP2) or [Replicate(), Shard(0)] (HSDP)"
+            raise ValueError(f"{name} is distributed as {list(p.placements)}; it must be {right}")
+        if p.device_mesh != mesh:
+            raise ValueError(f"{name} lies on {p.device_mesh} and {first} on {mesh}; all must lie on one mesh")
+    replicas, shards = [None, *(mesh.get_group(i) for i in range(mesh.ndim))][-2:]
+    return set(tensors), _Spread(_several(replicas), _several(shards))
+
+
+def _several(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """The group, or None where this process is alone in it."""
+    return group if _place(group)[1] > 1 else None
 
 
 def _require_finite(params: dict[str, Tensor], group: dist.ProcessGroup | None):
     """Raise NonFiniteWeightError, on all ranks, naming the first parameter of which some rank holds NaN or infinity."""
     device = next(iter(params.values())).device
     bad = torch.stack([~torch.isfinite(_local(p)).all().to(device) for p in params.values()]).int()
-    if group and dist.get_world_size(group) > 1:
-        dist.all_reduce(bad, dist.ReduceOp.MAX, group)
+    for together in filter(_several, (group, *_sharded(params)[1])):
+        dist.all_reduce(bad, dist.ReduceOp.MAX, together)
     if bad.any():
         name = list(params)[int(bad.nonzero()[0])]
         raise NonFiniteWeightError(f"{name} holds a value that is not finite; MSign changed no weight")
@@ -749,33 +774,32 @@ def _update(matrices: Iterable[_Matrix], update: Callable[[Tensor], Tensor]):
                 W.copy_(new)
 
 
-def _here(by_owner: list[list[_Matrix]], update, group):
-    """Update matrices that this process holds as a whole and no other needs."""
-    for mine in by_owner:
-        _update(mine, update)
+def _update_shared(by_owner: list[list[list[_Matrix]]], update: Callable[[Tensor], Tensor], spread: _Spread):
+    """Update matrices on their owners, and then wherever else they or their rows lie; for `by_owner` see `_dealt`."""
+    of_replica = by_owner[_place(spread.replicas)[0]]
+    if spread.shards:
+        rows = _Rows(of_replica, spread.shards)
+        whole = rows.gather()
+        _update(whole, update)
+        rows.scatter(whole)
+    else:
+        _update(of_replica[0], update)
+    if spread.replicas:
+        _tell(by_owner, spread.replicas)
 
 
-def _replicated(by_owner: list[list[_Matrix]], update, group):
-    """Update matrices that every process holds: each updates those it owns, then sends them to all others."""
-    rank = dist.get_rank(group)
-    _update(by_owner[rank], update)
-    for owner, theirs in enumerate(by_owner):
-        most = max((matrix.shape.numel() for matrix in theirs), default=1)
-        size = max(1, STACK_ELEMENTS // most)
+def _tell(by_owner: list[list[list[_Matrix]]], group: dist.ProcessGroup):
+    """Bring matrices, or the rows of them that this process holds, from the replica that updated them to the others."""
+    rank, ranks = _place(group)
+    for replica, owners in enumerate(by_owner):
+        theirs = [matrix for of_owner in owners for matrix in of_owner if matrix.values.numel()]
+        size = max(1, STACK_ELEMENTS // max((matrix.values.numel() for matrix in theirs), default=1))
         for part in (theirs[i : i + size] for i in range(0, len(theirs), size)):
             flat = torch.cat([matrix.values.reshape(-1) for matrix in part])
-            dist.broadcast(flat, group=group, group_src=owner)
-            counts["bytes"] += flat.nbytes * (len(by_owner) - 1) * (owner == rank)
-            for matrix, new in zip(part, flat.split([matrix.shape.numel() for matrix in part]), strict=True):
-                matrix.values.copy_(new.view(matrix.shape))
-
-
-def _by_rows(by_owner: list[list[_Matrix]], update, group):
-    """Update matrices of which every process holds some rows: they go to their owners and back."""
-    rows = _Rows(by_owner, group)
-    whole = rows.gather()
-    _update(whole, update)
-    rows.scatter(whole)
+            dist.broadcast(flat, group=group, group_src=replica)
+            counts["bytes"] += flat.nbytes * (ranks - 1) * (replica == rank)
+            for matrix, new in zip(part, flat.split([matrix.values.numel() for matrix in part]), strict=True):
+                matrix.values.copy_(new.view(matrix.values.shape))
 
 
 class _Rows:
@@ -862,7 +886,8 @@ class MSign(Wrapper):
     targets, split: see `find`.
     backend: see `msign`; it has no effect if `update` is given.
     update: a function from a stack of matrices to their replacements; None means `restored_sign`.
-    group:  the processes that hold the same parameters (DDP) and share the work. DTensors (FSDP2) bring their own.
+    group:  the processes that hold the same parameters (DDP) and share the work. DTensors (FSDP2, HSDP) bring their
+            own.
     reset:  after each application set the state of the targets' parameters in `base` to 0, both moments and step
             count.
 

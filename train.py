@@ -88,8 +88,8 @@ class Run:
         self.train_data, self.val_data, notes = corpora.open_splits(cfg)
         self.world = parallel.start(cfg, footprint.needs)
         self.device = self.world.device
-        self.layout, announced = parallel.choose(cfg, self.world)  # ddp or fsdp
-        self.sharded = self.layout == "fsdp" and self.world.size > 1
+        self.layout, announced = parallel.choose(cfg, self.world)  # ddp, fsdp or hsdp
+        self.sharded = self.layout != "ddp"
         self.notes = notes + announced
         self.model = parallel.build(cfg, self.world, self.sharded)
         exchange.load(cfg, self.model)

@@ -14,7 +14,8 @@ def announce(cfg: Config, model: GPT, optimizer, train: TokenFiles, world: World
     """Print the plan of a run: model, parameter groups, data, cost of a step, memory, schedule."""
     print(f"{cfg.name}: {cfg.n_layer} layers, d {cfg.d_model}, {cfg.n_head} heads on {world.device}, {cfg.dtype}")
     if world.size > 1:
-        how = "the model sharded (FSDP2)" if sharded else "each with the whole model (DDP)"
+        over = f"over the {world.per_node} of each node (HSDP)" if world.per_node else "(FSDP2)"
+        how = f"the model sharded {over}" if sharded else "each with the whole model (DDP)"
         print(f"  {world.size} processes, {how}")
     numel: dict[str, int] = {}
     for name, p in model.named_parameters():
@@ -32,7 +33,7 @@ def announce(cfg: Config, model: GPT, optimizer, train: TokenFiles, world: World
     batch = f"{ranks}{accumulate} × {cfg.micro_batch} × {cfg.block_size}"
     flops = model.flops_per_token() * cfg.tokens_per_step
     print(f"  a step: {cfg.tokens_per_step:,} tokens = {batch}, {flops:.3g} FLOPs")
-    memory = budget.Memory.of(cfg, world.size, sharded)
+    memory = budget.Memory.of(cfg, world.shards if sharded else 1)
     parts = ", ".join(f"{what} {size / 2**30:.2f}" for what, size in asdict(memory).items() if size)
     print(f"  memory ≈ {memory.total / 2**30:.2f} GiB: {parts}")
     peak = f"peak lr {cfg.peak_lr:g} = {cfg.lr_scale:g} × {cfg.lr:g}"

@@ -71,10 +71,10 @@ def parameters(cfg: Config) -> float:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one of `ranks` GPUs when a step needs most memory.
+    """Bytes on a GPU when a step needs most memory.
 
-    Weights, gradients and AdamW's two moments are fp32. Without sharding every GPU holds all of them (DDP); with it
-    each holds 1/ranks (FSDP2).
+    Weights, gradients and AdamW's two moments are fp32. A GPU holds one of `shards` equal parts of them: one of 1 with
+    DDP, of all ranks with FSDP2, of a node's ranks with HSDP.
     """
 
     weights: int
@@ -82,33 +82,36 @@ class Memory:
     moments: int
     activations: int
     casts: int  # without sharding: bf16 copies of the weights, which autocast keeps for the backward pass
-    gathered: int  # FSDP2: whole embedding and head with gradients, two whole blocks, one block's gradients
+    gathered: int  # with shards: whole embedding and head with gradients, two whole blocks, one block's gradients
 
     @property
     def total(self) -> int:
         return sum(getattr(self, f.name) for f in fields(self))
 
     @classmethod
-    def of(cls, cfg: Config, ranks: int, sharded: bool) -> "Memory":
-        """The count for cfg on `ranks` GPUs, with FSDP2 if `sharded`."""
+    def of(cls, cfg: Config, shards: int) -> "Memory":
+        """The count for cfg."""
         model = on_meta(cfg)
         n = sum(p.numel() for p in model.parameters())
         block = sum(p.numel() for p in model.blocks[0].parameters())  # exact unless MHA and MLA alternate
         width = 2 if cfg.dtype == "bfloat16" else 4
-        share = ceil(n / ranks) if sharded else n
-        gathered = 8 * (n - cfg.n_layer * block) + (2 * width + 4) * block if sharded else 0
-        casts = 2 * n if width == 2 and not sharded else 0
+        share = ceil(n / shards)
+        gathered = 8 * (n - cfg.n_layer * block) + (2 * width + 4) * block if shards > 1 else 0
+        casts = 2 * n if width == 2 and shards == 1 else 0
         return cls(4 * share, 4 * share, 8 * share, model.activation_bytes(width), casts, gathered)
 
 
-def shards(cfg: Config, ranks: int, memory: int | None) -> bool:
-    """Whether cfg shards the model: if it says so, or, left to choose, if a GPU of this memory cannot hold it (DDP).
+def shards(cfg: Config, ranks: int, memory: int | None, per_node: int = 1) -> int:
+    """Over how many ranks cfg spreads a model: `per_node` with HSDP, all with FSDP2, one with DDP.
 
-    memory: in bytes; None for a CPU, where nothing is sharded unasked.
+    Left to choose, FSDP2 where a GPU of this memory cannot hold the model. memory: in bytes; None for a CPU, where
+    nothing is sharded unasked. per_node: the ranks of a node.
     """
-    if ranks == 1 or cfg.parallel != "auto":
-        return ranks > 1 and cfg.parallel == "fsdp"
-    return bool(memory) and Memory.of(cfg, ranks, sharded=False).total > ROOM * memory
+    if ranks == 1:
+        return 1
+    if cfg.parallel == "auto":
+        return ranks if memory and Memory.of(cfg, 1).total > ROOM * memory else 1
+    return {"ddp": 1, "fsdp": ranks, "hsdp": per_node}[cfg.parallel]
 
 
 def step_flops(cfg: Config) -> float:
@@ -163,37 +166,50 @@ def msign_flops(shapes: Iterable[tuple[int, ...]], flops=eigh_flops) -> float:
     return sum(torch.Size(shape[:-2]).numel() * flops(max(shape[-2:]), min(shape[-2:])) for shape in shapes)
 
 
-def msign_loads(shapes: Iterable[tuple[int, ...]], ranks: int, sharded: bool, flops=eigh_flops) -> list[float]:
-    """FLOPs of each rank in one application of MSign, as `msign.apply_` deals the matrices out."""
-    dealt, local = _dealt(shapes, ranks, sharded)
+def msign_loads(shapes: Iterable[tuple[int, ...]], ranks: int, shards: int, flops=eigh_flops) -> list[float]:
+    """FLOPs of each rank in one application of MSign, as `msign.apply_` deals it out; `shards`: see Memory."""
+    dealt, local = _dealt(shapes, ranks, shards)
     loads = [msign_flops(local, flops) / ranks] * ranks
     for (m, n), owner in dealt:
         loads[owner] += flops(max(m, n), min(m, n))
     return loads
 
 
-def _dealt(shapes: Iterable[tuple[int, ...]], ranks: int, sharded: bool) -> tuple[list[tuple], list[tuple]]:
-    """(matrix, its owner) of the matrices that are dealt out, and the stacks of sharded experts, which are not."""
+def _dealt(shapes: Iterable[tuple[int, ...]], ranks: int, shards: int) -> tuple[list[tuple], list[tuple]]:
+    """(matrix, its owner) of the matrices that are dealt out to all ranks, and the other shapes: sharded experts.
+
+    An expert's matrix lies on one rank of every replica, and these ranks alone share the experts that they hold.
+    """
     shapes = list(shapes)
-    local = [shape for shape in shapes if sharded and len(shape) > 2]
+    local = [shape for shape in shapes if shards > 1 and len(shape) > 2]
     matrices = [s[-2:] for s in shapes if s not in local for _ in range(torch.Size(s[:-2]).numel())]
     return list(zip(matrices, deal(matrices, ranks), strict=True)), local
 
 
-def msign_bytes(shapes: Iterable[tuple[int, ...]], ranks: int, sharded: bool) -> list[int]:
-    """Bytes that every rank sends in one application, in fp32, as `msign.apply_` exchanges them.
+def msign_bytes(shapes: Iterable[tuple[int, ...]], ranks: int, shards: int) -> list[tuple[int, int]]:
+    """Bytes that every rank sends in one application, in fp32, as `msign.apply_` exchanges them; `shards`: see Memory.
 
-    Replicated matrices: each rank sends the signs that it computed to all others. Sharded matrices: each rank sends its
-    rows to the rank that computes this matrix's sign, which sends the new rows back; stacks of experts are not sent.
+    The first number is what it sends to the ranks that hold the model together with it: its rows of a matrix to the
+    owner, or, as the owner, the new rows to the others. The second is what it sends to other replicas of the model: all
+    it holds of the matrices that a rank of its replica owns. Sharded stacks of experts are sent to other replicas only.
     During a run, `msign.counts` counts the bytes that are really sent.
     """
-    sent = [0] * ranks
-    for (m, n), owner in _dealt(shapes, ranks, sharded)[0] if ranks > 1 else ():
-        rows_a_rank = ceil(m / ranks)
-        for rank in range(ranks):
-            rows = max(0, min(rows_a_rank, m - rank * rows_a_rank))
-            if sharded:
-                sent[rank] += 4 * n * (m - rows if rank == owner else rows)
-            elif rank == owner:
-                sent[rank] += 4 * n * m * (ranks - 1)
-    return sent
+    within, across = [0] * ranks, [0] * ranks
+    replicas = ranks // shards
+    dealt, local = _dealt(shapes, ranks, shards)
+    for (m, n), owner in dealt:
+        for shard, rows in enumerate(rows_of(m, shards)):
+            holder = owner // shards * shards + shard
+            across[holder] += 4 * n * rows * (replicas - 1)
+            within[holder] += 4 * n * (m - rows if holder == owner else rows)
+    for shard in range(shards if local else 0):
+        here = [(m, n) for experts, m, n in local for _ in range(rows_of(experts, shards)[shard])]
+        for (m, n), replica in zip(here, deal(here, replicas), strict=True):
+            across[replica * shards + shard] += 4 * m * n * (replicas - 1)
+    return list(zip(within, across, strict=True))
+
+
+def rows_of(m: int, shards: int) -> list[int]:
+    """How many of m rows each shard holds, as torch.chunk deals them out."""
+    most = ceil(m / shards)
+    return [max(0, min(most, m - shard * most)) for shard in range(shards)]

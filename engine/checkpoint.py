@@ -3,9 +3,9 @@
 One process writes the file `ckpt_0000500.pt` into the run folder: the state after step 500. Several processes (ranks)
 write the folder `ckpt_0000500` together. Every rank copies its share to host memory at once and writes this copy while
 training goes on (torch.distributed.checkpoint). The share of a rank is its part of every sharded tensor, and some of
-the tensors that all ranks hold. Both kinds can be loaded by any number of processes, sharded or not, one tensor at a
-time. A checkpoint is written under another name and renamed when it is complete, so a kill or a full disk at any moment
-leaves the previous one whole.
+the tensors that all ranks hold; with HSDP, which has copies of every part, it is its part of some sharded tensors. Both
+kinds can be loaded by any number of processes, sharded or not, one tensor at a time. A checkpoint is written under
+another name and renamed when it is complete, so a kill or a full disk at any moment leaves the previous one whole.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ import pickle
 import shutil
 import warnings
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -265,19 +266,22 @@ class _Reader(dcp.FileSystemReader):
 
 
 def share(tensors: dict[str, Tensor], rank: int, size: int) -> dict[str, Tensor]:
-    """Those tensors that `rank` writes: the sharded ones, and about as many bytes of the others as every other rank.
+    """Those tensors of which `rank` writes what it holds.
 
-    No rank has more than the mean plus one tensor. Every tensor that all hold falls to one rank.
+    Of a tensor, or a part of one, that several ranks hold, one of them writes it, such that they all have about as many
+    bytes to write: none has more than the mean plus one tensor.
     """
-    mine, bytes_of = {}, [0] * size
+    mine, bytes_by_copies = {}, defaultdict(lambda: defaultdict(int))
     for key, tensor in sorted(tensors.items(), key=lambda item: -item[1].nbytes):
-        if isinstance(tensor, DTensor):
+        copy, copies = rank, size
+        if isinstance(tensor, DTensor):  # FSDP2 has one copy of every part, HSDP one in each replica
+            mesh = tensor.device_mesh
+            copy, copies = (mesh.get_local_rank(0), mesh.size(0)) if mesh.ndim > 1 else (0, 1)
+        bytes_of = bytes_by_copies[copies]
+        least = min(range(copies), key=bytes_of.__getitem__)
+        bytes_of[least] += tensor.nbytes
+        if least == copy:
             mine[key] = tensor
-        else:
-            least = bytes_of.index(min(bytes_of))
-            bytes_of[least] += tensor.nbytes
-            if least == rank:
-                mine[key] = tensor
     return mine
 
 

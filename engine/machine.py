@@ -107,12 +107,14 @@ def require(
 ):
     """Raise UserError unless the run fits into this machine's memory and its attention kernel runs on the device.
 
-    ranks: processes of the run; local_ranks: those on this machine. footprint: counts what measurements take beside the
-    weights, as `stability.footprint.needs` does.
+    ranks: processes of the run; local_ranks: those on this machine, over which HSDP shards the model. footprint: counts
+    what measurements take beside the weights, as `stability.footprint.needs` does.
     """
     here = memory_of(device)
     share = here // local_ranks if device.type != "cuda" else here
-    for name, need in chain(needs(cfg, device, ranks), measuring(cfg, device, ranks, footprint)):
+    for name, need in chain(
+        needs(cfg, device, ranks, local_ranks), measuring(cfg, device, ranks, footprint, local_ranks)
+    ):
         if need > share:
             right = repr(type(getattr(cfg, name))(0)) if name.endswith(("_every", "_probe")) else "less"
             size = "more than can be counted" if need == float("inf") else f"{need / 2**30:.3g} GiB"
@@ -129,13 +131,13 @@ def require(
         )
 
 
-def needs(cfg: Config, device: torch.device, ranks: int) -> Iterable[tuple[str, float]]:
+def needs(cfg: Config, device: torch.device, ranks: int, local_ranks: int = 1) -> Iterable[tuple[str, float]]:
     """Lower bounds of the run's memory, one for each large item: (the field that contributes most, bytes).
 
     Counts that are quick to make come first. A dry run takes only the weights.
     """
     state = 4 if cfg.dry_run else 16  # fp32 weights, gradients and two moments
-    shards = ranks if ranks > 1 and cfg.parallel != "ddp" else 1
+    shards = budget.shards(cfg, ranks, None, local_ranks) if cfg.parallel != "auto" else ranks
     # blame the field that exceeds its default by the largest factor
     sizes = [name for name in SHAPE if getattr(cfg, name) > FIELDS[name].default]
     largest = max(sizes or SHAPE, key=lambda name: getattr(cfg, name) / max(FIELDS[name].default, 1))
@@ -150,7 +152,7 @@ def needs(cfg: Config, device: torch.device, ranks: int) -> Iterable[tuple[str, 
         yield name, windows * (18 * tokens + 200)
     if cfg.compile == "off":  # a compiler may keep less than is counted here
         name = "micro_batch" if cfg.micro_batch > 1 else "block_size"
-        need = budget.Memory.of(cfg, ranks, shards > 1).total
+        need = budget.Memory.of(cfg, shards).total
         yield name, need
         kernels = attention_kernels(cfg, device)
         # recomputed blocks keep no probabilities, or one at a time
@@ -160,14 +162,16 @@ def needs(cfg: Config, device: torch.device, ranks: int) -> Iterable[tuple[str, 
         yield name, need + probabilities * kept.count("math") + probabilities * kept.count("chunked") // 2
 
 
-def measuring(cfg: Config, device: torch.device, ranks: int, footprint: Callable) -> Iterable[tuple[str, float]]:
+def measuring(
+    cfg: Config, device: torch.device, ranks: int, footprint: Callable, local_ranks: int = 1
+) -> Iterable[tuple[str, float]]:
     """As `needs`, for each measurement: its own memory beside what a training step leaves on the rank that measures."""
     if cfg.dry_run:
         return
-    sharded = budget.shards(cfg, ranks, memory_of(device) if device.type == "cuda" else None)
-    memory = budget.Memory.of(cfg, ranks, sharded)
-    kept = memory.weights + memory.moments + (memory.gradients if ranks > 1 and not sharded else 0)
-    for name, need in footprint(cfg, device, sharded):
+    shards = budget.shards(cfg, ranks, memory_of(device) if device.type == "cuda" else None, local_ranks)
+    memory = budget.Memory.of(cfg, shards)
+    kept = memory.weights + memory.moments + (memory.gradients if ranks > 1 and shards == 1 else 0)
+    for name, need in footprint(cfg, device, shards > 1):
         yield name, kept + need
 
 

@@ -1,7 +1,8 @@
 """One process or many: the process group, the model's spread over it, and what is collected from all processes.
 
 torchrun tells every process its rank. DDP keeps the whole model on each; FSDP2 shards weights, gradients and moments by
-rows. Up to rounding, the logged values do not depend on the number of processes.
+rows. HSDP is FSDP2 within every node: the processes of a node hold one copy of the model, a *replica*. Up to rounding,
+the logged values do not depend on the number of processes.
 """
 
 import atexit
@@ -29,11 +30,20 @@ from model import GPT, Block
 
 @dataclass(frozen=True)
 class World:
-    """This process among the processes of the run: its rank, how many there are, and its device."""
+    """This process among the processes of the run: its rank, how many there are, and its device.
+
+    per_node: with HSDP, the processes of a node, over which the model is sharded; otherwise 0.
+    """
 
     rank: int
     size: int
     device: torch.device
+    per_node: int = 0
+
+    @property
+    def shards(self) -> int:
+        """Over how many processes a model is spread if it is sharded."""
+        return self.per_node or self.size
 
     @property
     def main(self) -> bool:
@@ -89,12 +99,11 @@ def start(cfg: Config, footprint: Callable = lambda *_: ()) -> World:
 
     footprint: see `machine.require`. Raises UserError before anything can wait for another rank.
     """
+    given = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     try:
-        rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        rank, size, local, per_node = (int(os.environ.get(name, default)) for name, default in given.items())
     except ValueError as error:
-        raise UserError(
-            f"RANK, WORLD_SIZE, LOCAL_RANK: must be whole numbers, as torchrun sets them ({error})"
-        ) from error
+        raise UserError(f"{', '.join(given)}: must be whole numbers, as torchrun sets them ({error})") from error
     if cfg.batch_size % (cfg.micro_batch * size):
         raise UserError(
             f"micro_batch = {cfg.micro_batch}: times WORLD_SIZE={size} must divide batch_size={cfg.batch_size}"
@@ -111,15 +120,22 @@ def start(cfg: Config, footprint: Callable = lambda *_: ()) -> World:
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    if cfg.parallel == "fsdp" and cfg.compile == "whole":
-        raise UserError("compile = 'whole': must be blocks or off with parallel = 'fsdp'")
-    machine.require(cfg, device, size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), footprint)
+    if cfg.parallel in ("fsdp", "hsdp") and cfg.compile == "whole":
+        raise UserError(f"compile = 'whole': must be blocks or off with parallel = {cfg.parallel!r}")
+    hybrid = cfg.parallel == "hsdp" and size > 1
+    if hybrid and not (1 < per_node < size and size % per_node == 0 and rank % per_node == local):
+        raise UserError(
+            "parallel = 'hsdp': must be ddp or fsdp unless several nodes have equally many processes, two or more, of "
+            f"consecutive ranks; here RANK={rank} of WORLD_SIZE={size} is LOCAL_RANK={local} of "
+            f"LOCAL_WORLD_SIZE={per_node} on its node"
+        )
+    machine.require(cfg, device, size, per_node, footprint)
     if size > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         hang.record_collectives(cfg)
         patience = timedelta(seconds=cfg.start_patience)
         dist.init_process_group(backend, timeout=patience, device_id=device if device.type == "cuda" else None)
-    return World(rank, size, device)
+    return World(rank, size, device, per_node if hybrid else 0)
 
 
 def finish():
@@ -149,20 +165,20 @@ def leave(code: int):
 
 
 def choose(cfg: Config, world: World, total_memory: int | None = None) -> tuple[str, list[str]]:
-    """ "ddp" or "fsdp" for cfg.parallel, and lines to announce. total_memory: a GPU's, in bytes; None = look it up.
+    """ "ddp", "fsdp" or "hsdp" for cfg.parallel, and lines to announce. total_memory: a GPU's, in bytes; None = ask it.
 
     Raises UserError if the model has to be sharded and its optimizer cannot be.
     """
     if world.size == 1:
-        notes = ["PARALLEL: 'fsdp' with one process: nothing is sharded"] if cfg.parallel == "fsdp" else []
-        return "ddp", notes
+        asked = cfg.parallel in ("fsdp", "hsdp")
+        return "ddp", [f"PARALLEL: {cfg.parallel!r} with one process: nothing is sharded"] if asked else []
     if cfg.parallel != "auto":
         return cfg.parallel, []
     if world.device.type == "cuda":
         total_memory = total_memory or torch.cuda.get_device_properties(world.device).total_memory
-    sharded = budget.shards(cfg, world.size, total_memory)
+    sharded = budget.shards(cfg, world.size, total_memory) > 1
     if sharded and cfg.optimizer != "adamw":
-        need = budget.Memory.of(cfg, world.size, sharded=False).total
+        need = budget.Memory.of(cfg, 1).total
         raise UserError(
             f"optimizer = {cfg.optimizer!r}: must be adamw for a model that has to be sharded ({need / 1e9:.3g} GB)"
         )
@@ -174,7 +190,9 @@ def build(cfg: Config, world: World, sharded: bool) -> GPT:
     with torch.device("meta"):
         model = GPT(cfg)
     if sharded:
-        mesh = init_device_mesh(world.device.type, (world.size,))
+        shape, names = (world.size // world.shards, world.shards), ("replicate", "shard")
+        first = 0 if world.per_node else 1  # FSDP2 makes HSDP of a mesh with two dimensions
+        mesh = init_device_mesh(world.device.type, shape[first:], mesh_dim_names=names[first:])
         # the embedding and the head stay fp32, as under autocast; blocks leave the residual stream in fp32
         half = torch.bfloat16 if cfg.dtype == "bfloat16" else None
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -224,7 +242,7 @@ class Replica:
     """
 
     def __init__(self, model: GPT, world: World, sharded: bool):
-        self.model, self.sharded = model, sharded
+        self.model, self.sharded, self.hybrid = model, sharded, sharded and world.per_node > 0
         self.run: Callable = model
         if world.size > 1 and not sharded:
             ids = [world.device.index] if world.device.type == "cuda" else None
@@ -240,8 +258,11 @@ class Replica:
     def accumulating(self, last: bool):
         """A context for a micro-batch's forward and backward pass. DDP averages gradients only after the `last`.
 
-        FSDP2 averages them after every micro-batch, because until then each rank holds them whole.
+        FSDP2 averages them after every micro-batch, because until then each rank holds them whole. HSDP does so within
+        a node, and averages the shards over the nodes after the last.
         """
+        if self.hybrid:
+            self.model.set_requires_all_reduce(last)
         return nullcontext() if last or self.run is self.model else self.run.no_sync()
 
     def zero_grad(self):
@@ -316,13 +337,13 @@ class Lent(Sequence):
 
 def norms(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """{name: ‖tensor‖_F}; of a sharded tensor, the norm of the whole. Reads `tensors` one at a time, to save memory."""
-    own, sharded = {}, False
+    own, group = {}, None
     for name, x in tensors:
-        sharded |= isinstance(x, DTensor)
+        group = x.device_mesh.get_group("shard") if isinstance(x, DTensor) else group
         own[name] = (x.to_local() if isinstance(x, DTensor) else x).norm()
-    if sharded:
+    if group:
         squares = torch.stack(list(own.values())).square()
-        dist.all_reduce(squares)
+        dist.all_reduce(squares, group=group)
         own = dict(zip(own, squares.sqrt().unbind(), strict=True))
     return own
 

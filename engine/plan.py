@@ -1,7 +1,8 @@
 """An estimate of what a run takes on given GPUs: which layout fits, seconds a step, and what MSign adds.
 
-A *layout* is a number of GPUs (ranks), a micro-batch, DDP or FSDP2 (sharded), and a number of recomputed blocks. An
-*application* of MSign is one replacement of all its target matrices.
+A *layout* is a number of GPUs (ranks), a micro-batch, over how many ranks a copy of the model is spread (shards), and a
+number of recomputed blocks. shards is 1 with DDP, the number of ranks with FSDP2, and PER_NODE with HSDP, whose copies
+are called replicas. An *application* of MSign is one replacement of all its target matrices.
 
 Nothing here is measured, except the overheads that the paper reports (PAPER). Three shares are assumed:
 a training step runs at the share `mfu` (model FLOPs utilisation) of the GPU's peak, the matrix sign's products at
@@ -20,6 +21,7 @@ from engine import budget
 from engine.budget import GPU, GPUS, Memory
 
 EIGH_SHARE = 0.02  # assumed: eigenvectors are found at this share of the fp64 peak
+PER_NODE = 8  # GPUs in a node, among which `inside` is the rate of exchange
 POLAR_SHARE = 0.5  # assumed: "polar" multiplies at this share of the peaks of fp16 and fp64
 # from the paper: the step near which AdamW fails (Table 4, Fig 3); the overhead of MSign at P = 100 (Table 1)
 PAPER = {
@@ -32,15 +34,14 @@ PAPER = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Times of one layout. mfu: share of the peak at which a step runs; targets: MSign's; per_node: GPUs in a node."""
+    """Times of one layout. mfu: share of the peak at which a step runs; targets: MSign's."""
 
     cfg: Config
     ranks: int
-    sharded: bool
+    shards: int
     gpu: GPU
     mfu: float
     targets: str
-    per_node: int = 8
 
     @property
     def useful_flops(self) -> float:
@@ -58,7 +59,7 @@ class Plan:
     @property
     def bytes_sent(self) -> int:
         """Bytes that the busiest rank sends in one application."""
-        return max(budget.msign_bytes(self.shapes, self.ranks, self.sharded))
+        return max(map(sum, budget.msign_bytes(self.shapes, self.ranks, self.shards)))
 
     def sign_seconds(self, backend: str, m: int, n: int) -> float:
         """Seconds for the sign of one matrix m × n, m ≥ n, among many."""
@@ -71,8 +72,10 @@ class Plan:
     def application_seconds(self, backend: str) -> tuple[float, float]:
         """Seconds of one application: the busiest rank's, of computing its signs and of exchanging them."""
         cost = partial(self.sign_seconds, backend)
-        rate = self.gpu.inside if self.ranks <= self.per_node else self.gpu.outside
-        return max(budget.msign_loads(self.shapes, self.ranks, self.sharded, cost)), self.bytes_sent / rate
+        within, across = (self.gpu.inside if n <= PER_NODE else self.gpu.outside for n in (self.shards, self.ranks))
+        sent = budget.msign_bytes(self.shapes, self.ranks, self.shards)
+        exchange = max(to_shards / within + to_replicas / across for to_shards, to_replicas in sent)
+        return max(budget.msign_loads(self.shapes, self.ranks, self.shards, cost)), exchange
 
     def application_steps(self, backend: str) -> float:
         """How many training steps take as long as one application, with its exchange."""
@@ -87,13 +90,24 @@ class Plan:
         return budget.msign_flops(self.shapes, budget.svd_flops) / (period * self.useful_flops)
 
 
-def fits(cfg: Config, ranks: int, sharded: bool, gpu: GPU) -> bool:
-    """Whether the run fits into the memory of each of `ranks` GPUs."""
-    return Memory.of(cfg, ranks, sharded).total <= budget.ROOM * gpu.memory
+def fits(cfg: Config, shards: int, gpu: GPU) -> bool:
+    """Whether the run fits into the memory of each GPU."""
+    return Memory.of(cfg, shards).total <= budget.ROOM * gpu.memory
 
 
-def layouts(cfg: Config, gpus: int) -> Iterable[tuple[str, Config, int, bool]]:
-    """Layouts on `gpus` or more GPUs, those nearest to cfg first: (options, config, ranks, sharded).
+def whole_nodes(ranks: int) -> bool:
+    """Whether these are several whole nodes, which HSDP needs."""
+    return ranks > PER_NODE and ranks % PER_NODE == 0
+
+
+def ways(ranks: int) -> dict[str, int]:
+    """{option: shards} of all ways to spread a model over so many ranks."""
+    hsdp = {"--parallel=hsdp": PER_NODE} if whole_nodes(ranks) else {}
+    return {"--parallel=ddp": 1, **hsdp, "--parallel=fsdp": ranks} if ranks > 1 else {"": 1}
+
+
+def layouts(cfg: Config, gpus: int) -> Iterable[tuple[str, Config, int]]:
+    """Layouts on `gpus` or more GPUs, those nearest to cfg first: (options, config, shards).
 
     The options are those of train.py and plan.py that give this layout. Blocks are recomputed as cfg says, or more by
     quarters of the model.
@@ -105,7 +119,7 @@ def layouts(cfg: Config, gpus: int) -> Iterable[tuple[str, Config, int, bool]]:
         while micro_batch >= 1:
             if cfg.batch_size % (micro_batch * ranks) == 0:
                 for recompute in [cfg.recompute, *(n for n in quarters if n > cfg.recompute)]:
-                    for parallel in ("--parallel=ddp", "--parallel=fsdp") if ranks > 1 else ("",):
+                    for parallel, shards in ways(ranks).items():
                         words = (
                             f"--gpus {ranks}" if ranks != gpus else "",
                             parallel,
@@ -113,24 +127,25 @@ def layouts(cfg: Config, gpus: int) -> Iterable[tuple[str, Config, int, bool]]:
                             f"--micro_batch={micro_batch}" if micro_batch != cfg.micro_batch else "",
                         )
                         changed = replace(cfg, micro_batch=micro_batch, recompute=recompute)
-                        yield " ".join(filter(None, words)), changed, ranks, parallel == "--parallel=fsdp"
+                        yield " ".join(filter(None, words)), changed, shards
             micro_batch //= 2
         ranks *= 2
 
 
-def needs_sharding(cfg: Config, gpus: int, gpu: GPU) -> bool:
-    """Whether cfg shards the model on `gpus` GPUs. If the model does not fit, a UserError names a layout that does."""
+def shards_of(cfg: Config, gpus: int, gpu: GPU) -> int:
+    """Over how many of `gpus` GPUs cfg spreads a model. If it does not fit, a UserError names a layout that does."""
     if cfg.batch_size % (cfg.micro_batch * gpus):
         good = [size for size in range(1, cfg.micro_batch + 1) if cfg.batch_size % (size * gpus) == 0]
         hint = f"--micro_batch={good[-1]}" if good else f"at most {cfg.batch_size} GPUs"
         raise UserError(
             f"--gpus = {gpus}: times micro_batch={cfg.micro_batch} must divide batch_size={cfg.batch_size}; {hint}"
         )
-    ways = {"auto": (False, True), "ddp": (False,), "fsdp": (True,)}[cfg.parallel] if gpus > 1 else (False,)
-    for sharded in ways:
-        if fits(cfg, gpus, sharded, gpu):
-            return sharded
-    need = Memory.of(cfg, gpus, ways[-1]).total / 1e9
+    if cfg.parallel == "hsdp" and gpus > 1 and not whole_nodes(gpus):
+        raise UserError(f"--gpus = {gpus}: must be several nodes of {PER_NODE} GPUs with parallel = 'hsdp'")
+    shards = budget.shards(cfg, gpus, gpu.memory, PER_NODE)
+    if fits(cfg, shards, gpu):
+        return shards
+    need = Memory.of(cfg, shards).total / 1e9
     fitting = (words for words, *layout in layouts(cfg, gpus) if fits(*layout, gpu))
     raise UserError(
         f"--gpus = {gpus}: {need:.3g} GB a rank, which has {gpu.memory / 1e9:.3g} GB; "
@@ -151,8 +166,9 @@ def describe(plan: Plan, period: int) -> str:
     cfg, model = plan.cfg, budget.on_meta(plan.cfg)
     parameters = list(model.parameters())
     total, active = sum(p.numel() for p in parameters), sum(model.active(p) for p in parameters)
-    memory = Memory.of(cfg, plan.ranks, plan.sharded)
-    how = "one GPU" if plan.ranks == 1 else f"{plan.ranks} GPUs, {'FSDP2' if plan.sharded else 'DDP'}"
+    memory = Memory.of(cfg, plan.shards)
+    way = {1: "DDP", plan.ranks: "FSDP2"}.get(plan.shards, f"HSDP over nodes of {plan.shards}")
+    how = "one GPU" if plan.ranks == 1 else f"{plan.ranks} GPUs, {way}"
     accumulate = cfg.batch_size // cfg.micro_batch // plan.ranks
     count = sum(shape[0] if len(shape) > 2 else 1 for shape in plan.shapes)
     lines = [
@@ -191,7 +207,7 @@ def paper_table(gpus: int = 8, mfu: float = 0.4, gpu: str = "H100") -> str:
     rows = []
     for name, (_, overhead) in PAPER.items():
         cfg = load_config([str(ROOT / "configs" / f"{name}_adamw.py")])
-        plan = Plan(cfg, gpus, not fits(cfg, gpus, False, GPUS[gpu]), GPUS[gpu], mfu, "blocks")
+        plan = Plan(cfg, gpus, budget.shards(cfg, gpus, GPUS[gpu].memory), GPUS[gpu], mfu, "blocks")
         compute, exchange = plan.application_seconds("polar")
         rows.append({
             "model": name,

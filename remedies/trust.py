@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from msign import Layout, Target, Wrapper, _group, _local, find
+from msign import Layout, Target, Wrapper, _local, _place, _sharded, find
 
 # in these a head has some rows, in W_O some columns; all heads share the others
 QUERIES, KEYS, VALUES = ("W_Q", "W_UQ"), ("W_K", "W_UK"), ("W_V", "W_UV")
@@ -38,13 +38,14 @@ class LogitTrust(Wrapper):
 
     base:   the optimizer that does the steps; its state is left alone.
     model:  the module whose attention is meant. `msign.find` finds its matrices and gets `split`. Weights may be fused,
-            or sharded by rows (FSDP2).
+            or sharded by rows (FSDP2, HSDP).
     limit:  the largest change of a logit, in nats, for inputs of root mean square 1.
     power:  the logits are divided by the width k of a head's queries to this power.
 
     The attribute `factors` holds what every head's last step was multiplied by: {name of an attention module: (h,)}.
     The constructor raises ValueError for a limit of 0 or less, for an attention module whose number of heads is unknown
-    or which lacks queries or keys, and for what `msign.find` refuses. The state_dict is that of `base`.
+    or which lacks queries or keys, and for what `msign.find` and `msign.apply_` refuse. The state_dict is that of
+    `base`.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class LogitTrust(Wrapper):
         self.factors: dict[str, Tensor] = {}
         targets = find(model, "attention", split)
         self.targets = list(targets.values())
-        self.group = _group({name: target.parameter for name, target in targets.items()}, None)
+        self.shards = _sharded({name: target.parameter for name, target in targets.items()})[1].shards
         self.modules: defaultdict[str, dict[str, Target]] = defaultdict(dict)
         for target in self.targets:
             self.modules[target.module] |= dict.fromkeys(target.roles, target)
@@ -86,9 +87,9 @@ class LogitTrust(Wrapper):
             if set(target.roles) & {*QUERIES, *KEYS}:
                 old, new = before[target], _local(target.parameter)
                 squares[target] = torch.stack([_rows(target, W) for W in (old, new - old)])
-        if self.group:
+        if self.shards:
             together = torch.cat([rows.flatten() for rows in squares.values()])
-            dist.all_reduce(together, group=self.group)
+            dist.all_reduce(together, group=self.shards)
             parts = together.split([rows.numel() for rows in squares.values()])
             squares = {target: part.view(2, -1) for target, part in zip(squares, parts, strict=True)}
         for name, of in self.modules.items():
@@ -125,11 +126,10 @@ def _rows(target: Target, W: Tensor) -> Tensor:
 
 def _here(target: Target) -> slice:
     """The part of a parameter's first dimension that this process holds."""
-    p, length = target.parameter, len(_local(target.parameter))
-    if length == len(p):
-        return slice(length)
-    start = dist.get_rank(p.device_mesh.get_group()) * -(-len(p) // p.device_mesh.size())  # as torch.chunk deals
-    return slice(start, start + length)
+    p = target.parameter
+    rank, ranks = _place(_sharded({"": p})[1].shards)
+    start = rank * -(-len(p) // ranks)  # as torch.chunk deals
+    return slice(start, start + len(_local(p)))
 
 
 def _upright(target: Target, rows: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import Number, Parser, UserError, load_config, run_cli
-from engine.plan import GPUS, Plan, describe, needs_sharding, paper_table
+from engine.plan import GPUS, Plan, describe, paper_table, shards_of
 
 
 def main() -> int:
@@ -41,8 +41,8 @@ def main() -> int:
         raise UserError("config: must be given, such as configs/gpt_3b.py (or --paper)")
     cfg = load_config([args.config, *rest])
     try:
-        sharded = needs_sharding(cfg, args.gpus, GPUS[args.gpu])
-        plan = Plan(cfg, args.gpus, sharded, GPUS[args.gpu], args.mfu, args.targets or cfg.msign_targets)
+        shards = shards_of(cfg, args.gpus, GPUS[args.gpu])
+        plan = Plan(cfg, args.gpus, shards, GPUS[args.gpu], args.mfu, args.targets or cfg.msign_targets)
         print(describe(plan, args.period or cfg.msign_period or 100))
     except ValueError as error:
         where = f"--targets = {args.targets!r}" if args.targets else f"msign_targets = {cfg.msign_targets!r}"

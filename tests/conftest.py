@@ -220,16 +220,22 @@ def run(*args, cwd=ROOT, timeout=300, first=None, **env) -> subprocess.Completed
 
 
 def ranks(size: int, *args, timeout=300, **env) -> list[subprocess.CompletedProcess]:
-    """Run a script on `size` processes, as torchrun would; returns exit code and output of each, by rank."""
+    """Run a script on `size` processes, as torchrun would; returns exit code and output of each, by rank.
+
+    With LOCAL_WORLD_SIZE in `env` they count as processes of several nodes.
+    """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
+    per_node = env.get("LOCAL_WORLD_SIZE", size)
     together = {"WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
     with tempfile.TemporaryDirectory() as folder:
         processes = {}
         for rank in range(size):
             path = f"{folder}/{rank}"
-            environment = {k: str(v) for k, v in {**together, "RANK": rank, "LOCAL_RANK": rank, **env}.items()}
+            environment = {
+                k: str(v) for k, v in {**together, "RANK": rank, "LOCAL_RANK": rank % per_node, **env}.items()
+            }
             processes[start(*args, output=(path + ".out", path + ".err"), **environment)] = path
         return finished(processes, timeout)
 

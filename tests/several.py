@@ -189,18 +189,28 @@ LAYOUTS = {
 }
 
 
-def fused(sharded: bool) -> float:
+def spread(weights: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+    """The weights as ranks hold them: "replicated", "sharded" over all, or "hybrid", sharded over pairs of ranks."""
+    if kind == "replicated":
+        return weights
+    placements = [Shard(0)] if kind == "sharded" else [Replicate(), Shard(0)]
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),) if kind == "sharded" else (dist.get_world_size() // 2, 2))
+    return {n: distribute_tensor(W, mesh, placements) for n, W in weights.items()}
+
+
+def kinds() -> list[str]:
+    return ["replicated", "sharded", *(["hybrid"] if dist.get_world_size() == 4 else [])]
+
+
+def fused(kind: str) -> float:
     """The largest deviation of W_Q and W_K in fused weights, updated by several ranks, from what one process gives."""
     generator = torch.Generator().manual_seed(1)
     one = {n: torch.randn(shape, generator=generator) for n, (shape, _) in LAYOUTS.items()}
-    several = {n: W.clone() for n, W in one.items()}
-    if sharded:
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        several = {n: distribute_tensor(W, mesh, [Shard(0)]) for n, W in several.items()}
+    several = spread({n: W.clone() for n, W in one.items()}, kind)
     for weights, group in ((one, None), (several, dist.group.WORLD)):
         targets = {n: msign.Target(W, LAYOUTS[n][1], ("W_Q", "W_K")) for n, W in weights.items()}
         msign.apply_(targets, group=group)
-    got = {n: W.full_tensor() if sharded else W for n, W in several.items()}
+    got = {n: W if kind == "replicated" else W.full_tensor() for n, W in several.items()}
     return max((got[n] - one[n]).abs().max().item() for n in one)
 
 
@@ -210,50 +220,47 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 def signs() -> dict:
-    """MSign of replicated and of sharded weights, compared with MSign by one process.
+    """MSign of the kinds of weights that `spread` makes, compared with MSign by one process.
 
-    Returns for both: the largest deviation, and by rank the matrices computed and the bytes sent, as counted and as
-    `budget.msign_bytes` expects.
+    Returns for each: the largest deviation, and by rank the matrices computed, the bytes sent, as counted and as
+    `budget.msign_bytes` expects, and the names of the weights that it would write into a checkpoint.
     """
     alone = weights()
     msign.apply_(msign.find(alone.items(), "*"))
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     out = {}
-    for kind in ("replicated", "sharded"):
-        several = weights()
-        if kind == "sharded":
-            several = {n: distribute_tensor(W, mesh, [Shard(0)]) for n, W in several.items()}
+    for kind in kinds():
+        several = spread(weights(), kind)
         msign.counts.clear()
         msign.apply_(msign.find(several.items(), "*"), group=dist.group.WORLD)
-        got = {n: W.full_tensor() if kind == "sharded" else W for n, W in several.items()}
+        got = {n: W if kind == "replicated" else W.full_tensor() for n, W in several.items()}
         counted = [None] * dist.get_world_size()
-        dist.all_gather_object(counted, (msign.counts["matrices"], msign.counts["bytes"]))
+        written = list(checkpoint.share(several, dist.get_rank(), dist.get_world_size()))
+        dist.all_gather_object(counted, (msign.counts["matrices"], msign.counts["bytes"], written))
         error = max((got[n] - alone[n]).abs().max().item() for n in got)
         shapes = list(SHAPES.values())
-        expected = budget.msign_bytes(shapes, dist.get_world_size(), kind == "sharded")
+        shards = {"replicated": 1, "sharded": dist.get_world_size(), "hybrid": 2}[kind]
+        expected = budget.msign_bytes(shapes, dist.get_world_size(), shards)
         out[kind] = {
-            "expected": expected,
-            "error": max(error, fused(kind == "sharded")),
+            "expected": list(map(sum, expected)),
+            "error": max(error, fused(kind)),
             "matrices": [c[0] for c in counted],
             "bytes": [c[1] for c in counted],
+            "written": [c[2] for c in counted],
         }
     return out
 
 
 def spectra() -> dict:
-    """Spectra of replicated and of sharded weights, compared with those that one process measures.
+    """Spectra of the kinds of weights that `spread` makes, compared with those that one process measures.
 
-    Returns for both: whether they are the same, and by rank the matrices that it measured and the most elements that it
+    Returns for each: whether they are the same, and by rank the matrices that it measured and the most elements that it
     had at once of matrices gathered from rows.
     """
     alone, measure, out = metrics.spectra(weights(), None, print), probes.spectra, {}
     msign.STACK_ELEMENTS = 60  # elements of one of the larger matrices
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for kind in ("replicated", "sharded"):
-        several, shares = weights(), []
-        if kind == "sharded":
-            several = {n: distribute_tensor(W, mesh, [Shard(0)]) for n, W in several.items()}
-        held = {W.to_local().untyped_storage().data_ptr() for W in several.values()} if kind == "sharded" else set()
+    for kind in kinds():
+        several, shares = spread(weights(), kind), []
+        held = {msign._local(W).untyped_storage().data_ptr() for W in several.values()}
 
         def noted(share, shares=shares, held=held):
             shares.append([0 if W.untyped_storage().data_ptr() in held else W.numel() for W in share.values()])
@@ -309,25 +316,41 @@ def lent() -> dict:
     return out
 
 
-def gradients(kind: str) -> bool:
-    """Whether this rank holds every gradient once, and at the same place, after each of six micro-batches."""
-    cfg = Config(n_layer=2, d_model=16, n_head=2, d_ff=32, vocab_size=64, block_size=8)
-    world = parallel.World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    model = parallel.build(cfg, world, kind == "fsdp")
-    replica = parallel.Replica(model, world, kind == "fsdp")
-    parameters, tokens, places = list(model.parameters()), torch.arange(8)[None], []
-    for last in (False, False, True) * 2:
-        with replica.accumulating(last):
-            replica(tokens, tokens).backward()
-        local = [p.grad.to_local() if kind == "fsdp" else p.grad for p in parameters]
-        places.append([grad.data_ptr() for grad in local])
-        if last:
-            assert any(grad.any() for grad in local)
-            replica.zero_grad()
-    if kind == "fsdp":  # as large as the shards
-        return sum(grad.numel() for grad in local) == sum(p.to_local().numel() for p in parameters)
-    buckets = {grad.untyped_storage().data_ptr() for grad in local}  # each holds several
-    return all(now == places[0] for now in places) and len(buckets) < len(parameters)
+def gradients() -> dict[str, bool]:
+    """Whether this rank holds every gradient once, at the same place after each step, with DDP, FSDP2 and HSDP.
+
+    Six micro-batches are two steps. HSDP has no gradient before the last one, after which replicas exchange theirs.
+    Asserts that the gradients are those of one process.
+    """
+    cfg, out = Config(n_layer=2, d_model=16, n_head=2, d_ff=32, vocab_size=64, block_size=8), {}
+    rank, size, cpu = dist.get_rank(), dist.get_world_size(), torch.device("cpu")
+    tokens = torch.arange(8 * size * 3).view(3, size, 1, 8) % 61  # of a micro-batch, of a rank
+    alone = parallel.build(cfg, parallel.World(0, 1, cpu), sharded=False)
+    sum(alone(x, x) / size for micro_batch in tokens for x in micro_batch).backward()
+    for kind, per_node in (("ddp", 0), ("fsdp", 0), ("hsdp", 2)):
+        world = parallel.World(rank, size, cpu, per_node)
+        model = parallel.build(cfg, world, kind != "ddp")
+        replica = parallel.Replica(model, world, kind != "ddp")
+        parameters, places = list(model.parameters()), []
+        for micro_batch in (0, 1, 2) * 2:
+            with replica.accumulating(last=micro_batch == 2):
+                replica(tokens[micro_batch, rank], tokens[micro_batch, rank]).backward()
+            if kind == "hsdp" and micro_batch < 2:
+                assert all(p.grad is None for p in parameters)
+                continue
+            local = [msign._local(p.grad) for p in parameters]
+            places.append([grad.data_ptr() for grad in local])
+            if micro_batch == 2:
+                for p, expected in zip(parameters, alone.parameters(), strict=True):
+                    got = p.grad if kind == "ddp" else p.grad.full_tensor()
+                    torch.testing.assert_close(got, expected.grad, rtol=1e-4, atol=1e-7)
+                replica.zero_grad()
+        if kind == "ddp":
+            buckets = {grad.untyped_storage().data_ptr() for grad in local}  # each holds several
+            out[kind] = all(now == places[0] for now in places) and len(buckets) < len(parameters)
+        else:  # as large as the shards
+            out[kind] = [grad.numel() for grad in local] == [p.to_local().numel() for p in parameters]
+    return out
 
 
 def compiled() -> dict:
@@ -355,12 +378,14 @@ def refusals() -> dict:
     out = {}
     for kind, mesh, placements in (
         ("nan", line, [Shard(0)]), ("columns", line, [Shard(1)]), ("replicated", line, [Replicate()]),
-        ("hybrid", grid, [Replicate(), Shard(0)]),
+        ("twice", grid, [Shard(0), Shard(0)]), ("meshes", grid, [Replicate(), Shard(0)]),
     ):  # fmt: skip
         W = weights()
         if kind == "nan":
             W["b"][-1, 0] = float("nan")  # in the last rank's rows
         several = {n: distribute_tensor(x, mesh, placements) for n, x in W.items()}
+        if kind == "meshes":
+            several["b"] = distribute_tensor(W["b"], line, [Shard(0)])
         before = several["a"].to_local().clone()
         try:
             if kind == "nan":

@@ -130,11 +130,11 @@ def test_the_estimate_of_activations_is_near_what_is_kept(options, dtype):
 def test_memory_of_a_layout():
     cfg = config("gpt_3b")
     n = sum(p.numel() for p in budget.on_meta(cfg).parameters())
-    replica, shard = Memory.of(cfg, 8, False), Memory.of(cfg, 8, True)
+    replica, shard = Memory.of(cfg, 1), Memory.of(cfg, 8)
     assert (replica.weights, replica.gradients, replica.moments) == (4 * n, 4 * n, 8 * n)
     assert shard.moments == pytest.approx(n, rel=1e-6)
     assert shard.total < replica.total / 3
-    assert Memory.of(config("gpt_3b", "--recompute=0"), 8, True).activations > 4 * shard.activations
+    assert Memory.of(config("gpt_3b", "--recompute=0"), 8).activations > 4 * shard.activations
 
 
 def test_flops_and_memory_follow_the_number_of_recomputed_blocks():
@@ -147,7 +147,7 @@ def test_flops_and_memory_follow_the_number_of_recomputed_blocks():
             model(tokens, tokens).backward()
         counted.append(counter.get_total_flops())
         found.append(budget.step_flops(cfg))
-        kept.append(Memory.of(cfg, 1, False).activations)
+        kept.append(Memory.of(cfg, 1).activations)
     assert found == pytest.approx(counted, rel=0.05)
     last = 2 * 128 * 64 * 96  # a block's last product, which PyTorch need not repeat
     assert [b - a for a, b in pairwise(found)] == [b - a + last for a, b in pairwise(counted)]
@@ -178,9 +178,27 @@ def test_plan_of_the_3b():
         assert part in done.stdout, done.stdout
 
 
+def test_hsdp_holds_as_much_as_fsdp_on_one_node_and_sends_little_to_other_nodes():
+    """Of LLaMA-1B's attention: within a node as much as FSDP2 on one; to the other, half of the new rows."""
+    cfg = config("llama_1b_msign", "--parallel=hsdp", "--batch_size=64")
+    assert plan.shards_of(cfg, 16, GPUS["H100"]) == 8
+    shapes = budget.matrices(cfg)
+    one_node, two_nodes = budget.msign_bytes(shapes, 8, 8), budget.msign_bytes(shapes, 16, 8)
+    elements = sum(m * n for m, n in shapes)
+    assert sum(across for _, across in two_nodes) == 4 * elements
+    assert sum(within for within, _ in two_nodes) == sum(within for within, _ in one_node) == 2 * 4 * elements * 7 // 8
+    hybrid, spread = (plan.Plan(cfg, 16, shards, GPUS["H100"], 0.4, "attention") for shards in (8, 16))
+    assert hybrid.application_seconds("polar")[1] < spread.application_seconds("polar")[1]
+    said = run("scripts/plan.py", "configs/llama_1b_msign.py", "--gpus=16", "--batch_size=64", "--parallel=hsdp").stdout
+    assert "16 GPUs, HSDP over nodes of 8" in said
+
+
 def test_a_layout_that_cannot_fit_is_refused_with_one_that_can():
-    too_large = ["configs/gpt_3b.py", "--gpus=8", "--gpu=RTX4090", "--parallel=ddp"]
-    refused("scripts/plan.py", *too_large, says="what fits: --parallel=fsdp")
+    too_large = ["configs/gpt_3b.py", "--gpu=RTX4090", "--parallel=ddp"]
+    refused("scripts/plan.py", *too_large, "--gpus=8", says="what fits: --parallel=fsdp")
+    refused("scripts/plan.py", *too_large, "--gpus=16", says="what fits: --parallel=hsdp")
+    one_node = ["configs/gpt_3b.py", "--gpus=8", "--parallel=hsdp"]
+    refused("scripts/plan.py", *one_node, says="--gpus = 8: must be several nodes of 8 GPUs with parallel = 'hsdp'")
     for option, says in (
         ("--gpus=12", "--gpus = 12: times micro_batch=4 must divide batch_size=32"),
         ("--gpus=0", "argument --gpus: '0': must be a whole number of 1 or more"),
@@ -193,11 +211,11 @@ def test_a_layout_that_cannot_fit_is_refused_with_one_that_can():
 
 def test_what_is_said_to_fit_does():
     cfg, gpu = config("llama_1b_msign"), GPUS["RTX4090"]
-    assert not plan.fits(cfg, 1, False, gpu)
-    words, other, ranks, sharded = next(w for w in plan.layouts(cfg, 1) if plan.fits(*w[1:], gpu))
-    assert Memory.of(other, ranks, sharded).total < gpu.memory
+    assert not plan.fits(cfg, 1, gpu)
+    words, other, shards = next(w for w in plan.layouts(cfg, 1) if plan.fits(*w[1:], gpu))
+    assert Memory.of(other, shards).total < gpu.memory
     assert words.startswith("--gpus 2 --parallel=fsdp")
-    assert cfg.batch_size % (other.micro_batch * ranks) == 0
+    assert cfg.batch_size % (other.micro_batch * shards) == 0
 
 
 @pytest.mark.parametrize("name", ["gpt_3b", "llama_moe_3b_msign"])
@@ -218,20 +236,20 @@ print(sum(p.numel() for p in model.parameters()), seconds, machine.peak_memory(t
 
 
 def test_no_bytes_are_sent_alone():
-    assert budget.msign_bytes([(8, 8), (4, 6, 6)], 1, True) == [0]
-    assert budget.msign_bytes([(8, 8)] * 4, 2, False) == [2 * 64 * 4] * 2
+    assert budget.msign_bytes([(8, 8), (4, 6, 6)], 1, 1) == [(0, 0)]
+    assert budget.msign_bytes([(8, 8)] * 4, 2, 1) == [(0, 2 * 64 * 4)] * 2
     half_of_two_out_and_half_of_two_back = 2 * 2 * 32 * 4
-    assert budget.msign_bytes([(8, 8)] * 4, 2, True) == [half_of_two_out_and_half_of_two_back] * 2
-    assert budget.msign_bytes([(4, 6, 6)], 2, True) == [0, 0]
+    assert budget.msign_bytes([(8, 8)] * 4, 2, 2) == [(half_of_two_out_and_half_of_two_back, 0)] * 2
+    assert budget.msign_bytes([(4, 6, 6)], 2, 2) == [(0, 0)] * 2
 
 
 @pytest.mark.parametrize("name, ranks", [("llama_1b", 8), ("llama_1b", 64), ("llama_moe_3b", 64), ("llama_1b", 512)])
-@pytest.mark.parametrize("sharded", [True, False])
-def test_no_rank_is_dealt_much_more_work_than_it_must_do(name, ranks, sharded):
+@pytest.mark.parametrize("way", ["ddp", "fsdp", "hsdp"])
+def test_no_rank_is_dealt_much_more_work_than_it_must_do(name, ranks, way):
     """Dealt out by their number, matrices of several sizes would take twice the time at 64 ranks."""
     shapes = budget.matrices(load_config([f"{ROOT}/configs/{name}_msign.py"]), "blocks")
     flops = budget.polar_flops
-    loads = budget.msign_loads(shapes, ranks, sharded, flops)
+    loads = budget.msign_loads(shapes, ranks, {"ddp": 1, "fsdp": ranks, "hsdp": 8}[way], flops)
     assert sum(loads) == pytest.approx(budget.msign_flops(shapes, flops))
-    dearest = max(budget.msign_flops([shape[-2:]], flops) for shape in shapes if not (sharded and len(shape) > 2))
+    dearest = max(budget.msign_flops([shape[-2:]], flops) for shape in shapes if way == "ddp" or len(shape) == 2)
     assert max(loads) < 1.5 * max(sum(loads) / ranks, dearest)

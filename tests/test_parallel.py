@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from importlib.util import find_spec
 
 import numpy as np
@@ -39,9 +40,9 @@ def torchrun(n: int, script, *arguments) -> list[str]:
             "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(ROOT / script), *map(str, arguments)]  # fmt: skip
 
 
-def several(n: int, function: str, *arguments):
+def several(n: int, function: str, *arguments, **env):
     """A function of tests/several.py on n processes; the result, which rank 0 prints."""
-    done = ranks(n, "tests/several.py", function, *map(json.dumps, arguments))
+    done = ranks(n, "tests/several.py", function, *map(json.dumps, arguments), **env)
     assert [rank.returncode for rank in done] == [0] * n, [rank.stderr for rank in done]
     return json.loads(done[0].stdout.split("RESULT ")[1].splitlines()[0])
 
@@ -96,11 +97,12 @@ def runs(tmp_path_factory):
         assert in_this_process(argv) == 0
     ways = ("ddp2", ["--parallel=ddp"]), ("fsdp2", ["--parallel=fsdp"])
     assert set(several(2, "trainings", jobs(*ways))) == {0}
-    assert several(4, "trainings", jobs(("fsdp4", ["--parallel=fsdp"]))) == [0, 0]
+    ways = ("fsdp4", ["--parallel=fsdp"]), ("hsdp4", ["--parallel=hsdp"])
+    assert several(4, "trainings", jobs(*ways), LOCAL_WORLD_SIZE=2) == [0] * 4
     return folder
 
 
-@pytest.mark.parametrize("how", ["ddp2", "fsdp2", "fsdp4"])
+@pytest.mark.parametrize("how", ["ddp2", "fsdp2", "fsdp4", "hsdp4"])
 @pytest.mark.parametrize("model", MODELS)
 def test_every_logged_number_is_the_same_on_one_two_and_four_processes(runs, model, how):
     """Loss, gradient norm, spectra, Jacobians, updates, validation: MSign has been applied twice by the end."""
@@ -114,10 +116,12 @@ def test_every_logged_number_is_the_same_on_one_two_and_four_processes(runs, mod
 def test_stopped_on_two_processes_and_gone_on_with_on_another_number(runs, monkeypatch):
     """One rank gets a SIGTERM during step 8, of which there is a checkpoint anyway: both stop after it.
 
-    Sharded to one and to four processes, one to sharded; replicated to replicated, to sharded and to one and back.
+    Sharded to one and to four processes, one to sharded; replicated to replicated and to one and back; both to two
+    nodes of two and back.
     """
     folder, small_py = runs / "runs", str(runs / "small.py")
-    names = {"to1": "fsdp", "to4": "fsdp", "moe-to1": "fsdp", "ddp": "ddp", "ddp-to1": "ddp", "ddp-to4": "ddp"}
+    sharded = dict.fromkeys(("to1", "to4", "to2x2", "moe-to1"), "fsdp")
+    names = sharded | dict.fromkeys(("ddp", "ddp-to1", "ddp-to4"), "ddp")
 
     def job(name, *more):
         return [small_py, *(MODELS["moe"] if name.startswith("moe") else []), f"--name={name}", *more]
@@ -137,11 +141,12 @@ def test_stopped_on_two_processes_and_gone_on_with_on_another_number(runs, monke
     assert stopped(9, [job("to2"), job("ddp-to1", "--resume")]) == [128 + signal.SIGTERM] * 2
     monkeypatch.undo()
     assert checkpoint.checkpoints(folder / "ddp-to1")[-1].name == "ckpt_0000010.pt"
-    on_two = {"to2": "fsdp", "ddp": "ddp", "ddp-to1": "ddp"}
+    on_four = {"to4": "fsdp", "ddp-to4": "hsdp", "to2x2": "hsdp"}
+    jobs = [job(name, "--resume", f"--parallel={way}") for name, way in on_four.items()]
+    assert several(4, "stopped", 9, jobs, LOCAL_WORLD_SIZE=2) == [128 + signal.SIGTERM] * 3
+    on_two = {"to2": "fsdp", "ddp": "ddp", "ddp-to1": "ddp", "to4": "fsdp", "ddp-to4": "ddp", "to2x2": "fsdp"}
     jobs = [job(name, "--resume", f"--parallel={way}") for name, way in on_two.items()]
-    assert several(2, "trainings", jobs) == [0, 0, 0]
-    jobs = [job(name, "--resume", "--parallel=fsdp") for name in ("to4", "ddp-to4")]
-    assert several(4, "trainings", jobs) == [0, 0]
+    assert several(2, "trainings", jobs) == [0] * 6
     for name in (*names, "to2"):
         assert_same_numbers(folder / ("moe-one" if name.startswith("moe") else "gpt-one"), folder / name)
     metrics = [(folder / name / "metrics.jsonl").read_bytes() for name in ("gpt-ddp2", "ddp")]
@@ -222,7 +227,7 @@ def test_a_damaged_shard_and_a_foreign_pickle_are_refused(runs, tmp_path):
         assert not executed.exists()
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [3, 4])
 def test_msign_on_several_ranks_is_one_processs_and_each_computes_its_share(ranks):
     """Rows that do not divide, fewer rows than ranks, stacks of experts, a zero matrix."""
     found = several(ranks, "signs")
@@ -231,10 +236,13 @@ def test_msign_on_several_ranks_is_one_processs_and_each_computes_its_share(rank
         assert sum(result["matrices"]) == 6 + 5, kind  # none is computed twice
         assert max(result["matrices"]) <= -(-11 // ranks) + 1, kind
         assert result["bytes"] == result["expected"], kind  # what the plan says
+        copies = {"replicated": ranks, "sharded": 1, "hybrid": 2}[kind]
+        written = Counter(name for names in result["written"] for name in names)  # by each rank in a checkpoint
+        assert set(written.values()) == {ranks // copies} and len(written) == 7, kind
     assert max(found["sharded"]["bytes"]) < max(found["replicated"]["bytes"])
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [3, 4])
 def test_every_rank_measures_the_spectra_of_its_share_and_gathers_one_matrix_at_a_time(ranks):
     for kind, found in several(ranks, "spectra").items():
         assert found["same"], kind
@@ -253,9 +261,8 @@ def test_a_sharded_model_is_measured_on_rank_0_without_being_there_as_a_whole():
     assert most == found["rest"] + 6 * found["block"] and left == 0
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_gradients_are_held_once_while_they_accumulate(way):
-    assert several(2, "gradients", way)
+def test_gradients_are_held_once_while_they_accumulate_and_are_one_processs():
+    assert several(4, "gradients") == {"ddp": True, "fsdp": True, "hsdp": True}
 
 
 def test_compiled_blocks_of_a_sharded_model_with_recomputation_give_the_same():
@@ -268,9 +275,10 @@ def test_compiled_blocks_of_a_sharded_model_with_recomputation_give_the_same():
 def test_msign_refuses_on_all_ranks_at_once():
     found = several(2, "refusals")
     assert found["nan"] == ["NonFiniteWeightError: b holds a value that is not finite; MSign changed no weight"] * 2
-    for kind in ("columns", "replicated", "hybrid"):
+    for kind in ("columns", "replicated", "twice"):
         assert len(set(found[kind])) == 1
         assert found[kind][0].startswith("ValueError: a is distributed as")
+    assert found["meshes"][0].startswith("ValueError: b lies on DeviceMesh(")
 
 
 def test_initial_weights_do_not_depend_on_the_sharding(runs):
@@ -297,9 +305,14 @@ def test_bad_input_is_one_line_before_any_process_waits(runs):
         assert {rank.stderr.strip() for rank in done} == {done[0].stderr.strip()}
         assert len(done[0].stderr.splitlines()) == 1 and says in done[0].stderr, done[0].stderr
     assert not (runs / "runs" / "x").exists()
-    with pytest.raises(UserError, match="compile = 'whole': must be blocks or off"):
-        parallel.start(small(parallel="fsdp", compile="whole"))
-    refused("train.py", small_py, "--name=x", says="LOCAL_RANK: must be whole numbers", RANK="one")
+    for way in ("fsdp", "hsdp"):
+        with pytest.raises(UserError, match=f"compile = 'whole': must be blocks or off with parallel = '{way}'"):
+            parallel.start(small(parallel=way, compile="whole"))
+    for per_node, rank in ((4, 1), (1, 0), (3, 1), (2, 0)):  # one node, nodes of one, a rest, ranks in another order
+        says = f"RANK=1 of WORLD_SIZE=4 is LOCAL_RANK={rank} of LOCAL_WORLD_SIZE={per_node} on its node"
+        environment = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(per_node)}
+        refused("train.py", small_py, "--name=x", "--parallel=hsdp", says=says, **environment)
+    refused("train.py", small_py, "--name=x", says="LOCAL_WORLD_SIZE: must be whole numbers", RANK="one")
 
 
 def test_a_checkpoint_of_another_model_is_refused_everywhere(runs):
@@ -372,9 +385,9 @@ def test_what_is_chosen_when_nothing_is_said():
     large = small(d_model=2048, d_ff=8192, n_layer=16)
     assert parallel.choose(large, gpu, total_memory=8 * 2**30) == ("fsdp", [])
     assert parallel.choose(large, gpu, total_memory=80 * 2**30) == ("ddp", [])
-    assert (
-        "nothing is sharded" in parallel.choose(small(parallel="fsdp"), parallel.World(0, 1, torch.device("cpu")))[1][0]
-    )
+    for way in ("fsdp", "hsdp"):
+        layout, (said,) = parallel.choose(small(parallel=way), parallel.World(0, 1, torch.device("cpu")))
+        assert layout == "ddp" and f"{way!r} with one process: nothing is sharded" in said
 
 
 REDUCED = ["--d_model=32", "--n_layer=2", "--n_head=4", "--d_ff=48", "--block_size=16", "--vocab_size=512",

@@ -112,6 +112,7 @@ def test_msign_works_on_top_of_several_optimizers():
 
 
 def test_what_does_not_go_together_is_refused(config_file):
-    with pytest.raises(UserError, match="parallel = 'fsdp': must be ddp or auto with optimizer='muon'"):
-        small(optimizer="muon", parallel="fsdp")
+    for way in ("fsdp", "hsdp"):
+        with pytest.raises(UserError, match=f"parallel = '{way}': must be ddp or auto with optimizer='muon'"):
+            small(optimizer="muon", parallel=way)
     refused("train.py", config_file, "--optimizer=adam", says="optimizer = 'adam': must be one of")

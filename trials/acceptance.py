@@ -8,6 +8,8 @@ import contextlib
 import io
 import json
 import math
+import os
+import socket
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -172,12 +174,23 @@ def same_run(place: Place, name: str, reference: str) -> float:
     return ((found - exact).abs() / exact).max().item() if len(found) == len(exact) else math.inf
 
 
-def trained(place: Place, name: str, *options: str, processes: int = 1) -> None:
-    """Train, in new processes. Raises UserError with what was said if the run failed."""
-    process = place.start(f"--name={name}", *options, processes=processes)
-    said = output(process)
-    if said is None or process.returncode:
-        raise UserError(f"{name}: {said[1].strip().splitlines()[-1] if said and said[1].strip() else 'hangs'}")
+def trained(place: Place, name: str, *options: str, processes: int = 1, nodes: int = 1) -> None:
+    """Train, in new processes. Raises UserError with what was said if the run failed.
+
+    nodes: calls of torchrun that stand for so many machines, with `processes` and GPUs of its own each.
+    """
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1] if nodes > 1 else 0
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(nodes * processes)))).split(",")
+    started = []
+    for first in range(0, nodes * processes, processes):
+        own = {"CUDA_VISIBLE_DEVICES": ",".join(gpus[first : first + processes])} if nodes > 1 else {}
+        how = {"processes": processes, "nodes": nodes, "port": port, **own}
+        started.append(place.start(f"--name={name}", *options, **how))
+    for process, said in [(process, output(process)) for process in started]:
+        if said is None or process.returncode:
+            raise UserError(f"{name}: {said[1].strip().splitlines()[-1] if said and said[1].strip() else 'hangs'}")
 
 
 def runs(device: torch.device, place: Place) -> Iterable[Row]:
@@ -198,7 +211,14 @@ def runs(device: torch.device, place: Place) -> Iterable[Row]:
             return same_run(place, way, "whole")
 
         yield checked("run", f"{way} on {min(count, 4)} processes, against one", LOSS, spread)
-    yield Row("run", "hsdp", "not run: not built")
+
+    def hybrid() -> float:
+        if device.type == "cuda" and count < 4:
+            raise NotHere(f"there are {count} GPUs, and it takes 4")
+        trained(place, "hsdp", "--parallel=hsdp", "--micro_batch=1", processes=2, nodes=2)
+        return same_run(place, "hsdp", "whole")
+
+    yield checked("run", "hsdp on 2 × 2 processes that stand for two nodes, against one", LOSS, hybrid)
 
     def killed() -> float:
         return float(sum(outcome is not None for outcome in Kills(place, 3, 1, 0).outcomes("killed", "whole")))
@@ -243,10 +263,10 @@ def speed(device: torch.device, place: Place, steps: int) -> Iterable[Row]:
         return
     flops = budget.on_meta(cfg).flops_per_token() * rate
     yield Row("speed", "share of the peak (MFU)", f"{flops / sheet.bf16:.1%}")
-    planned = budget.Memory.of(cfg, 1, False).total / 2**30
+    planned = budget.Memory.of(cfg, 1).total / 2**30
     ratio = summary["peak_memory_gib"] / planned
     yield Row("speed", f"peak memory, of {planned:.3g} GiB planned", f"{ratio:.2f}", f"{PLAN:g}", ratio <= PLAN)
-    plan = Plan(cfg, 1, False, sheet, 0.4, "blocks")
+    plan = Plan(cfg, 1, 1, sheet, 0.4, "blocks")
     ratio = took / plan.application_seconds("polar")[0]
     yield Row("speed", "MSign, one application to all blocks, of the plan", f"{ratio:.2f}", f"{PLAN:g}", ratio <= PLAN)
 

@@ -54,18 +54,20 @@ class Place:
         return ""
 
     def start(
-        self, *overrides: str, victim: tuple = (), processes: int = 1, first: Callable | None = None, **environment
-    ) -> subprocess.Popen:
+        self, *overrides: str, victim: tuple = (), processes: int = 1, nodes: int = 1, port: int = 0,
+        first: Callable | None = None, **environment,
+    ) -> subprocess.Popen:  # fmt: skip
         """Start train.py in new processes.
 
-        victim: arguments of `plan_victim`. first: a function that the new process calls before it becomes train.py or,
-        with several processes, torchrun.
+        victim: arguments of `plan_victim`. nodes: how many calls with one `port` start one run, each with so many
+        processes. first: a function that the new process calls before it becomes train.py or, with several processes,
+        torchrun.
         """
         script = "scripts/faults.py" if victim else "train.py"
         program = [str(ROOT / script), *(["--victim", *map(str, victim)] if victim else [])]
         if processes > 1:
-            launch = f"torch.distributed.run --nproc_per_node={processes} --rdzv_backend=c10d"
-            program = ["-m", *launch.split(), "--rdzv_endpoint=localhost:0", *program]
+            launch = f"torch.distributed.run --nnodes={nodes} --nproc_per_node={processes} --rdzv_backend=c10d"
+            program = ["-m", *launch.split(), f"--rdzv_endpoint=localhost:{port}", *program]
         return subprocess.Popen(
             [sys.executable, *program, str(self.config), *overrides],
             stdout=subprocess.PIPE,

@@ -187,7 +187,7 @@ def inside(name: str, ranks: int, folder: Path, more: list[str]) -> dict:
 
     train.RunLog.log = after_step
     run = train.Run(cfg)
-    plan = budget.Memory.of(cfg, ranks, run.sharded).total
+    plan = budget.Memory.of(cfg, run.world.shards if run.sharded else 1).total
     counters.read()
     missing = []
     run.not_measured = missing.append
