@@ -72,7 +72,7 @@ def test_bytes_of_a_sign_are_counted_one_operation_after_the_other(m, n, monkeyp
 
 
 def test_a_sign_takes_the_time_of_its_products_and_of_its_bytes():
-    h100 = plan.Plan(config("llama_1b_msign"), 8, False, GPUS["H100"], 0.4, "blocks")
+    h100 = plan.Plan(config("llama_1b_msign"), 8, 1, GPUS["H100"], 0.4, "blocks")
     m, n, gpu = 5440, 2048, h100.gpu
     wide = budget.polar_wide_flops(m, n)
     fp16 = (budget.polar_flops(m, n) - wide) / gpu.bf16 / plan.POLAR_SHARE
