@@ -22,7 +22,7 @@ def environment(tmp_path_factory) -> dict[str, str]:
 
 @here
 @pytest.mark.parametrize("name, ranks, more", [("sigma_40m_msign", 1, ()),
-                                               ("llama_moe_3b_msign", 8, ("--parallel=fsdp",))])  # fmt: skip
+                                               ("llama_moe_3b_msign", 16, ("--parallel=hsdp",))])  # fmt: skip
 def test_a_run_at_full_size_fits_keeps_nothing_and_stays_in_bf16(name, ranks, more, environment, tmp_path):
     found = run(name, ranks, environment, tmp_path, more)
     assert broken(found) == []

@@ -124,7 +124,7 @@ def stand_ins(ranks: int, even: int):
     torch.Tensor.__int__ = lambda value: even if value.is_cuda else integer(value)
     if ranks == 1:
         return
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks)}
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(min(ranks, 8))}
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     dist.new_group = lambda *_, **__: dist.group.WORLD
     wrapped = parallel.DistributedDataParallel
@@ -199,7 +199,9 @@ def inside(name: str, ranks: int, folder: Path, more: list[str]) -> dict:
         "layout": run.layout,
         "dtype": cfg.dtype,
         "plan": plan,
-        "measuring": max(need for _, need in machine.measuring(cfg, run.device, ranks, footprint.needs)),
+        "measuring": max(
+            need for _, need in machine.measuring(cfg, run.device, ranks, footprint.needs, run.world.per_node)
+        ),
         "memory": memory,
         "steps": lines,
         "missing": missing,
