@@ -14,6 +14,7 @@ import time
 import types
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,12 @@ def default_arithmetic():
     torch.set_num_threads(threads)
     torch.set_flush_denormal(False)
     torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
+@pytest.fixture
+def traced_only(monkeypatch):
+    """torch.compile traces and differentiates as ever, but its graphs run as they are: no C++ compiler is called."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
 
 def small(**overrides) -> Config:

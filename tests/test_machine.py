@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 import model as model_file
 from engine import machine
@@ -138,7 +139,7 @@ def test_peak_memory_is_the_processs_own():
     assert machine.peak_memory(CPU) > ballast.nbytes
 
 
-def test_a_block_compiles_for_the_shapes_of_training_only(monkeypatch, caplog):
+def test_a_block_compiles_for_the_shapes_of_training_only(monkeypatch, caplog, traced_only):
     """Another batch size, such as the probes', must not replace the compiled code by slower code for any batch size.
 
     The compiler looks for CUDA, and what it says when it finds it without a GPU is kept from the user.
@@ -149,7 +150,7 @@ def test_a_block_compiles_for_the_shapes_of_training_only(monkeypatch, caplog):
     assert not notes
     assert record["compile"] == "blocks"
     monkeypatch.setenv("CUDA_HOME", "/usr")
-    assert torch.utils.cpp_extension._find_cuda_home() == "/usr"
+    assert cpp_extension._find_cuda_home() == "/usr"
     assert not [record for record in caplog.records if "CUDA runtime" in record.getMessage()]
     assert all(p.grad is None for p in model.parameters())
     tokens = torch.zeros(cfg.micro_batch, cfg.block_size + 1, dtype=torch.long)
