@@ -213,6 +213,9 @@ class Config:
     eval_every: int = opt(500, "measurements", "steps between validation losses; 0 = never", COUNT)
     eval_batches: int = opt(8, "measurements", "micro-batches of the fixed validation set", SIZE)
     # run
+    on_alarm: Literal["off", "tell", "remedy", "half_rate"] = opt(
+        "off", "run", "when a collapse is near or there (stability/rescue.py): tell = say so | remedy = go back to the "
+        "last healthy checkpoint and on with logit_trust, off until then | half_rate = the same at half the rate")
     name: str = opt("", "run", "folder below runs_dir; default: the config file's name")
     runs_dir: str = opt("runs", "run", "where run folders go")
     init_from: str = opt(
@@ -298,6 +301,10 @@ class Config:
         if self.logit_trust:  # its bound is one of these logits
             shared = self.attention != "mha" and self.position == "rope" and self.mla_rope_dim
             yield not self.qk_norm and not shared, "logit_trust", "0 with qk_norm, and with RoPE in MLA (mla_rope_dim)"
+        if self.on_alarm == "remedy":
+            yield self.logit_trust > 0, "on_alarm", "off, tell or half_rate with logit_trust=0, or logit_trust above 0"
+        if self.on_alarm in ("remedy", "half_rate"):
+            yield self.ckpt_every > 0, "ckpt_every", f"above 0 with on_alarm={self.on_alarm!r}, which goes back to one"
         if self.optimizer != "adamw":
             yield self.parallel in ("auto", "ddp"), "parallel", f"ddp or auto with optimizer={self.optimizer!r}"
         right = f"START:STOP with 1 ≤ START ≤ STOP ≤ max_steps={self.max_steps}"

@@ -19,25 +19,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.optim import Optimizer
 
-import mup
-from config import Config, UserError, due, load_config, run_cli
+from config import Config, due, load_config, run_cli
 from data import corpora
 from engine import checkpoint, exchange, machine, parallel
 from engine.announce import about, announce
 from engine.clock import Clock
 from engine.hang import Patience
+from engine.optimizer import build_optimizer
 from engine.runlog import NoLog, RunLog, read_metrics
 from engine.signals import Signals
 from engine.trace import Trace
 from engine.validation import validation_loss
-from model import GPT
-from msign import MSign, NonFiniteWeightError, counts
-from remedies import controls, rivals
+from msign import NonFiniteWeightError, counts
 from stability import footprint
-from stability.collapse import Watch, final_loss, find_onsets
+from stability.collapse import Watch, outcome
 from stability.instruments import Instruments
+from stability.rescue import Rescue
 
 
 def train(cfg: Config) -> int:
@@ -55,23 +53,6 @@ def train(cfg: Config) -> int:
 
 
 # --- set-up ---
-
-
-def build_optimizer(cfg: Config, model: GPT, group=None) -> Optimizer:
-    """The base optimizer, wrapped by MSign if msign_period > 0; the processes of `group` share MSign's work.
-
-    Raises UserError if msign_targets matches no matrix.
-    """
-    base = rivals.build(cfg, mup.param_groups(model, cfg), model)
-    if not cfg.msign_period:
-        return base
-    update = controls.update_of(cfg.msign_map, cfg.msign_backend, cfg.msign_below)
-    try:
-        return MSign(
-            base, model, cfg.msign_period, cfg.msign_targets, update=update, group=group, reset=cfg.msign_reset
-        )
-    except ValueError as error:
-        raise UserError(f"msign_targets = {cfg.msign_targets!r}: {error}") from error
 
 
 class Run:
@@ -96,6 +77,7 @@ class Run:
         self.optimizer = build_optimizer(cfg, self.model, self.world.group)
         self.accumulate = cfg.batch_size // cfg.micro_batch // self.world.size
         self.step, self.healthy, self.log, self.watch = 0, 0, NoLog(), Watch()
+        self.rescue = Rescue(cfg, self.folder / "rescue.json", self.world.tell)
         if self.world.main:
             announce(cfg, self.model, self.optimizer, self.train_data, self.world, self.sharded)
 
@@ -118,7 +100,9 @@ class Run:
             self.log.say(f"{self.folder}: already finished; nothing to resume")
             return False
         self.writer = checkpoint.Several() if world.size > 1 else checkpoint.Single()
-        self.restore()
+        self.restore(self.log.resumed)
+        if self.rescue.can_go_back and self.step == 0:
+            self.save()
         probe = tuple(t.to(device) for t in (self.val_data or self.train_data).fixed_windows(cfg.probe_batch))
         spread = world.group, partial(parallel.lend, self.model, world), parallel.norms
         self.instruments = Instruments(cfg, self.model, probe, *spread, self.autocast, warn=self.not_measured)
@@ -129,9 +113,9 @@ class Run:
             self.optimizer.observe = self.clock.around_msign(measure)
         return True
 
-    def restore(self):
-        """Load the last checkpoint, if there is one, and show the metrics logged until then to `watch`."""
-        found = self.world.tell(checkpoint.checkpoints(self.folder) if self.log.resumed else [])
+    def restore(self, from_checkpoint: bool):
+        """Load the last checkpoint, if asked for, and show what was logged until then to `watch` and `rescue`."""
+        found = self.world.tell(checkpoint.checkpoints(self.folder) if from_checkpoint else [])
         metrics_bytes = 0
         if found:
             state = checkpoint.load(found[-1], self.cfg.architecture, self.model, self.optimizer)
@@ -139,10 +123,23 @@ class Run:
             self.healthy = checkpoint.step_of(found[0])  # at most two are kept: the last healthy one and the last
         for note in self.notes:
             self.log.event("fallback", note=note)
-        for line in self.world.tell(self.log.start(self.step, metrics_bytes)):
+        lines = self.world.tell(self.log.start(self.step, metrics_bytes))
+        for line in lines:
             self.watch.add(line["train/loss"], line["grad_norm"])
+        self.rescue.restore(lines, self.optimizer)
         if self.log.resumed:
             self.log.say(f"resumed after step {self.step}")
+
+    def go_back(self):
+        """Return to the last healthy checkpoint, from where the run goes on as cfg.on_alarm says."""
+        self.log.event("went back", rang=self.step, back_to=self.healthy)
+        self.log.say(f"back to step {self.healthy}, and on with {self.cfg.on_alarm}")
+        self.writer.back_to(self.folder, self.healthy)
+        self.world.on_main(partial(self.rescue.go_back, self.step, self.healthy), otherwise=None)
+        self.replica.zero_grad()
+        self.instruments.weights_before.clear()
+        self.watch, self.notes = Watch(), []
+        self.restore(True)
 
     def save(self):
         """Write a checkpoint of this step, unless a weight or a moment is not finite: then the run has collapsed."""
@@ -186,7 +183,7 @@ def loop(run: Run, signals: Signals, beat: Callable[[], None]) -> bool:
         if run.val_data and (due(cfg.eval_every, run.step) or run.step == cfg.max_steps):
             metrics["val/loss"] = validation_loss(run)
         clock.to("forward_backward")
-        lr = cfg.lr_at(run.step)
+        lr = cfg.lr_at(run.step) * run.rescue.rate
         for group in run.optimizer.param_groups:
             group["lr"] = lr * group["lr_mult"]
         loss = forward_backward(run, batch)
@@ -214,6 +211,11 @@ def loop(run: Run, signals: Signals, beat: Callable[[], None]) -> bool:
         if watch.collapse and watch.collapse.noticed == run.step:
             run.log.event("collapse", **dataclasses.asdict(watch.collapse))
             run.log.say(f"{cfg.name}: {watch.collapse} (last healthy checkpoint: step {run.healthy})")
+        if rung := run.rescue.ring(run.step, metrics | {"train/loss": loss}, watch):
+            run.log.alarm(run.step, rung)
+            if run.rescue.can_go_back:
+                run.go_back()
+                watch, batch = run.watch, run.draw(run.step + 1)
         if signalled or not watch.finite:
             return bool(signalled) and watch.finite and run.step < cfg.max_steps
     return False
@@ -267,25 +269,18 @@ def end(run: Run) -> int:
     run.log.times(run.clock.last_line(run.step))
     if not run.world.main:
         return 0
-    cfg, watch, collapse = run.cfg, run.watch, run.watch.collapse
-    lines = read_metrics(run.folder)
-    described = None if collapse is None else dataclasses.asdict(collapse) | {
-        "lr_multiple": cfg.lr_at(collapse.step) / cfg.lr,
-        "last_healthy_checkpoint": run.healthy,
-        "onsets": str(find_onsets(lines, collapse.step)),
-    }  # fmt: skip
+    watch = run.watch
     summary = {
         "status": "finished" if watch.finite else "stopped: not finite",
         "steps": run.step,
-        "collapse": described,
-        "train/loss": final_loss([line["train/loss"] for line in lines]),
-        "val/loss": next((line["val/loss"] for line in reversed(lines) if "val/loss" in line), None),
-        "max_grad_norm": max(math.inf if line["grad_norm"] is None else line["grad_norm"] for line in lines),
+        **outcome(read_metrics(run.folder), watch.collapse, run.cfg.lr, run.healthy),
+        **(run.rescue.went or {}),
         "tokens_per_second": run.log.tokens_per_second(run.step),
         "peak_memory_gib": machine.peak_memory(run.device) / 2**30,
     }
     run.log.close(summary)
-    print(f"{cfg.name}: {summary['status']} after step {run.step}; {collapse or 'no collapse'}; record in {run.folder}")
+    how = f"{summary['status']} after step {run.step}; {watch.collapse or 'no collapse'}"
+    print(f"{run.cfg.name}: {how}; record in {run.folder}")
     return 0
 
 

@@ -55,7 +55,10 @@ def about(run) -> dict:
 
 def intervention(cfg: Config, optimizer) -> str:
     """What is done to the weights besides the optimizer's step, in words."""
-    limit = f"; logit_trust: a step moves a logit by at most {cfg.logit_trust:g} nats" if cfg.logit_trust else ""
+    begins = " after an alarm" if cfg.on_alarm == "remedy" else ""
+    limit = (
+        f"; logit_trust{begins}: a step moves a logit by at most {cfg.logit_trust:g} nats" if cfg.logit_trust else ""
+    )
     if not cfg.msign_period:
         return f"plain {'AdamW' if cfg.optimizer == 'adamw' else cfg.optimizer}{limit}"
     what = {"sign": "MSign", "zero": "set to zero"}.get(cfg.msign_map, f"control: {cfg.msign_map}")

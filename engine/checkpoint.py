@@ -296,6 +296,10 @@ class Single:
     def wait(self):
         """Return at once, because `save` returns only when the checkpoint is written."""
 
+    def back_to(self, folder: Path, step: int):
+        """Delete all checkpoints but that of `step`."""
+        prune(folder, {step})
+
 
 class Several:
     """Writes the checkpoints of a run of several processes while training goes on, one at a time.
@@ -379,3 +383,11 @@ class Several:
         if self.pending:
             pending, self.pending = self.pending, None
             pending.result()
+
+    def back_to(self, folder: Path, step: int):
+        """Delete all checkpoints but that of `step`; later steps may then be saved again."""
+        self.wait()
+        self.step = step
+        if self.rank == 0:
+            prune(folder, {step})
+        dist.barrier(self.group)

@@ -4,6 +4,7 @@ runs/<name>/record.json    config, code, versions, data and machine; written bef
 runs/<name>/metrics.jsonl  one line for each step; no times, so a resumed run repeats the file to the byte
 runs/<name>/times.jsonl    where the time went, a line for about ten seconds (clock.py); a resumed run adds lines
 runs/<name>/events.jsonl   what happened and when: fallbacks, resumptions, signals, collapse
+runs/<name>/abandoned.jsonl, rescue.json  of a run that went back (stability/rescue.py): lines cut off, and when
 runs/<name>/summary.json   how the run ended; written at its end, which may be a collapse
 runs/<name>/ckpt_*         see checkpoint.py
 runs/<name>/stacks         of a run that hung (hang.py): what each process did
@@ -27,6 +28,7 @@ import tempfile
 import time
 import urllib.parse
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -217,15 +219,20 @@ class RunLog:
         """The lines of metrics.jsonl up to the checkpoint of `step`; later lines are cut off.
 
         metrics_bytes: the length of metrics.jsonl when the checkpoint was written, 0 for a new run. Opens metrics.jsonl
-        to append lines, starts W&B and shows the progress bar. Raises UserError if metrics.jsonl is shorter than
-        metrics_bytes.
+        to append lines, starts W&B and shows the progress bar. A run that goes back to a checkpoint calls this again;
+        then the lines cut off go to abandoned.jsonl. Raises UserError if metrics.jsonl is shorter than metrics_bytes.
         """
         self.metrics_path.touch()
         if self.metrics_path.stat().st_size < metrics_bytes:
             raise UserError(f"{self.metrics_path}: shorter than when the checkpoint of step {step} was written")
-        os.truncate(self.metrics_path, metrics_bytes)
-        if self.resumed:
+        if self._metrics:
+            self._metrics.close()
+            self._bar.close()
+            with open(self.folder / "abandoned.jsonl", "wb") as f:
+                f.write(self.metrics_path.read_bytes()[metrics_bytes:])
+        elif self.resumed:
             self.event("resumed", step=step, **self._changed)
+        os.truncate(self.metrics_path, metrics_bytes)
         lines = read_metrics(self.folder)
         self._metrics = open(self.metrics_path, "a", buffering=1)  # noqa: SIM115 (closed in `close`)
         self._start_wandb()
@@ -245,7 +252,7 @@ class RunLog:
     def _start_wandb(self):
         """Open the W&B run; if that fails, fall back from online to offline, and from offline to off."""
         cfg = self.cfg
-        if self._wandb_mode == "off":
+        if self._wandb_mode == "off" or self._wandb:
             return
         import wandb
 
@@ -286,6 +293,12 @@ class RunLog:
         self._to_wandb(line)
         self._show_progress(step, metrics)
 
+    def alarm(self, step: int, text: str):
+        """Say that a collapse is near: on stdout, as an event, and as an alert in W&B."""
+        self.event("alarm", step=step, said=text)
+        self.say(f"ALARM {text}")
+        self._with_wandb(lambda run: run.alert(title=f"{self.cfg.name}: a collapse is near", text=text))
+
     def times(self, line: dict[str, float]):
         """Append a line of `Clock.line` to times.jsonl, and give it to W&B."""
         with open(self.folder / "times.jsonl", "a") as f:
@@ -293,12 +306,19 @@ class RunLog:
         self._to_wandb(line)
 
     def _to_wandb(self, line: dict):
-        if self._wandb:
+        def send(run):
             import wandb
 
             scalars, charts = wandb_payload(line)
+            run.log(scalars | {k: wandb.Histogram(np_histogram=v) for k, v in charts.items()})
+
+        self._with_wandb(send)
+
+    def _with_wandb(self, do: Callable):
+        """Call do(the W&B run), if there is one; if that fails, go on without W&B."""
+        if self._wandb:
             try:
-                self._wandb.log(scalars | {k: wandb.Histogram(np_histogram=v) for k, v in charts.items()})
+                do(self._wandb)
             except Exception as error:  # W&B's service is another process, which may die
                 self._wandb, self._wandb_mode = None, "off"
                 self._without_wandb(first_line(error))

@@ -6,6 +6,7 @@ their papers, AdamW updates all others; here these include stacks of experts. Ev
 update is given, so no library default can change a run.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -179,4 +180,5 @@ def build(cfg: Config, groups: list[dict], model: torch.nn.Module) -> Optimizer:
             return [g for g in kept if g["params"]]
 
         optimizer = Together([MATRICES[cfg.optimizer](only(True), cfg), adamw(only(False), cfg)])
-    return LogitTrust(optimizer, model, cfg.logit_trust, cfg.attn_scale_power) if cfg.logit_trust else optimizer
+    limit = math.inf if cfg.on_alarm == "remedy" else cfg.logit_trust  # a remedy begins when the alarm rings
+    return LogitTrust(optimizer, model, limit, cfg.attn_scale_power) if limit else optimizer

@@ -17,6 +17,7 @@ own effect on the logits is not in the bound. The bound grows with the weights, 
 logits grow.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +40,8 @@ class LogitTrust(Wrapper):
     base:   the optimizer that does the steps; its state is left alone.
     model:  the module whose attention is meant. `msign.find` finds its matrices and gets `split`. Weights may be fused,
             or sharded by rows (FSDP2, HSDP).
-    limit:  the largest change of a logit, in nats, for inputs of root mean square 1.
+    limit:  the largest change of a logit, in nats, for inputs of root mean square 1; with math.inf every step is the
+            base's. It may be changed at any time.
     power:  the logits are divided by the width k of a head's queries to this power.
 
     The attribute `factors` holds what every head's last step was multiplied by: {name of an attention module: (h,)}.
@@ -74,6 +76,8 @@ class LogitTrust(Wrapper):
                 raise ValueError(f"{name}: keys with a part that all heads share (W_KR) are not supported")
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
+        if self.limit == math.inf:
+            return self.base.step(closure)
         before = {target: _local(target.parameter).detach().clone() for target in self.targets}
         loss = self.base.step(closure)
         with torch.no_grad():

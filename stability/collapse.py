@@ -31,7 +31,7 @@ import math
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from statistics import median
 
@@ -115,6 +115,25 @@ def final_loss(losses: Sequence[float | None]) -> float:
     last = losses[-WINDOW:]
     finite = [v for v in last if v is not None]
     return math.fsum(finite) / len(last) if len(finite) == len(last) else math.inf
+
+
+def outcome(lines: Sequence[Mapping], collapse: Collapse | None, lr: float, healthy: int) -> dict:
+    """What summary.json says of a run: its losses, its largest gradient norm, and its collapse or None.
+
+    lines: of metrics.jsonl. lr: the learning rate that a collapse's is a multiple of. healthy: the step of the last
+    checkpoint before any sign of a collapse.
+    """
+    described = None if collapse is None else asdict(collapse) | {
+        "lr_multiple": lines[collapse.step - 1]["lr"] / lr,
+        "last_healthy_checkpoint": healthy,
+        "onsets": str(find_onsets(lines, collapse.step)),
+    }  # fmt: skip
+    return {
+        "collapse": described,
+        "train/loss": final_loss([line["train/loss"] for line in lines]),
+        "val/loss": next((line["val/loss"] for line in reversed(lines) if "val/loss" in line), None),
+        "max_grad_norm": max(math.inf if line["grad_norm"] is None else line["grad_norm"] for line in lines),
+    }
 
 
 def find_collapse(

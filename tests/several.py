@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import os
 import resource
 import signal
@@ -28,10 +29,20 @@ from engine import budget, checkpoint, machine, parallel
 from model import GPT
 from remedies import rivals
 from stability import metrics, probes
+from stability.alarm import Alarm, CollapseAlarm
 
 
 def trainings(runs: list[list[str]]) -> list[int]:
-    """Train with each of these command lines, one after another; returns the exit codes."""
+    """Train with each of these command lines, one after another; returns the exit codes.
+
+    The alarm of a run that has one rings at step 9, on every rank that knows of the logit measured there.
+    """
+
+    def update(self, step, values):
+        knows = math.isfinite(values.get("attention/max_logit", math.nan))
+        return Alarm(step, 1.0, 300.0) if step == 9 and knows else None
+
+    CollapseAlarm.update = update
     return [train.train(load_config(argv)) for argv in runs]
 
 

@@ -22,8 +22,9 @@ from engine import checkpoint, parallel
 from engine.runlog import PER_LAYER
 from engine.sampling import open_model
 from model import GPT
+from stability.alarm import CollapseAlarm
 from tests.conftest import ROOT, SMALL, ranks, refused, small, start
-from tests.several import stopped
+from tests.several import stopped, trainings
 from train import RunLog, build_optimizer, train
 
 LLAMA = ["--norm=rmsnorm", "--mlp=swiglu", "--position=rope", "--n_kv_head=1"]
@@ -32,6 +33,7 @@ MODELS = {
     "moe": [*LLAMA, "--n_experts=4", "--top_k=2", "--attention=alternating", "--mla_rank=8", "--msign_targets=blocks",
             "--logit_trust=0.5"],
 }  # fmt: skip
+BACK = {"ddp": ["--on_alarm=half_rate"], "fsdp": ["--on_alarm=remedy", "--logit_trust=0.05"]}
 
 
 def torchrun(n: int, script, *arguments) -> list[str]:
@@ -93,10 +95,14 @@ def runs(tmp_path_factory):
         return [[small_py, *options, f"--name={name}-{suffix}", *more]
                 for name, options in MODELS.items() for suffix, more in ways]  # fmt: skip
 
-    for argv in jobs(("one", [])):
-        assert in_this_process(argv) == 0
+    def back(name, how):
+        return [[small_py, *BACK[how], f"--name=back-{how}-{name}", f"--parallel={how}"]]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CollapseAlarm, "update", CollapseAlarm.update)  # `trainings` changes it
+        assert set(trainings(jobs(("one", [])) + back("one", "ddp") + back("one", "fsdp"))) == {0}
     ways = ("ddp2", ["--parallel=ddp"]), ("fsdp2", ["--parallel=fsdp"])
-    assert set(several(2, "trainings", jobs(*ways))) == {0}
+    assert set(several(2, "trainings", jobs(*ways) + back("two", "ddp") + back("two", "fsdp"))) == {0}
     ways = ("fsdp4", ["--parallel=fsdp"]), ("hsdp4", ["--parallel=hsdp"])
     assert several(4, "trainings", jobs(*ways), LOCAL_WORLD_SIZE=2) == [0] * 4
     return folder
@@ -111,6 +117,15 @@ def test_every_logged_number_is_the_same_on_one_two_and_four_processes(runs, mod
     assert {"jacobian/alignment", "srank/W_O", "val/loss", "grad_norm/1.W_up", "update_norm/0.W_V"} <= set(last)
     record = json.loads((runs / "runs" / f"{model}-{how}" / "record.json").read_text())["machine"]
     assert (record["processes"], record["parallel"]) == (int(how[-1]), how[:-1])
+
+
+@pytest.mark.parametrize("how", BACK)
+def test_two_processes_go_back_together(runs, how):
+    one, two = (runs / "runs" / f"back-{how}-{name}" for name in ("one", "two"))
+    assert_same_numbers(one, two)
+    assert json.loads((two / "rescue.json").read_text()) == {"rang": 9, "back_to": 8}
+    assert len((two / "abandoned.jsonl").read_text().splitlines()) == 1
+    assert [p.name for p in checkpoint.checkpoints(two)] == ["ckpt_0000012"]
 
 
 def test_stopped_on_two_processes_and_gone_on_with_on_another_number(runs, monkeypatch):
