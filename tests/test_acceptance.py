@@ -1,5 +1,6 @@
 """scripts/acceptance.py: what holds is said to hold, what is broken is found, what cannot be run is named."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -85,6 +86,15 @@ def test_the_page_says_what_to_believe_and_the_exit_code_agrees(monkeypatch, tmp
 
 def test_speed_is_measured_and_what_has_no_data_sheet_is_not_compared(tmp_path):
     place = acceptance.Place(tmp_path)
-    found = by_path(acceptance.speed(CPU, place, 2))
-    assert any(row.found.endswith("tokens/s") for row in found.values())
+    found = by_path(acceptance.speed(CPU, place))
+    assert re.fullmatch(r"[\d,]+ tokens/s; in all \d+ s", found["stress_ramp, 12 steps"].found)
+    assert float(found["stress_ramp, MSign on all block matrices"].found.removesuffix(" ms")) > 0
+    assert float(found["stress_ramp, a probe"].found.removesuffix(" s")) > 0
     assert found["MFU, memory and MSign's time against the plan"].found.startswith("not run: no data sheet")
+
+
+def test_of_what_torchrun_says_the_error_is_shown():
+    said = "  File x\n  ValueError: no such way\n[0]:\n  error_file: <N/A>\n============\n"
+    assert acceptance.last_error(said) == "ValueError: no such way"
+    assert acceptance.last_error("hm\ntrain.py: error: parallel = 'x'\n====") == "train.py: error: parallel = 'x'"
+    assert acceptance.last_error("hm\n") == "hm" and acceptance.last_error("") == ""

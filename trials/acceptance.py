@@ -5,16 +5,18 @@ to take the matrix sign, a number of processes. A path that does not exist on th
 """
 
 import contextlib
+import gc
 import io
 import json
 import math
 import os
+import re
 import socket
-import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 import pandas as pd
 import torch
@@ -24,10 +26,11 @@ import msign
 import mup
 import train
 from config import ROOT, Config, UserError, load_config
-from engine import budget, machine
+from engine import budget, clock, machine
 from engine.plan import Plan
+from engine.runlog import first_line
 from model import GPT, Stack
-from trials.bench import application, matrices
+from trials.bench import matrices
 from trials.faults import Kills
 from trials.place import Place, output
 
@@ -47,6 +50,15 @@ SIGN = {"at the cut-off": 1e-3, "elsewhere": 2e-5}
 SHAPES = ((48, 48), (192, 48), (512, 512))  # of matrices on every device; a GPU gets larger ones, too
 LOSS = 1e-4  # relative deviation of a training loss in fp32
 WAYS = ("ddp", "fsdp")  # of spreading a model over processes
+FULL_SIZE = (  # configurations whose speed is measured on one GPU, with options that make them fit into 80 GB
+    ("nano_5m_adamw",),
+    ("sigma_40m_adamw",),
+    ("gpt_124m",),
+    ("llama_1b_adamw",),
+    ("llama_moe_3b_adamw", "--recompute=4"),
+    ("gpt_3b", "--recompute=32"),
+)
+STEPS = 12  # of each
 PLAN = 1.1  # memory, and MSign's time, may be this many times the plan
 
 
@@ -75,8 +87,7 @@ def checked(part: str, path: str, limit: float, deviation: Callable[[], float]) 
     except NotHere as reason:
         return Row(part, path, f"not run: {reason}")
     except Exception as error:  # whatever a path raises is an outcome of this trial
-        said = str(error).strip().splitlines() or [""]
-        return Row(part, path, f"{type(error).__name__}: {said[0][:200]}", f"{limit:g}", False)
+        return Row(part, path, f"{type(error).__name__}: {first_line(error)[:200]}", f"{limit:g}", False)
     return Row(part, path, f"{found:.2g}", f"{limit:g}", found <= limit)
 
 
@@ -190,7 +201,14 @@ def trained(place: Place, name: str, *options: str, processes: int = 1, nodes: i
         started.append(place.start(f"--name={name}", *options, **how))
     for process, said in [(process, output(process)) for process in started]:
         if said is None or process.returncode:
-            raise UserError(f"{name}: {said[1].strip().splitlines()[-1] if said and said[1].strip() else 'hangs'}")
+            raise UserError(f"{name}: {last_error(said[1]) if said else 'hangs'}")
+
+
+def last_error(stderr: str) -> str:
+    """The last line that names an error, without torchrun's frame around it; '' if nothing was said."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"(\w+(Error|Exception)|train\.py: error): ", line)]
+    return [*lines[-1:], *named[-1:]][-1] if lines else ""
 
 
 def runs(device: torch.device, place: Place) -> Iterable[Row]:
@@ -239,36 +257,64 @@ def runs(device: torch.device, place: Place) -> Iterable[Row]:
 
 
 # --- speed and memory ---
-def speed(device: torch.device, place: Place, steps: int) -> Iterable[Row]:
-    """Tokens a second, memory and MSign's time of the largest small configuration, against the plan."""
-    name = "gpt_124m" if device.type == "cuda" else "stress_ramp"
-    options = [f"--dataset={place.corpus}", f"--runs_dir={place.runs}", "--name=speed", "--wandb=off", "--eval_every=0",
-               f"--max_steps={steps}", "--warmup_steps=1", "--msign_period=0", "--jacobian_every=0"]  # fmt: skip
+def measured_run(name: str, options: list[str], device: torch.device, place: Place) -> tuple[Config, pd.DataFrame]:
+    """Train a configuration for STEPS steps of two micro-batches; its settings, and a line of times.jsonl a step.
+
+    MSign acts on all block matrices at every fourth step, and the last step is followed by a probe. Raises UserError,
+    among others for a model that does not fit into the device's memory.
+    """
+    micro = load_config([str(ROOT / "configs" / f"{name}.py")]).micro_batch
+    options = [*options, f"--device={device}", f"--dataset={place.corpus}", f"--runs_dir={place.runs}",
+               f"--name=speed_{name}", f"--batch_size={2 * micro}", "--wandb=off", "--eval_every=0", "--warmup_steps=1",
+               f"--max_steps={STEPS}", "--msign_period=4", "--msign_targets=blocks", f"--probe_every={STEPS}",
+               "--layers_every=0", "--jacobian_every=0", "--ckpt_every=0"]  # fmt: skip
     cfg = load_config([str(ROOT / "configs" / f"{name}.py"), *options])
-    began = time.perf_counter()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    gc.collect()  # what is left of the last model
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    with (
+        mock.patch.object(clock, "EVERY", 0.0),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         train.train(cfg)
-    summary = json.loads((place.of("speed") / "summary.json").read_text())
-    rate = summary["tokens_per_second"]
-    yield Row("speed", f"{name}, {steps} steps in {time.perf_counter() - began:.0f} s", f"{rate:,.0f} tokens/s")
+    return cfg, pd.read_json(place.of(f"speed_{name}") / "times.jsonl", lines=True)
+
+
+def speed(device: torch.device, place: Place) -> Iterable[Row]:
+    """Tokens a second, memory and MSign's time of the paper's configurations and others, against the plan."""
     sheet = budget.gpu_called(gpu_name(device))
-    model = GPT(cfg).to(device)
-    mup.init_weights(model, cfg)
-    clock = application(model, torch.cuda.synchronize if device.type == "cuda" else lambda: None)
-    took = statistics.median(clock() for _ in range(3))
-    if sheet is None:
-        yield Row("speed", "MSign, one application to all blocks", f"{1e3 * took:.3g} ms")
-        missing = f"not run: no data sheet of {gpu_name(device)}"
-        yield Row("speed", "MFU, memory and MSign's time against the plan", missing)
-        return
-    flops = budget.on_meta(cfg).flops_per_token() * rate
-    yield Row("speed", "share of the peak (MFU)", f"{flops / sheet.bf16:.1%}")
-    planned = budget.Memory.of(cfg, 1).total / 2**30
-    ratio = summary["peak_memory_gib"] / planned
-    yield Row("speed", f"peak memory, of {planned:.3g} GiB planned", f"{ratio:.2f}", f"{PLAN:g}", ratio <= PLAN)
-    plan = Plan(cfg, 1, 1, sheet, 0.4, "blocks")
-    ratio = took / plan.application_seconds("polar")[0]
-    yield Row("speed", "MSign, one application to all blocks, of the plan", f"{ratio:.2f}", f"{PLAN:g}", ratio <= PLAN)
+    for name, *options in FULL_SIZE if device.type == "cuda" else (("stress_ramp",),):
+        words, began = " ".join([name, *options]), time.perf_counter()
+        try:
+            cfg, times = measured_run(name, options, device, place)
+        except UserError as error:
+            yield Row("speed", words, f"not run: {error}")
+            continue
+        except Exception as error:  # whatever a run raises is an outcome of this trial
+            yield Row("speed", words, f"{type(error).__name__}: {first_line(error)[:200]}", "", False)
+            continue
+        plain = times[(times["time/msign"] == 0) & times.iter.between(2, STEPS - 1)]
+        rate = (cfg.tokens_per_step / plain["time/interval"]).median()
+        msign_seconds = times[times["time/msign"] > 0]["time/msign"].median()
+        found = f"{rate:,.0f} tokens/s; in all {time.perf_counter() - began:.0f} s"
+        yield Row("speed", f"{words}, {STEPS} steps", found)
+        yield Row("speed", f"{words}, a probe", f"{times['time/measure'].max():.3g} s")
+        if sheet is None:
+            yield Row("speed", f"{words}, MSign on all block matrices", f"{1e3 * msign_seconds:.3g} ms")
+            missing = f"not run: no data sheet of {gpu_name(device)}"
+            yield Row("speed", "MFU, memory and MSign's time against the plan", missing)
+            continue
+        flops = budget.on_meta(cfg).flops_per_token() * rate
+        yield Row("speed", f"{words}, share of the peak (MFU)", f"{flops / sheet.bf16:.1%}")
+        planned = budget.Memory.of(cfg, 1).total / 2**30
+        ratio = plain["memory/peak"].max() / planned
+        yield Row("speed", f"{words}, memory, of {planned:.3g} GiB planned", f"{ratio:.2f}", f"{PLAN:g}", ratio <= PLAN)
+        planned = Plan(cfg, 1, 1, sheet, 0.4, "blocks").application_seconds("polar")[0]
+        ratio = msign_seconds / planned
+        path = f"{words}, MSign on all block matrices, of {1e3 * planned:.3g} ms planned"
+        yield Row("speed", path, f"{ratio:.2f}", f"{PLAN:g}", ratio <= PLAN)
 
 
 def gpu_name(device: torch.device) -> str:
@@ -290,7 +336,7 @@ def rows(parts: Iterable[str], device: torch.device, folder: Path) -> Iterable[R
         elif part == "run":
             yield from runs(device, place)
         else:
-            yield from speed(device, place, 30 if device.type == "cuda" else 100)
+            yield from speed(device, place)
 
 
 def page(found: list[Row], device: torch.device) -> str:
