@@ -430,8 +430,9 @@ class GPT(nn.Module):
         rows = GPU_ROWS
         if x.device.type == "cpu":  # a chunk's logits are then no larger than the head, and both stay in the cache
             rows = max(1, min(LOGITS // self.cfg.vocab_size, self.cfg.d_model))
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if autocast or x.device.type != "cpu":
+            dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
             with torch.autocast(x.device.type, enabled=False):
                 return ReadOut.apply(x, self.head.weight, targets.flatten(), rows, dtype)
         # chunking_method=None: chunks have `rows` rows, not a size that PyTorch chooses

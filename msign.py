@@ -39,6 +39,7 @@ MLP = ("W_up", "W_gate", "W_down")
 TARGETS = {"attention": ATTENTION, "mlp": MLP, "blocks": ATTENTION + MLP}
 CUSHION = 0.03  # the smallest singular value, as a share of the largest one, that `polar_steps` fits
 HEADROOM = 1.001  # see `polar_steps`
+CLEANINGS = 3  # last steps of "polar", which remove what rounding left in null directions
 SCALE = 1024.0  # "polar" stores its matrices as this many times their value, since fp16 has few digits below 1e-4
 STACK_ELEMENTS = 2**26  # a process stacks matrices of one shape up to this many elements (0.5 GB in fp64)
 # "polar" accepts a result X with ‖XXᵀX − X‖_F / ‖X‖_F up to this. In the root mean square, the singular values that
@@ -89,7 +90,8 @@ def polar_cutoff(m: int, n: int) -> float:
 
 
 def _svd(W: Tensor) -> Tensor:
-    U, S, Vh = torch.linalg.svd(W if W.dtype == torch.float64 else W.float(), full_matrices=False)
+    driver = "gesvd" if W.is_cuda else None  # the default there, Jacobi's method, leaves an error of 3e-4
+    U, S, Vh = torch.linalg.svd(W if W.dtype == torch.float64 else W.float(), full_matrices=False, driver=driver)
     keep = S[..., :1] * rank_cutoff(*W.shape[-2:]) < S
     return (U * keep.unsqueeze(-2)) @ Vh
 
@@ -218,8 +220,8 @@ def _iterate(W: Tensor) -> tuple[Tensor, Tensor]:
     """SCALE · X, where X is the sign of W (N, m, n), m ≥ n, in fp32, and SCALE · ‖XXᵀX − X‖_F.
 
     A fixed number of quintics lifts to 1 all singular values that exceed the cut-off. Rounding noise in null directions
-    grows with them but stays well below 1 (at most ‖W‖ · eps / cut-off). The last two steps, x -> 2.5x³ − 1.5x⁵,
-    therefore send the noise to 0 (0.1 becomes 4e-8) and the others to 1.
+    grows with them but stays well below 1. The last steps, x -> 2.5x³ − 1.5x⁵, therefore send the noise to 0 and the
+    others to 1.
 
     Every step is a product X · P(XᵀX). An error of P turns the result by as much, whatever W's condition. An error of
     the product X · P counts more: relative to the smallest singular value, which is small at first. Hence P of the
@@ -232,7 +234,7 @@ def _iterate(W: Tensor) -> tuple[Tensor, Tensor]:
     A = _product(_halves(_product(P, _halves(A))), P)
     both = _product(P, _halves(_quintic(A, *second)))
     X = (W @ both.double().div_(SCALE)).float()
-    for step in (*rest, *[(0.0, 2.5, -1.5)] * 2):
+    for step in (*rest, *[(0.0, 2.5, -1.5)] * CLEANINGS):
         halves = _halves(X)
         X = _product(halves, _halves(_quintic(_gram(halves), *step)))
     halves = _halves(X)
