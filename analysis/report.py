@@ -340,10 +340,9 @@ def with_trust(runs: pd.DataFrame, grid: str) -> pd.DataFrame:
     return judged([*runs["run"], *added], same="lr_scale")
 
 
-def small_rates() -> pd.DataFrame:
-    """The runs of the grid of constant rates at the rates at which TRUST was run."""
-    runs = with_trust(frame("margin"), "margin")
-    return runs[runs["lr_scale"].isin(runs.loc[runs["arm"] == TRUST, "lr_scale"])]
+def constant_rates() -> pd.DataFrame:
+    """The runs of the grid of constant rates, those of TRUST included."""
+    return with_trust(frame("margin"), "margin")
 
 
 def remedies() -> pd.DataFrame:
@@ -415,7 +414,7 @@ BLOCKS: dict[str, Callable[[str], str | pd.DataFrame]] = {
     "first": lambda name: by_arm(moved(finding(name)), MOVED_FIRST),
     "periods": periods,
     "margin": lambda name: margin_table(frame(name)),
-    "best": lambda name: margin_table(small_rates()),
+    "best": lambda name: margin_table(constant_rates()),
     "late": lambda name: late_table(frame(name)),
     "texts": lambda name: texts_table(frame(name)),
     "thresholds": lambda name: threshold_table(*map(numbered, reversed(LINES))),

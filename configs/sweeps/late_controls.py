@@ -1,6 +1,6 @@
 # What else prevents the late collapse of late_seeds.py? Its five seeds, 6000 steps, no weight decay, one and a half
 # times the paper's rate. late_seeds.py has AdamW and MSign. The first arm is the floor: the loss without
-# attention. Of the last arm, seed 5 is not recorded.
+# attention.
 
 _every = {"msign_period": 100}
 config = "configs/stress_constant.py"

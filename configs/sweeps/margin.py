@@ -1,6 +1,5 @@
 # How wide is the range of learning rates that work, and how good is the best of them? Constant rates from a quarter to
-# 16 times the paper's after 300 steps of warm-up, 1500 steps each, β₂ = 0.999 as on the ramp. Three seeds. Of the
-# last arm the rates up to 2 are recorded, so 96 of the 105 runs.
+# 16 times the paper's after 300 steps of warm-up, 1500 steps each, β₂ = 0.999 as on the ramp. Three seeds.
 
 config = "configs/stress_ramp.py"
 arm = {
