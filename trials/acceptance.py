@@ -52,11 +52,12 @@ LOSS = 1e-4  # relative deviation of a training loss in fp32
 WAYS = ("ddp", "fsdp")  # of spreading a model over processes
 FULL_SIZE = (  # configurations whose speed is measured on one GPU, with options that make them fit into 80 GB
     ("nano_5m_adamw",),
+    ("nano_5m_adamw", "--micro_batch=240"),
     ("sigma_40m_adamw",),
     ("gpt_124m",),
     ("llama_1b_adamw",),
-    ("llama_moe_3b_adamw", "--recompute=4"),
     ("gpt_3b", "--recompute=32"),
+    ("llama_moe_3b_adamw", "--recompute=4"),
 )
 STEPS = 12  # of each
 PLAN = 1.1  # memory, and MSign's time, may be this many times the plan
@@ -263,9 +264,10 @@ def measured_run(name: str, options: list[str], device: torch.device, place: Pla
     MSign acts on all block matrices at every fourth step, and the last step is followed by a probe. Raises UserError,
     among others for a model that does not fit into the device's memory.
     """
-    micro = load_config([str(ROOT / "configs" / f"{name}.py")]).micro_batch
+    micro = load_config([str(ROOT / "configs" / f"{name}.py"), *options]).micro_batch
+    run = "_".join(["speed", name, *options]).replace("--", "").replace("=", "_")
     options = [*options, f"--device={device}", f"--dataset={place.corpus}", f"--runs_dir={place.runs}",
-               f"--name=speed_{name}", f"--batch_size={2 * micro}", "--wandb=off", "--eval_every=0", "--warmup_steps=1",
+               f"--name={run}", f"--batch_size={2 * micro}", "--wandb=off", "--eval_every=0", "--warmup_steps=1",
                f"--max_steps={STEPS}", "--msign_period=4", "--msign_targets=blocks", f"--probe_every={STEPS}",
                "--layers_every=0", "--jacobian_every=0", "--ckpt_every=0"]  # fmt: skip
     cfg = load_config([str(ROOT / "configs" / f"{name}.py"), *options])
@@ -279,7 +281,7 @@ def measured_run(name: str, options: list[str], device: torch.device, place: Pla
         contextlib.redirect_stderr(io.StringIO()),
     ):
         train.train(cfg)
-    return cfg, pd.read_json(place.of(f"speed_{name}") / "times.jsonl", lines=True)
+    return cfg, pd.read_json(place.of(run) / "times.jsonl", lines=True)
 
 
 def speed(device: torch.device, place: Place) -> Iterable[Row]:
