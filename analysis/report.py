@@ -29,6 +29,9 @@ GRIDS = ("table2_small", "attention_off", "table3_small", "controls", "margin", 
          "late_controls", "texts", "adaptive")  # fmt: skip
 FIRST = ["AdamW", "MSign (attention)", OFF]
 TRUST = "logits move ≤ 1 nat a step"  # remedies/trust.py
+COMPARED = ["AdamW", "MSign (attention)", "QK-norm", "attention's lr ÷ 16", TRUST]
+# regimes with runs that go back when the alarm rings: a finding, the grid that has its runs of TRUST, and theirs
+RESCUES = {"ramp": ("controls", "controls", "rescue"), "no decay": ("late", "late_controls", "late_rescue")}
 # a finding: its grid, and others of which it shows the arms in FIRST
 FINDINGS = {
     "layers": ("table2_small", "attention_off"),
@@ -92,6 +95,10 @@ CLIENT = COLLAPSED | {
 }  # fmt: skip
 ARCHITECTURE = FELL | LOSS | {"below attention-off": ("below_floor", said), NORM: ("max_grad_norm", spread, 1)}
 REMEDY = COLLAPSED | LOSS | {"above the limit's": ("above", said), "p": ("above", adjusted)}
+RESCUE = COLLAPSED | LOSS | {
+    "below attention-off": ("below_floor", said), "above the limit's": ("above", said), "p": ("above", adjusted),
+    "rang at step": ("rang", spread, 0), "gone back to": ("back_to", spread, 0), "steps lost": ("lost", spread, 0),
+}  # fmt: skip
 PERIODS = FELL | LOSS | {"time": ("time", said)}
 THRESHOLDS = {"matrices replaced in 1000 steps": ("applications", said, 0)} | COLLAPSED | LOSS | {
     "fixed P of nearly as many": ("fixed", "first"), "its collapses": ("collapsed_fixed", counted),
@@ -352,9 +359,22 @@ def remedies() -> pd.DataFrame:
     parts = []
     for regime, (runs, grid) in regimes.items():
         runs = with_trust(runs, grid)
-        runs = runs[runs["arm"].isin(["AdamW", "MSign (attention)", "QK-norm", "attention's lr ÷ 16", TRUST])]
+        runs = runs[runs["arm"].isin(COMPARED)]
         parts.append(runs.assign(regime=regime, above=differences(runs, TRUST)))
     return pd.concat(parts, ignore_index=True)
+
+
+def rescues() -> pd.DataFrame:
+    """By regime, the runs that go back when the alarm rings and those that they are compared with; the steps at which
+    it rang, gone back to, and lost between them."""
+    parts = []
+    for regime, (name, own, grid) in RESCUES.items():
+        runs = judged([*with_trust(finding(name), own)["run"], *packed(grid)], same="lr_scale")
+        runs = runs[runs["arm"].isin(COMPARED) | (runs["wandb_group"] == grid)]
+        steps = {key: [run.summary.get(key, math.nan) for run in runs["run"]] for key in ("rang", "back_to")}
+        parts.append(runs.assign(regime=regime, above=differences(runs, TRUST), **steps))
+    runs = pd.concat(parts, ignore_index=True)
+    return runs.assign(lost=runs["rang"] - runs["back_to"])
 
 
 @functools.cache
@@ -424,6 +444,7 @@ BLOCKS: dict[str, Callable[[str], str | pd.DataFrame]] = {
     "cost": lambda name: paper_table() + "\n",
     "architectures": lambda name: by_arm(architectures(), ARCHITECTURE, "model"),
     "remedies": lambda name: by_arm(remedies(), REMEDY, "regime"),
+    "rescues": lambda name: by_arm(rescues(), RESCUE, "regime"),
     "models_first": lambda name: by_arm(architectures(), MOVED_FIRST, "model"),
     "clients": lambda name: by_arm(clients(), CLIENT, "program", "top"),
     "file": file,

@@ -13,6 +13,7 @@ from analysis.alarms import RULE
 from analysis.report import (
     GRIDS,
     LINES,
+    RESCUES,
     RESULTS,
     TRUST,
     alarms_block,
@@ -31,6 +32,7 @@ from analysis.report import (
     recorded,
     regimes,
     remedies,
+    rescues,
     rings,
     theory_table,
     threshold_table,
@@ -582,7 +584,9 @@ def test_the_pages_say_how_many_runs_and_questions_there_are():
     missing = sum(len(points(path, read_grid(path, []))) - len(load_runs(RESULTS / path.stem)) for path in files)
     assert f"trains {missing} runs that this report lacks: seeds 3 and 4 of nine arms of section 2." in REPORT
     assert f"`controls` has {missing} runs more, seeds 3 and 4 of nine arms" in GRIDS_PAGE
-    more = len(architectures()) + len(clients()) + sum(len(load_runs(RESULTS / name)) - len(packed(name))
+    went_back = rescues()["rang"].count()
+    assert f"on the ramp and without weight decay, {went_back} recorded" in GRIDS_PAGE and went_back == 15
+    more = len(architectures()) + len(clients()) + went_back + sum(len(load_runs(RESULTS / name)) - len(packed(name))
                                                        for name in (*GRIDS, "architectures"))  # fmt: skip
     assert f"thirteen questions, answered with {grids + others + more} runs" in README
     questions = re.findall(r"^### (\d+)\.", (ROOT / "results" / "REPORT.md").read_text(), re.M)
@@ -655,6 +659,80 @@ def test_the_alarm_fails_where_the_report_says():
     later = judged[judged.lead.notna()]
     assert [of.false.sum() for of in (judged, high, later)] == [51, 20, 9]
     assert "Of its 51 false alarms 20 are in" in REPORT and "9 are in runs that collapse" in REPORT
+
+
+BACK, HALF = "goes back, and logits move ≤ 1 nat a step", "goes back, and half the rate"
+
+
+@pytest.fixture(scope="module")
+def gone_back():
+    """By regime, the arms of runs that go back when the alarm rings and of those that they are compared with."""
+    return {regime: arms(of) for regime, of in rescues().groupby("regime", sort=False)}
+
+
+def test_going_back_saves_the_run_and_not_its_attention(gone_back):
+    ramp, none = gone_back.values()
+    fell = [{name: of[name].collapsed.sum() for name in ("AdamW", BACK, HALF) if name in of} for of in (ramp, none)]
+    assert fell == [{"AdamW": 5, BACK: 0, HALF: 1}, {"AdamW": 5, BACK: 0}]
+    assert "ramp or without weight decay (0 of 5 each)" in REPORT
+    assert "against 5 of 5 of AdamW (p = 0.008 in each regime" in REPORT
+    assert all(len(of[name]) == 5 for of in (ramp, none) for name in of)
+    assert "collapses after all (p = 0.048 against AdamW), by the third rule" in REPORT
+    assert p_text(fisher_exact([[1, 4], [5, 0]]).pvalue) == "0.048"
+    assert "attention-off" in ramp[HALF].collapse[2].why
+    for a, b, words, text_p in (
+        (ramp[BACK], ramp["AdamW"], "-0.397 ± 0.069", "< 0.001"),
+        (none[BACK], none["AdamW"], "-0.238 ± 0.070", "< 0.001"),
+        (ramp[BACK], ramp["MSign (attention)"], "0.062 ± 0.040", "0.013"),
+        (none[BACK], none["MSign (attention)"], "0.234 ± 0.091", "0.002"),
+        (ramp[HALF], ramp[BACK], "0.090 ± 0.064", "0.018"),
+    ):  # fmt: skip
+        reported(a.loss, b.loss, words, text_p)
+    above = [said(of[BACK].above) for of in (ramp, none)]
+    below = [said(of[name].below_floor) for name in (BACK, TRUST) for of in (ramp, none)]
+    assert "But it ends {} and {} nats above a run with the limit from the first step".format(*above) in REPORT
+    assert f"(0 of 5 on the ramp), but ends {above[0]} nats above a run with that limit" in REPORT
+    words = (
+        "only {} and {} below that of the model without attention; with the limit from the first step it is {} and {}"
+    )
+    assert words.format(*below) in REPORT and f"({said(ramp[HALF].below_floor)} below)" in REPORT
+    means = "{:.2f} and {:.2f} nats above those".format(*(of[BACK].above.mean() for of in (ramp, none)))
+    means = f"(0 of {len(ramp[BACK]) + len(none[BACK])}), but these runs ended {means}"
+    assert means in " ".join((ROOT / "docs" / "scale.md").read_text().split())
+
+
+def test_every_run_went_back_to_a_saturated_model(gone_back):
+    ramp, none = gone_back.values()
+    went = {name: (of, of[arm]) for name, of, arm in (("ramp", ramp, BACK), ("half", ramp, HALF), ("none", none, BACK))}
+    early = pd.concat(ramp["AdamW"].end - ramp[name].rang for name in (BACK, HALF))
+    assert range_of(early, 0) == "104 to 491" and "104 to 491 steps before AdamW collapses with the same seed" in REPORT
+    logits, since = {}, []
+    for name, (of, runs) in went.items():
+        assert runs.rang.notna().all() and (runs.lost == runs.rang - runs.back_to).all()
+        steps = runs.back_to.astype(int)
+        series, limited = ([run.series("attention/max_logit") for run in arm.run] for arm in (runs, of[TRUST]))
+        at = [[one[step] for one, step in zip(each, steps, strict=True)] for each in (series, limited)]
+        logits[name] = [range_of(values, 0) for values in (*at, [one.iloc[-1] for one in series])]
+        before = [one.loc[:step] for one, step in zip(series, steps, strict=True)]
+        since += [one[one <= LOGIT].index.max() + 50 for one in before]
+    assert range_of(since, 0) == "450 to 550" and "stays above 200 from steps 450 to 550 on" in REPORT
+    assert [range_of(went[name][1].back_to, 0) for name in went] == ["1000 to 1500"] * 2 + ["2000 to 3500"]
+    assert "checkpoints are those of steps 1000 to 1500 on the ramp and 2000 to 3500 without decay" in REPORT
+    assert logits["ramp"][:2] == logits["half"][:2] == ["762 to 1271", "32 to 52"]
+    assert logits["none"][:2] == ["951 to 1688", "42 to 55"]
+    assert "largest logit is 762 to 1271 and 951 to 1688" in REPORT and "32 to 52 and 42 to 55 at the same" in REPORT
+    ends = "616 to 1073", "392 to 1015", "780 to 1543"
+    assert tuple(of[2] for of in logits.values()) == ends
+    assert "is {0} on the ramp and {2} without decay, with half the rate {1}".format(*ends) in REPORT
+
+
+def test_every_grid_of_runs_that_go_back_is_a_file_of_the_repository():
+    for *_, grid in RESCUES.values():
+        axes = read_grid(ROOT / "configs" / "sweeps" / f"{grid}.py", [])
+        assert {run.arm for run in packed(grid)} <= set(axes["arm"])
+        assert sorted({run.config["seed"] for run in packed(grid)}) == axes["seed"]
+        assert all(run.config["on_alarm"] in ("remedy", "half_rate") for run in packed(grid))
+        assert all(run.code["dirty"] is False and len(run.steps) == run.config["max_steps"] for run in packed(grid))
 
 
 # in the final loss against MSign, with its p-value; the range of stable ranks at the end

@@ -1,5 +1,6 @@
 # The same as rescue.py, where AdamW collapses late: the rate is constant at one and a half times the paper's, and there
-# is no weight decay. late_seeds.py has AdamW, late_controls.py what helps from the first step.
+# is no weight decay. late_seeds.py has AdamW, late_controls.py what helps from the first step. Half the rate is not yet
+# recorded.
 
 config = "configs/stress_constant.py"
 beta2 = 0.95
