@@ -326,12 +326,15 @@ class ReadOut(torch.autograd.Function):
         training = any(ctx.needs_input_grad)
         dx, dW = (torch.empty_like(x), torch.zeros_like(W)) if training else (None, None)
         for at in range(0, len(x), rows):
+            logits = error = None  # the last chunk is gone before the next one is there
             low_x, label = x[at : at + rows].to(dtype), targets[at : at + rows, None]
             logits = (low_x @ low_W.T).float()
-            logits -= logits.logsumexp(1, keepdim=True)
-            loss -= logits.gather(1, label).sum()
+            logits -= logits.amax(1, keepdim=True)  # from here on in place, so that a chunk is held once in fp32
+            chosen = logits.gather(1, label)
+            total = logits.exp_().sum(1, keepdim=True)
+            loss += (total.log() - chosen).sum()
             if training:
-                error = logits.exp_().scatter_add_(1, label, -torch.ones_like(label, dtype=logits.dtype))
+                error = logits.div_(total).scatter_add_(1, label, -torch.ones_like(total))
                 error = error.div_(len(x)).to(dtype)
                 dx[at : at + rows] = error @ low_W
                 dW += error.T @ low_x
@@ -475,10 +478,10 @@ class GPT(nn.Module):
         again = min(cfg.recompute, cfg.n_layer)
         blocks = again * 4 * cfg.d_model + max(cfg.n_layer - again, 1) * block
         tokens = cfg.micro_batch * cfg.block_size
-        # in fp32: logits, log-softmax and their gradient of all tokens; or of a GPU's chunk, which PyTorch overwrites
-        # when it computes in fp32, and the gradient of the head
+        # in fp32: logits, log-softmax and their gradient of all tokens; or of a GPU's chunk the logits, next to
+        # themselves in bf16, and the gradient of the head with what the chunk adds
         logits = 3 * tokens * cfg.vocab_size
         if tokens * cfg.vocab_size > LOGITS:
             chunk = max(LOGITS, min(tokens, GPU_ROWS) * cfg.vocab_size)
-            logits = (1 if bytes_per_value == 4 else 3) * chunk + self.head.weight.numel()
-        return tokens * blocks + logits * 4
+            logits = (1 if bytes_per_value == 4 else 1.5) * chunk + 2 * self.head.weight.numel()
+        return int(tokens * blocks + logits * 4)

@@ -13,7 +13,7 @@ import torch
 
 from config import Config
 from model import GPT
-from msign import deal, find, polar_cutoff, polar_steps
+from msign import PARTIAL, deal, find, polar_cutoff, polar_steps
 
 ROOM = 0.85  # the share of a GPU's memory that a plan may use; the rest is the allocator's, NCCL's and the probes'
 
@@ -156,9 +156,15 @@ def polar_wide_flops(m: int, n: int) -> float:
 
 
 def polar_bytes(m: int, n: int) -> float:
-    """Bytes that "polar" reads and writes for m × n, m ≥ n, when no operation is fused with the next."""
+    """Bytes that "polar" reads and writes for m × n, m ≥ n, when no operation is fused with the next.
+
+    A product that sums more than PARTIAL elements reads and writes its fp32 result once more for every further part:
+    those of m × n with n × n and of n × n sum n elements, a Gram matrix of m × n sums m.
+    """
     s = len(polar_steps(polar_cutoff(m, n)))
-    return (48 * s + 224) * m * n + (110 * s + 598) * n**2
+    more_of_m, more_of_n = (-(-k // PARTIAL) - 1 for k in (m, n))
+    parts = (2 * s + 6) * n**2 * more_of_m + ((3 * s + 3) * m * n + (2 * s + 19) * n**2) * more_of_n
+    return (48 * s + 224) * m * n + (110 * s + 598) * n**2 + 8 * parts
 
 
 def msign_flops(shapes: Iterable[tuple[int, ...]], flops=eigh_flops) -> float:

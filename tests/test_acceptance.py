@@ -8,6 +8,7 @@ import torch
 
 import model
 import msign
+from engine.budget import GPUS
 from scripts import acceptance as script
 from tests.conftest import small
 from tests.test_faults import FORKING
@@ -91,6 +92,18 @@ def test_speed_is_measured_and_what_has_no_data_sheet_is_not_compared(tmp_path):
     assert float(found["stress_ramp, MSign on all block matrices"].found.removesuffix(" ms")) > 0
     assert float(found["stress_ramp, a probe"].found.removesuffix(" s")) > 0
     assert found["MFU, memory and MSign's time against the plan"].found.startswith("not run: no data sheet")
+
+
+def test_speed_is_held_against_the_plan_of_a_known_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(acceptance.budget, "gpu_called", lambda name: GPUS["H100"])
+    monkeypatch.setattr(acceptance, "LAUNCHES", 0)
+    place = acceptance.Place(tmp_path)
+    found = by_path(acceptance.speed(CPU, place))
+    (memory,) = (row for path, row in found.items() if "memory, of" in path)
+    (msign_row,) = (row for path, row in found.items() if "MSign on all block matrices" in path)
+    assert memory.held is False and float(memory.found) > 1.1  # of the whole process, which holds PyTorch, too
+    assert msign_row.held is False and msign_row.limit == "1.1"
+    assert not place.of("speed_stress_ramp").exists()
 
 
 def test_of_what_torchrun_says_the_error_is_shown():

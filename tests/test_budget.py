@@ -52,10 +52,10 @@ class Traffic(TorchDispatchMode):
             self.bytes += sum(x.nbytes for x in tree_leaves((args, kwargs, new)) if isinstance(x, torch.Tensor))
         return result
 
-    def mm(self, A, B, C=None, scale=1.0, mm=room._mm):
-        """`msign._mm`, counted as on a GPU, which reads fp16."""
+    def add(self, A, B, C=None, scale=1.0, add=room._add):
+        """`msign._add`, counted as on a GPU, which reads fp16."""
         self.quiet = True
-        result = mm(A, B, C, scale)
+        result = add(A, B, C, scale)
         self.quiet = False
         self.bytes += A.nbytes + B.nbytes + result.nbytes * (1 if C is None else 2)
         return result
@@ -66,7 +66,7 @@ def test_bytes_of_a_sign_are_counted_one_operation_after_the_other(m, n, monkeyp
     W = torch.randn(1, m, n, generator=torch.Generator().manual_seed(0))
     expected = budget.polar_bytes(m, n)  # before the count, since it computes the coefficients of the quintics
     with Traffic() as traffic:
-        monkeypatch.setattr(room, "_mm", traffic.mm)
+        monkeypatch.setattr(room, "_add", traffic.add)
         room._iterate(W)
     assert traffic.bytes == pytest.approx(expected, rel=0.01)
 
