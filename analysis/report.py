@@ -377,6 +377,23 @@ def rescues() -> pd.DataFrame:
     return runs.assign(lost=runs["rang"] - runs["back_to"])
 
 
+def on_gpu(folder: Path = RESULTS) -> pd.DataFrame:
+    """The runs of the ramp on an H100: how each computed, when it collapsed, and what had moved first."""
+    rows = []
+    for run in load_runs(folder / "h100"):
+        collapse, cfg = run.summary["collapse"] or {}, run.config
+        rows.append({
+            "method": "MSign" if cfg["msign_period"] else "AdamW",
+            "precision": cfg["dtype"],
+            "computed": "with CUDA graphs" if cfg["compile"] == "whole" else "uncompiled, repeatable",
+            "steps": run.summary["steps"],
+            "collapse, step": collapse.get("step", "none"),
+            "first to move": collapse.get("onsets", "–").split(";")[0],
+            "final loss": f"{run.summary['train/loss']:.2f}",
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
 @functools.cache
 def clients(folder: Path = RESULTS) -> pd.DataFrame:
     """The runs of other people's programs."""
@@ -444,6 +461,7 @@ BLOCKS: dict[str, Callable[[str], str | pd.DataFrame]] = {
     "cost": lambda name: paper_table() + "\n",
     "architectures": lambda name: by_arm(architectures(), ARCHITECTURE, "model"),
     "remedies": lambda name: by_arm(remedies(), REMEDY, "regime"),
+    "gpu": lambda name: on_gpu(),
     "rescues": lambda name: by_arm(rescues(), RESCUE, "regime"),
     "models_first": lambda name: by_arm(architectures(), MOVED_FIRST, "model"),
     "clients": lambda name: by_arm(clients(), CLIENT, "program", "top"),

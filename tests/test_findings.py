@@ -27,6 +27,7 @@ from analysis.report import (
     ledger_table,
     margin_table,
     numbered,
+    on_gpu,
     packed,
     ranks_table,
     recorded,
@@ -591,6 +592,28 @@ def test_the_pages_say_how_many_runs_and_questions_there_are():
     assert f"thirteen questions, answered with {grids + others + more} runs" in README
     questions = re.findall(r"^### (\d+)\.", (ROOT / "results" / "REPORT.md").read_text(), re.M)
     assert questions == [str(number) for number in range(1, 14)]
+
+
+def test_the_h100_did_what_the_report_says():
+    page = (ROOT / "results" / "acceptance" / "h100.md").read_text()
+    runs = on_gpu()
+    collapsed = runs["collapse, step"] != "none"
+    assert (collapsed == (runs["method"] == "AdamW")).all() and set(runs["precision"]) == {"float32", "bfloat16"}
+    assert runs["first to move"][collapsed].str.startswith("attention logits moved first").all()
+    held = lambda part: re.findall(rf"^\| {part} \|.*\| (yes|\*\*no\*\*) \|$", page, re.M)  # noqa: E731
+    assert held("gradient") == ["yes"] * 44 and "All 44 gradients" in REPORT
+    assert len(held("sign")) == 45 and held("sign").count("yes") == 41
+    assert len(re.findall(r"^\| gradient .*not run", page, re.M)) == 13 and "Thirteen more were not" in REPORT
+
+    def rate(name):
+        return float(re.search(rf"\| {name}, 12 steps \| ([\d,]+) tokens", page)[1].replace(",", ""))
+
+    thousands = {"llama_1b_adamw": 53, "gpt_3b --recompute=32": 23, "gpt_124m": 307}
+    assert {name: round(rate(name) / 1e3) for name in thousands} == thousands
+    assert "53 thousand tokens a second" in REPORT and "`gpt_3b`" in REPORT and "307 thousand" in REPORT
+    assert f"{rate('nano_5m_adamw --micro_batch=240') / rate('nano_5m_adamw'):.1f} times as fast" in REPORT
+    memory = [float(x) for x in re.findall(r"^\| speed \| (?!nano).*GiB planned \| ([\d.]+)", page, re.M)] + [0.98]
+    assert (len(memory), min(memory), max(memory)) == (5, 0.91, 1.01) and "0.91 to 1.01 of the plan" in REPORT
 
 
 def test_a_high_stable_rank_goes_with_low_losses_in_as_many_grids_as_reported():
