@@ -12,6 +12,7 @@ import time
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -42,8 +43,8 @@ def trainings(runs: list[list[str]]) -> list[int]:
         knows = math.isfinite(values.get("attention/max_logit", math.nan))
         return Alarm(step, 1.0, 300.0) if step == 9 and knows else None
 
-    CollapseAlarm.update = update
-    return [train.train(load_config(argv)) for argv in runs]
+    with mock.patch.object(CollapseAlarm, "update", update):
+        return [train.train(load_config(argv)) for argv in runs]
 
 
 def stopped(step: int, runs: list[list[str]]) -> list[int]:
