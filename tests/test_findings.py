@@ -124,14 +124,14 @@ def test_a_signal_that_moves_does_not_announce_a_collapse():
     floors["late_seeds"] = "late_controls"
     runs = pd.concat([moved(frame(grid, off=floors.get(grid, ""))) for grid in GRIDS], ignore_index=True)
     fell, survived = (Counter(runs["first"][runs.collapsed == fell].explode()) for fell in (True, False))
-    assert runs.collapsed.sum() == 67 and "Of the 305 runs of our grids 67 collapse" in REPORT
-    assert fell == {"attention logits": 59, "first-block gain": 12, "stable rank": 2, "none": 3}
+    assert runs.collapsed.sum() == 77 and "Of the 323 runs of our grids 77 collapse" in REPORT
+    assert fell == {"attention logits": 66, "first-block gain": 15, "stable rank": 2, "none": 4}
     of_rank = [row for row in runs[runs.collapsed].itertuples() if "stable rank" in row.first]
     assert sorted(row.msign_period for row in of_rank) == [300, 1000]
     assert all("attention logits" in row.first for row in of_rank)
     still = survived.pop("none")
-    assert 305 - 67 - still == 99 and "a signal also moves in 99 of the 238 runs" in REPORT
-    assert survived.most_common(3) == [("attention logits", 47), ("first-block gain", 33), ("log Z", 19)]
+    assert 323 - 77 - still == 101 and "a signal also moves in 101 of the 246 runs" in REPORT
+    assert survived.most_common(3) == [("attention logits", 49), ("first-block gain", 33), ("log Z", 19)]
 
 
 def test_the_first_two_questions_take_less_than_three_hours_on_two_cores():
@@ -200,28 +200,29 @@ def controls():
 
 def test_the_spectral_norm_is_what_must_be_bounded_and_not_the_stable_rank(controls):
     scaled, clipped = "W scaled to MSign's spectral norm", "singular values clipped there"
-    again = (scaled, "QK-norm", "attention's lr ÷ 4", "attention's lr ÷ 16")
     for name, words, text_p in (
-        (scaled, "0.094 ± 0.026", "< 0.001"), (clipped, "0.057 ± 0.096", "0.12"),
+        (scaled, "0.094 ± 0.026", "< 0.001"), (clipped, "0.043 ± 0.042", "0.048"),
         ("QK-norm", "-0.143 ± 0.036", "< 0.001"),
         ("attention's lr ÷ 4", "-0.248 ± 0.034", "< 0.001"), ("attention's lr ÷ 16", "-0.334 ± 0.039", "< 0.001"),
-        ("MSign, moments reset", "0.029 ± 0.095", "0.32"), ("square-rooted singular values", "0.061 ± 0.058", "0.045"),
+        ("MSign, moments reset", "0.019 ± 0.047", "0.32"), ("square-rooted singular values", "0.052 ± 0.050", "0.045"),
     ):  # fmt: skip
-        assert not any(controls[name].collapsed) and len(controls[name]) == (5 if name in again else 3)
+        assert not any(controls[name].collapsed) and len(controls[name]) == 5
         reported(controls[name].loss, controls["MSign (attention)"].loss, words, text_p)
-    assert all(
-        controls[name].collapsed.sum() == 3
-        for name in ("β₂ 0.95", "weight decay × 10", "decay independent of the rate", "bf16")
-    )
-    assert said(controls["β₂ 0.95"].lr_multiple, 1) == "5.0 ± 0.1" and "5.0 ± 0.1" in REPORT
-    assert controls["attention in plain math"].loss.to_dict().items() <= controls["AdamW"].loss.to_dict().items()
+    fell = {"β₂ 0.95": 4, "weight decay × 10": 5, "decay independent of the rate": 5, "bf16": 5}
+    assert {name: controls[name].collapsed.sum() for name in fell} == fell
+    multiples = controls["β₂ 0.95"].lr_multiple.dropna()
+    assert range_of(multiples, 2) == "4.96 to 5.00" and "4.96 to 5.00 times" in REPORT
+    later = controls["attention in plain math"].loss - controls["AdamW"].loss
+    assert later.round(2).tolist() == [0, 0, 0, 0.10, 0.08] and "end 0.10 and 0.08 nats higher" in REPORT
 
-    multiples = [f"{multiple:.1f}" for multiple in sorted(controls["weight decay × 10"].lr_multiple)]
-    assert multiples == ["1.3", "2.3", "4.3"] and "1.3, 2.3 and 4.3 times" in REPORT
-    for name, words in (("β₂ 0.95", "-0.30 ± 0.06"), (scaled, "-0.37 ± 0.03")):
+    decayed = controls["weight decay × 10"]
+    assert range_of(decayed.lr_multiple, 1) == "1.3 to 4.3" and "at 1.3 to 4.3 times" in REPORT
+    assert sum("attention-off" in of.why for of in decayed.collapse) == 4
+    for name, words in (("β₂ 0.95", "-0.31 ± 0.03"), (scaled, "-0.37 ± 0.03")):
         reported(controls[name].loss, controls["AdamW"].loss, words, digits=2)
     off = controls["attention off"].loss
-    assert not any(controls["random sign"].collapsed)
+    (of,) = controls["random sign"].collapse[controls["random sign"].collapsed]
+    assert of.step == 101 and "attention-off" in of.why
     assert min((controls["random sign"].loss - off).dropna()) > 0
 
 
@@ -582,9 +583,7 @@ def test_the_pages_say_how_many_runs_and_questions_there_are():
     assert f"The other {others} runs" in REPORT and f"rules {grids + others} times" in REPORT
     assert f"from {grids} runs of grids and from the {others} runs" in GRIDS_PAGE
     files = [ROOT / "configs" / "sweeps" / f"{name}.py" for name in GRIDS]
-    missing = sum(len(points(path, read_grid(path, []))) - len(load_runs(RESULTS / path.stem)) for path in files)
-    assert f"trains {missing} runs that this report lacks: seeds 3 and 4 of nine arms of section 2." in REPORT
-    assert f"`controls` has {missing} runs more, seeds 3 and 4 of nine arms" in GRIDS_PAGE
+    assert all(len(points(path, read_grid(path, []))) == len(load_runs(RESULTS / path.stem)) for path in files)
     went_back = rescues()["rang"].count()
     assert f"on the ramp and without weight decay, {went_back} recorded" in GRIDS_PAGE and went_back == 15
     more = len(architectures()) + len(clients()) + went_back + sum(len(load_runs(RESULTS / name)) - len(packed(name))
@@ -640,21 +639,21 @@ def test_the_alarm_is_the_one_that_was_chosen_and_announces_as_many_collapses_as
     judged = ours[ours.regime != "built on"]
     for of, words in (
         (ours[ours.regime == "built on"], "on 104 runs with 34 collapses and 292 313 healthy"),
-        (judged, "on 254 other runs with 56 collapses and 522 373 healthy"),
+        (judged, "on 272 other runs with 66 collapses and 553 458 healthy"),
     ):
         counts = [int(number.replace(" ", "")) for number in re.findall(r"\d[\d ]*\d", words)]
         assert [len(of), of.lead.count(), of.healthy.sum()] == counts and words in REPORT
     without, norm, logit = "the loss no longer falls", "gradient norm ÷ its median", "largest attention logit"
-    assert (announced(RULE, 10_000), announced(without, 10_000)) == (16, 15)
-    assert max(announced(rule, 10_000) for rule in set(found.rule) - {RULE}) == 15
-    assert (announced(norm, 1000), announced(logit, 1000)) == (32, 33) and "(32 and 33 of 56)" in REPORT
+    assert (announced(RULE, 10_000), announced(without, 10_000)) == (20, 19)
+    assert max(announced(rule, 10_000) for rule in set(found.rule) - {RULE}) == 19
+    assert (announced(norm, 1000), announced(logit, 1000)) == (40, 39) and "(40 and 39 of 66)" in REPORT
     assert f"{1e4 * judged.false.sum() / judged.healthy.sum():.1f}" == "1.0"
-    assert REPORT.count("announces 16 of 56 collapses 200 steps ahead or more, with 1.0 false alarms in 10 000") == 2
+    assert REPORT.count("announces 20 of 66 collapses 200 steps ahead or more, with 1.0 false alarms in 10 000") == 2
     table = alarms_block("rule").set_index(["rule", "chosen for a false alarm in"])
     for rule, limit, share, chance, rate in (
-        (RULE, "10 000 steps", "29%", "6%", "1.0"), (without, "10 000 steps", "27%", "5%", "0.9"),
-        ("fall of the stable rank", "1 000 steps", "68%", "57%", "14.7"), (norm, "1 000 steps", "57%", "30%", "5.9"),
-        (logit, "1 000 steps", "59%", "33%", "6.7"), ("Jacobian alignment", "10 000 steps", "11%", "1%", "0.1"),
+        (RULE, "10 000 steps", "30%", "6%", "1.0"), (without, "10 000 steps", "29%", "6%", "1.0"),
+        ("fall of the stable rank", "1 000 steps", "67%", "57%", "14.5"), (norm, "1 000 steps", "61%", "31%", "6.1"),
+        (logit, "1 000 steps", "59%", "32%", "6.4"), ("Jacobian alignment", "10 000 steps", "9%", "1%", "0.1"),
     ):  # fmt: skip
         cells = table.loc[(rule, limit)].map(lambda cell: cell.split(" ")[0])
         assert cells[["share", "share by chance", "false alarms in 10 000 healthy steps"]].tolist() == [
@@ -662,9 +661,9 @@ def test_the_alarm_is_the_one_that_was_chosen_and_announces_as_many_collapses_as
             chance,
             rate,
         ]
-    assert "announces 68 % at 14.7 false alarms in 10 000 steps, where chance announces 57 %" in REPORT
+    assert "announces 67 % at 14.5 false alarms in 10 000 steps, where chance announces 57 %" in REPORT
     ahead = (ours.lead >= 200).groupby(ours.regime).sum()
-    assert (ahead["ramp, new seeds"], ahead["built on"]) == (12, 21) and "12 of 22 collapses against 21 of 34" in REPORT
+    assert (ahead["ramp, new seeds"], ahead["built on"]) == (16, 21) and "16 of 32 collapses, against 21 of 34" in REPORT
     programs = others[(others.regime == "other programs") & others.rule.isin([RULE, without])]
     assert programs[programs.rule == RULE].groupby("limit").lead.count().tolist() == [20] * 3
     assert programs.lead.max() < 200
@@ -676,12 +675,12 @@ def test_the_alarm_fails_where_the_report_says():
     found = rings()
     judged = found[(found.rule == RULE) & (found.limit == 10_000) & (found.regime != "built on")]
     stalled = judged[[bool(of) and "attention-off" in of.why for of in judged.collapse]]
-    assert len(stalled) == 9 and stalled.lead.max() < 200 and "none of the nine collapses" in REPORT
-    assert ((judged.lead > 0) & (judged.lead < 200)).sum() == 11 and "Eleven collapses are announced" in REPORT
+    assert len(stalled) == 11 and stalled.lead.max() < 200 and "none of the eleven collapses" in REPORT
+    assert ((judged.lead > 0) & (judged.lead < 200)).sum() == 14 and "Fourteen collapses are announced" in REPORT
     high = judged[(judged.wandb_group == "margin") & (judged.lr_scale >= 8)]
     later = judged[judged.lead.notna()]
-    assert [of.false.sum() for of in (judged, high, later)] == [51, 20, 9]
-    assert "Of its 51 false alarms 20 are in" in REPORT and "9 are in runs that collapse" in REPORT
+    assert [of.false.sum() for of in (judged, high, later)] == [56, 20, 9]
+    assert "Of its 56 false alarms 20 are in" in REPORT and "9 are in runs that collapse" in REPORT
 
 
 BACK, HALF = "goes back, and logits move ≤ 1 nat a step", "goes back, and half the rate"

