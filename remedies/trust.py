@@ -119,6 +119,15 @@ class LogitTrust(Wrapper):
         return (self.limit / change).clamp(max=1)
 
 
+def trust_in(optimizer: Optimizer) -> LogitTrust | None:
+    """The LogitTrust among an optimizer and those that it wraps; None if there is none."""
+    while not isinstance(optimizer, LogitTrust):
+        if not isinstance(optimizer, Wrapper):
+            return None
+        optimizer = optimizer.base
+    return optimizer
+
+
 def _rows(target: Target, W: Tensor) -> Tensor:
     """Sums of squares of the rows, (m,), of this process's part W of a weight; what other processes hold counts 0."""
     if target.layout.transposed:

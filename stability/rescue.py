@@ -19,7 +19,7 @@ from pathlib import Path
 from torch.optim import Optimizer
 
 from config import Config, due
-from remedies.trust import LogitTrust
+from remedies.trust import trust_in
 from stability.alarm import CollapseAlarm
 from stability.collapse import Watch
 
@@ -78,6 +78,4 @@ class Rescue:
             self.alarm.update(line["iter"], line)
         self.went = self.tell(json.loads(self.path.read_text()) if self.path.is_file() else None)
         if self.went and self.cfg.on_alarm == "remedy":
-            while not isinstance(optimizer, LogitTrust):
-                optimizer = optimizer.base  # type: ignore (a Wrapper of the LogitTrust that rivals.build made)
-            optimizer.limit = self.cfg.logit_trust
+            trust_in(optimizer).limit = self.cfg.logit_trust

@@ -663,7 +663,10 @@ def test_the_alarm_is_the_one_that_was_chosen_and_announces_as_many_collapses_as
         ]
     assert "announces 67 % at 14.5 false alarms in 10 000 steps, where chance announces 57 %" in REPORT
     ahead = (ours.lead >= 200).groupby(ours.regime).sum()
-    assert (ahead["ramp, new seeds"], ahead["built on"]) == (16, 21) and "16 of 32 collapses, against 21 of 34" in REPORT
+    assert (ahead["ramp, new seeds"], ahead["built on"]) == (
+        16,
+        21,
+    ) and "16 of 32 collapses, against 21 of 34" in REPORT
     programs = others[(others.regime == "other programs") & others.rule.isin([RULE, without])]
     assert programs[programs.rule == RULE].groupby("limit").lead.count().tolist() == [20] * 3
     assert programs.lead.max() < 200

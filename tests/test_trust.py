@@ -2,11 +2,14 @@
 
 import copy
 import math
+import re
+import textwrap
 
 import pytest
 import torch
 import transformers
 
+from config import ROOT
 from engine.announce import intervention
 from engine.runlog import read_metrics
 from model import GPT
@@ -138,13 +141,16 @@ def test_a_scheduler_sets_the_rates_of_the_base():
 
 
 def test_it_is_announced_and_attention_moves_less(config_file, tmp_path):
-    moved = {}
+    moved, factors = {}, {}
     for limit in (0, 0.01):
         done = here("train.py", config_file, f"--logit_trust={limit}", "--lr=0.02", f"--name={limit}")
         assert done.returncode == 0, done.stderr
         moved[limit] = read_metrics(tmp_path / "runs" / str(limit))[-1]["update_norm/W_Q"]
+        factors[limit] = {key: line[key] for line in read_metrics(tmp_path / "runs" / str(limit)) for key in line
+                          if key.startswith("trust/")}  # fmt: skip
     assert "plain AdamW; logit_trust: a step moves a logit by at most 0.01 nats" in done.stdout
     assert moved[0.01] < moved[0] / 10
+    assert not factors[0] and 0 < factors[0.01]["trust/least"] < factors[0.01]["trust/mean"] < 1
 
 
 def test_where_it_has_no_bound_it_is_refused(config_file):
@@ -156,3 +162,16 @@ def test_it_is_announced_beside_msign():
     cfg = small(msign_period=5, logit_trust=0.5)
     said = intervention(cfg, build_optimizer(cfg, GPT(cfg)))
     assert said.startswith("MSign every 5 steps") and said.endswith("a step moves a logit by at most 0.5 nats")
+
+
+def test_the_example_of_the_documentation_runs():
+    """docs/extending.md's lines, around the model of README's example."""
+    text = (ROOT / "docs" / "extending.md").read_text()
+    example = re.search(r"(?:^    .*\n|^\n)*^    .*LogitTrust\(.*\n", text, re.M).group()
+    model = torch.nn.TransformerEncoderLayer(64, 4, 256)
+    known = {"torch": torch, "model": model}
+    exec(textwrap.dedent(example), known)
+    model(torch.randn(10, 2, 64)).square().mean().backward()
+    known["optimizer"].step()
+    (factors,) = known["optimizer"].factors.values()
+    assert factors.shape == (4,) and "from remedies.trust import LogitTrust" in example
