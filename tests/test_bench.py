@@ -121,6 +121,16 @@ def test_every_instrument_is_held_against_a_step():
     assert said.count("Jacobians (2 blocks, 2 × 8)") == 2 and "quick" in said
 
 
+def test_remedies_are_raced_with_their_own_optimizers(monkeypatch):
+    found = {}
+    monkeypatch.setattr(bench.Bench, "race", lambda self, section, contenders, rounds: found.update(contenders))
+    bench.Bench(quick=True, nanogpt=None, threads=1).measure_remedies()
+    kinds = {name: type(step.optimizer).__name__ for name, step in found.items()}
+    assert kinds.pop("AdamW") == kinds.pop("QK-norm") == "AdamW" and found["QK-norm"].cfg.qk_norm
+    assert kinds.pop("limit on the step") == "LogitTrust" and found["limit on the step"].optimizer.limit == 1
+    assert kinds.pop("Muon") == kinds.pop("spectral sphere") == "Together" and len(kinds) == 2
+
+
 def test_bench_writes_its_tables(tmp_path):
     done = here("scripts/bench.py", "--quick", "--only", "experts", f"--out={tmp_path}/bench")
     assert done.returncode == 0, done.stderr

@@ -33,6 +33,7 @@ import mup
 from config import ROOT, Config, load_config
 from engine import budget, machine, parallel
 from model import GPT, MLP, Attention, MoE
+from remedies.rivals import build
 from stability import metrics
 
 CPU = torch.device("cpu")
@@ -220,7 +221,8 @@ def ours(cfg: Config, context: Callable = contextlib.nullcontext, fused: bool = 
         with autocast:
             return loss_of(x, y)
 
-    return Step(cfg, model, loss, adamw(model, cfg, fused=fused), context)
+    optimizer = build(cfg, mup.param_groups(model, cfg), model) if fused else adamw(model, cfg)
+    return Step(cfg, model, loss, optimizer, context)
 
 
 def without(cfg: Config) -> dict[str, Step]:
@@ -367,7 +369,7 @@ class Bench:
     stress test, which has one.
     """
 
-    TABLES = ("steps", "signs", "msign", "experts", "ranks", "instruments", "reproduce")
+    TABLES = ("steps", "signs", "msign", "remedies", "experts", "ranks", "instruments", "reproduce")
     SLOW = ("ranks", "reproduce")  # left out of a quick bench
 
     def __init__(self, quick: bool, nanogpt: Path | None, threads: int):
@@ -505,6 +507,16 @@ class Bench:
             "r, steps an application": spread(steps, 4), "share of training": f"{share:.4f} %",
         })  # fmt: skip
         self.report.target(f"MSign, {name}", share, must=must, aim=0.1, unit=" %", smaller_is_better=True)
+
+    def measure_remedies(self):
+        """A step of the stress test with what is said to prevent its collapse at every step, over AdamW's."""
+        changes = {"limit on the step": {"logit_trust": 1.0}, "QK-norm": {"qk_norm": True}}
+        names = {"muon": "Muon", "spectral_sphere": "spectral sphere", "adagc": "AdaGC", "stable_spam": "Stable-SPAM"}
+        changes |= {words: {"optimizer": optimizer} for optimizer, words in names.items()}
+        with threads(1):
+            contenders = {"AdamW": self.stress_step}
+            contenders |= {name: ours(replace(self.stress, **of)) for name, of in changes.items()}
+            self.race("Remedies, a step of the stress test, one thread", contenders, self.many)
 
     def measure_experts(self):
         """A mixture of experts against a dense MLP of the same FLOPs a token, forward and backward."""
