@@ -237,19 +237,19 @@ def dots(ax: Axes, runs: pd.DataFrame, x: str, y: str, color: str = ""):
         ax.plot(of[x], of[y], marker, color=color or its_color, mew=1.5, alpha=0.75)
 
 
-def strips(runs: pd.DataFrame) -> Figure:
-    """Final loss of every run, a row per arm and a panel for each value of the column `panel`; the line is
-    attention-off's mean."""
+def strips(runs: pd.DataFrame, x: str = "loss", label: str = LOSS) -> Figure:
+    """A column of the frame, the final loss if none is named: a mark for every run, a row per arm and a panel for each
+    value of the column `panel`; the line is attention-off's mean."""
     panels = runs.assign(loss=runs["loss"].clip(upper=99)).groupby("panel", sort=False)
     height = 0.9 + 0.34 * runs["arm"].nunique()
-    fig, axes = plt.subplots(1, panels.ngroups, figsize=(9, height), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, panels.ngroups, figsize=(9, height), sharex=x != "loss", sharey=True, squeeze=False)
     for ax, (name, of) in zip(axes.flat, panels, strict=True):
         ax.yaxis.update_units(runs["arm"])  # the rows in their order, whichever run is drawn first
-        dots(ax, of, "loss", "arm")
-        ax.axvline(of.loc[of["arm"] == OFF, "loss"].mean(), color=COLORS[OFF], lw=1, ls="--")
+        dots(ax, of, x, "arm")
+        ax.axvline(of.loc[of["arm"] == OFF, x].mean(), color=COLORS[OFF], lw=1, ls="--")
         ax.set_title(name)
     axes[0, 0].invert_yaxis()
-    fig.supxlabel(LOSS, fontsize=plt.rcParams["axes.labelsize"])
+    fig.supxlabel(label, fontsize=plt.rcParams["axes.labelsize"])
     return fig
 
 

@@ -503,6 +503,13 @@ def drawn() -> Iterator[tuple[str, Figure]]:
     yield "calm", figures.fig3(frame("table2_small").query("arm in @FIRST"))
     yield "late_seeds", figures.fig3(frame("late_seeds"))
     yield "architectures", figures.strips(architectures())
+    ramps = remedies().query("regime != 'no decay'")
+    share = (ramps["lr_multiple"] / ramps["lr_scale"]).where(ramps["collapsed"], 1.0)
+    panels = ramps["regime"].replace("ramp", "NanoGPT, ramp") + ramps["lr_scale"].map(
+        " to {:g} × the paper's rate".format
+    )
+    words = "learning rate at the collapse (×), or at the end (dots: no collapse), over the ramp's highest"
+    yield "collapse_lr", figures.strips(ramps.assign(share=share, panel=panels), "share", words)
     yield "clients", figures.loss_panels(clients(), len(CLIENTS))
     for name in ("constant", "ramp"):
         yield name, figures.overview(recorded(name))

@@ -795,6 +795,10 @@ def test_sigma_collapses_unless_logits_are_bounded_and_llama_in_two_of_five(mode
         "in 2 of 5 runs and every other arm in 0 of 5, a difference that chance explains as well (p = 0.44)" in REPORT
     )
     assert "AdamW collapses in 5 of 5 runs of Sigma and in 2 of 5 of LLaMA" in REPORT
+    ramps = remedies().query("regime != 'no decay'")
+    shares = (ramps.lr_multiple / ramps.lr_scale)[ramps.collapsed]
+    assert range_of(shares[ramps.arm == "AdamW"], 2) == "0.55 to 1.00" and "crosses lie at 0.55 to 1." in REPORT
+    assert shares[ramps.arm != "AdamW"].tolist() == [1.0] and ramps.lr_scale.unique().tolist() == [5, 20]
     sigma, llama = (arms(of) for of in models.values())
     at_top = pd.concat(sigma[arm].query("collapsed") for arm in ("MSign (attention)", "attention off"))
     assert at_top.lr_multiple.tolist() == [5.0] * 3 and "MSign's collapse comes at the top of the ramp" in REPORT
