@@ -459,8 +459,8 @@ class GPT(nn.Module):
         matmul = sum(self.active(p) for p in block.parameters() if p.ndim >= 2)
         return 6 * matmul + 6 * self.cfg.block_size * block.attn.n_head * (block.attn.d_qk + block.attn.d_v)
 
-    def activation_bytes(self, bytes_per_value: int = 4) -> int:
-        """An estimate, in bytes, of the activations that one micro-batch keeps for its backward pass.
+    def activation_bytes(self, bytes_per_value: int = 4) -> tuple[int, int]:
+        """Bytes that a micro-batch keeps when its loss, and when its last block's gradient, is computed: an estimate.
 
         The attention weights and the padding of experts are not counted.
         """
@@ -474,9 +474,10 @@ class GPT(nn.Module):
         # after the rotation (2) and another copy of the output (1)
         values = (5 + 3 * (cfg.position == "rope")) * cfg.d_model + mlp
         block = values * bytes_per_value + 2 * cfg.d_model * 4  # the inputs of both norms stay in fp32
-        # a recomputed block keeps its fp32 input, and all of it at a time when no other block is left
+        # a recomputed block keeps its fp32 input, and all of it in its own backward pass
         again = min(cfg.recompute, cfg.n_layer)
-        blocks = again * 4 * cfg.d_model + max(cfg.n_layer - again, 1) * block
+        kept = again * 4 * cfg.d_model + (cfg.n_layer - again) * block
+        one_again = block if again == cfg.n_layer else 0
         tokens = cfg.micro_batch * cfg.block_size
         # in fp32: logits, log-softmax and their gradient of all tokens; or of a GPU's chunk the logits, next to
         # themselves in bf16, and the gradient of the head with what the chunk adds
@@ -484,4 +485,4 @@ class GPT(nn.Module):
         if tokens * cfg.vocab_size > LOGITS:
             chunk = max(LOGITS, min(tokens, GPU_ROWS) * cfg.vocab_size)
             logits = (1 if bytes_per_value == 4 else 1.5) * chunk + 2 * self.head.weight.numel()
-        return int(tokens * blocks + logits * 4)
+        return int(tokens * kept + logits * 4), tokens * (kept + one_again)

@@ -73,8 +73,9 @@ def parameters(cfg: Config) -> float:
 class Memory:
     """Bytes on a GPU when a step needs most memory.
 
-    Weights, gradients and AdamW's two moments are fp32. A GPU holds one of `shards` equal parts of them: one of 1 with
-    DDP, of all ranks with FSDP2, of a node's ranks with HSDP.
+    Weights, gradients and AdamW's two moments are fp32. With DDP a GPU holds all of them (`shards` is 1). With FSDP2 it
+    holds a part of every parameter's rows, over all ranks, and with HSDP over a node's ranks. The count is that of the
+    GPU that holds most.
     """
 
     weights: int
@@ -82,7 +83,9 @@ class Memory:
     moments: int
     activations: int
     casts: int  # without sharding: bf16 copies of the weights, which autocast keeps for the backward pass
-    gathered: int  # with shards: whole embedding and head with gradients, two whole blocks, one block's gradients
+    # with shards: the whole embedding and head; in the backward pass also the head's gradient, two whole blocks and one
+    # block's gradients, each as many rows as all ranks together would hold if all held as many as the first
+    gathered: int
 
     @property
     def total(self) -> int:
@@ -95,10 +98,37 @@ class Memory:
         n = sum(p.numel() for p in model.parameters())
         block = sum(p.numel() for p in model.blocks[0].parameters())  # exact unless MHA and MLA alternate
         width = 2 if cfg.dtype == "bfloat16" else 4
-        share = ceil(n / shards)
-        gathered = 8 * (n - cfg.n_layer * block) + (2 * width + 4) * block if shards > 1 else 0
+        share = sum(held(p, shards) for p in model.parameters())
+        padded = shards * sum(held(p, shards) for p in model.blocks[0].parameters())
         casts = 2 * n if width == 2 and shards == 1 else 0
-        return cls(4 * share, 4 * share, 8 * share, model.activation_bytes(width), casts, gathered)
+        whole = 4 * (n - cfg.n_layer * block)
+        gathered = (whole, whole + 4 * model.head.weight.numel() + (2 * width + 4) * padded) if shards > 1 else (0, 0)
+        moments = zip(model.activation_bytes(width), gathered, strict=True)  # the loss, and the last block's gradient
+        activations, gathered = max(moments, key=sum)
+        return cls(4 * share, 4 * share, 8 * share, activations, casts, gathered)
+
+
+def held(p: torch.Tensor, shards: int) -> int:
+    """Elements of a parameter on the rank that holds most of them: FSDP2 deals its rows out as torch.chunk does."""
+    return ceil(len(p) / shards) * (p.numel() // len(p))
+
+
+def step_bytes(cfg: Config, ranks: int, shards: int) -> tuple[int, int]:
+    """Bytes that a rank sends in a training step, without measurements; `shards`: see Memory.
+
+    The first number goes to the ranks that hold the model together with it, the second one to other replicas. They are
+    counted as sent around a ring: of n ranks each sends n − 1 parts when parts are gathered, or summed and scattered,
+    and twice the share (n − 1)/n of what it has when all get the sum. For every micro-batch, FSDP2 gathers each block
+    twice in the type that it computes in, once for each pass, and the rest of the model once in fp32, and scatters fp32
+    gradients. Replicas sum gradients once a step.
+    """
+    model = on_meta(cfg)
+    blocks, whole = (sum(held(p, shards) for p in of.parameters()) for of in (model.blocks, model))
+    width = 2 if cfg.dtype == "bfloat16" else 4
+    gathered = 2 * width * blocks + 4 * (whole - blocks)
+    micro_batches = cfg.batch_size // cfg.micro_batch // ranks
+    replicas = ranks // shards
+    return micro_batches * (shards - 1) * (gathered + 4 * whole), 8 * whole * (replicas - 1) // replicas
 
 
 def shards(cfg: Config, ranks: int, memory: int | None, per_node: int = 1) -> int:

@@ -61,6 +61,11 @@ class Plan:
         """Bytes that the busiest rank sends in one application."""
         return max(map(sum, budget.msign_bytes(self.shapes, self.ranks, self.shards)))
 
+    def exchange_seconds(self, within: int, across: int) -> float:
+        """Seconds in which a rank sends bytes to the ranks that share its copy of the model, and to other replicas."""
+        rates = (self.gpu.inside if n <= PER_NODE else self.gpu.outside for n in (self.shards, self.ranks))
+        return sum(sent / rate for sent, rate in zip((within, across), rates, strict=True))
+
     def sign_seconds(self, backend: str, m: int, n: int) -> float:
         """Seconds for the sign of one matrix m × n, m ≥ n, among many."""
         if backend == "eigh":
@@ -72,9 +77,9 @@ class Plan:
     def application_seconds(self, backend: str) -> tuple[float, float]:
         """Seconds of one application: the busiest rank's, of computing its signs and of exchanging them."""
         cost = partial(self.sign_seconds, backend)
-        within, across = (self.gpu.inside if n <= PER_NODE else self.gpu.outside for n in (self.shards, self.ranks))
-        sent = budget.msign_bytes(self.shapes, self.ranks, self.shards)
-        exchange = max(to_shards / within + to_replicas / across for to_shards, to_replicas in sent)
+        exchange = max(
+            self.exchange_seconds(*sent) for sent in budget.msign_bytes(self.shapes, self.ranks, self.shards)
+        )
         return max(budget.msign_loads(self.shapes, self.ranks, self.shards, cost)), exchange
 
     def application_steps(self, backend: str) -> float:
@@ -170,6 +175,7 @@ def describe(plan: Plan, period: int) -> str:
     way = {1: "DDP", plan.ranks: "FSDP2"}.get(plan.shards, f"HSDP over nodes of {plan.shards}")
     how = "one GPU" if plan.ranks == 1 else f"{plan.ranks} GPUs, {way}"
     accumulate = cfg.batch_size // cfg.micro_batch // plan.ranks
+    sent = budget.step_bytes(cfg, plan.ranks, plan.shards)
     count = sum(shape[0] if len(shape) > 2 else 1 for shape in plan.shapes)
     lines = [
         f"{cfg.name} on {how}",
@@ -182,6 +188,9 @@ def describe(plan: Plan, period: int) -> str:
         f"  the run     {cfg.max_steps:,} steps, {cfg.max_steps * cfg.tokens_per_step / 1e9:.3g}e9 tokens, "
         f"{duration(cfg.max_steps * plan.step_seconds)}",
     ]
+    if plan.ranks > 1:
+        alone = duration(plan.exchange_seconds(*sent))
+        lines.append(f"  exchange    every rank sends {sum(sent) / 1e9:.3g} GB a step, {alone} if nothing hides it")
     name = cfg.name.removesuffix("_adamw").removesuffix("_msign")
     if name in PAPER:
         step = PAPER[name][0]

@@ -119,12 +119,13 @@ def test_the_estimate_of_activations_is_near_what_is_kept(options, dtype):
         torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"),
     ):
         model(tokens, tokens)
-    estimate = model.activation_bytes(2 if dtype == "bfloat16" else 4)
-    if model.cfg.recompute:  # and what one block keeps while it is computed again
-        one_block = replace(model.cfg, recompute=0, n_layer=1)
-        assert sum(kept.values()) < estimate < sum(kept.values()) + budget.on_meta(one_block).activation_bytes()
-    else:
-        assert sum(kept.values()) == pytest.approx(estimate, rel=0.25)
+    width = 2 if dtype == "bfloat16" else 4
+    at_loss, in_backward = model.activation_bytes(width)
+    assert sum(kept.values()) == pytest.approx(at_loss, rel=0.25)
+    plain = budget.on_meta(replace(model.cfg, recompute=0)).activation_bytes(width)[1]
+    again, left = model.cfg.recompute, model.cfg.n_layer - model.cfg.recompute
+    inputs = again * 4 * model.cfg.d_model * tokens.numel()  # and all of one block, while it is computed again
+    assert in_backward == inputs + max(left, 1) * plain / model.cfg.n_layer
 
 
 def test_memory_of_a_layout():
@@ -137,6 +138,24 @@ def test_memory_of_a_layout():
     assert Memory.of(config("gpt_3b", "--recompute=0"), 8).activations > 4 * shard.activations
 
 
+def test_a_rank_holds_and_sends_what_the_rows_of_its_parameters_are():
+    """Sixteen experts on 64 ranks: sixteen ranks hold one each, and what the ranks gather has 64 parts."""
+    cfg = config("llama_moe_3b_adamw", "--micro_batch=1", "--batch_size=64")
+    model = budget.on_meta(cfg)
+    n = sum(p.numel() for p in model.parameters())
+    blocks = sum(p.numel() for p in model.blocks.parameters())
+    experts = sum(p.numel() for p in model.parameters() if len(p) == 16)  # and their routers
+    assert Memory.of(cfg, 64).weights == 4 * (experts / 16 + (n - experts) / 64)
+    assert budget.step_bytes(cfg, 1, 1) == (0, 0)
+    assert budget.step_bytes(cfg, 8, 1) == (0, 8 * n * 7 // 8)
+    micro_batches = cfg.batch_size // 8
+    assert budget.step_bytes(cfg, 8, 8) == (micro_batches * 7 * (4 * blocks + 4 * (n - blocks) + 4 * n) / 8, 0)
+    within, across = budget.step_bytes(cfg, 16, 8)
+    assert (within, across) == (budget.step_bytes(cfg, 8, 8)[0] / 2, 8 * n / 8 / 2)
+    of_experts, of_rest = (experts / 16, (n - experts) / 64)
+    assert budget.step_bytes(cfg, 64, 64)[0] == cfg.batch_size / 64 * 63 * (8 * (of_experts + of_rest))
+
+
 def test_flops_and_memory_follow_the_number_of_recomputed_blocks():
     """The whole step of a model of four blocks, counted by PyTorch, and memory that falls with every block but one."""
     found, counted, kept = [], [], []
@@ -147,7 +166,7 @@ def test_flops_and_memory_follow_the_number_of_recomputed_blocks():
             model(tokens, tokens).backward()
         counted.append(counter.get_total_flops())
         found.append(budget.step_flops(cfg))
-        kept.append(Memory.of(cfg, 1).activations)
+        kept.append(model.activation_bytes()[1])
     assert found == pytest.approx(counted, rel=0.05)
     last = 2 * 128 * 64 * 96  # a block's last product, which PyTorch need not repeat
     assert [b - a for a, b in pairwise(found)] == [b - a + last for a, b in pairwise(counted)]
