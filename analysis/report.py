@@ -99,6 +99,11 @@ RESCUE = COLLAPSED | LOSS | {
     "below attention-off": ("below_floor", said), "above the limit's": ("above", said), "p": ("above", adjusted),
     "rang at step": ("rang", spread, 0), "gone back to": ("back_to", spread, 0), "steps lost": ("lost", spread, 0),
 }  # fmt: skip
+LARGE_BATCH = COLLAPSED | {
+    "steps": ("steps", spread, 0), "at step": ("fell_at", spread, 0), "at lr multiple": ("lr_multiple", spread, 1),
+    "lowest mean loss": ("lowest", spread), "final loss": ("loss", spread),
+    "largest attention logit": ("logit", spread, 0), "largest growth in the first block": ("growth", spread, 0),
+}  # fmt: skip
 PERIODS = FELL | LOSS | {"time": ("time", said)}
 THRESHOLDS = {"matrices replaced in 1000 steps": ("applications", said, 0)} | COLLAPSED | LOSS | {
     "fixed P of nearly as many": ("fixed", "first"), "its collapses": ("collapsed_fixed", counted),
@@ -364,6 +369,26 @@ def remedies() -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+def limits() -> pd.DataFrame:
+    """The ramp with limits on a step of a sixteenth of a nat to sixteen, and without one."""
+    runs = with_trust(finding("controls"), "controls").query("arm in ['AdamW', @TRUST]")
+    runs = judged([*loaded(RESULTS / "limits"), *runs["run"]], same="lr_scale")
+    runs = runs.sort_values(["logit_trust", "seed"], ignore_index=True)
+    runs["arm"] = runs["logit_trust"].map("{:g}".format).replace("0", "none")
+    return runs.assign(above=differences(runs, "1"))
+
+
+def large_batch() -> pd.DataFrame:
+    """The ramp with the paper's 122 880 tokens a step, and AdamW's with 512; one seed."""
+    runs = judged(loaded(RESULTS / "large_batch"), same="batch_size")
+    runs["tokens a step"] = (runs["batch_size"] * runs["block_size"]).map("{:,}".format).str.replace(",", " ")
+    highest = {name: [run.series(key).max() for run in runs["run"]]
+               for name, key in (("logit", "attention/max_logit"), ("growth", "residual/gain"))}  # fmt: skip
+    lowest = [figures.mean_loss(run).min() for run in runs["run"]]
+    arm, panel = runs["arm"].str.removesuffix(" at 512 tokens"), runs["tokens a step"] + " tokens a step"
+    return runs.assign(arm=arm, panel=panel, lowest=lowest, **highest)
+
+
 def rescues() -> pd.DataFrame:
     """By regime, the runs that go back when the alarm rings and those that they are compared with; the steps at which
     it rang, gone back to, and lost between them."""
@@ -461,6 +486,10 @@ BLOCKS: dict[str, Callable[[str], str | pd.DataFrame]] = {
     "cost": lambda name: paper_table() + "\n",
     "architectures": lambda name: by_arm(architectures(), ARCHITECTURE, "model"),
     "remedies": lambda name: by_arm(remedies(), REMEDY, "regime"),
+    "limits": lambda name: by_arm(limits(), REMEDY).rename(
+        columns={"arm": "limit, nats", "above the limit's": "above that of 1"}
+    ),
+    "large": lambda name: by_arm(large_batch(), LARGE_BATCH, "tokens a step"),
     "gpu": lambda name: on_gpu(),
     "rescues": lambda name: by_arm(rescues(), RESCUE, "regime"),
     "models_first": lambda name: by_arm(architectures(), MOVED_FIRST, "model"),
@@ -510,6 +539,7 @@ def drawn() -> Iterator[tuple[str, Figure]]:
     )
     words = "learning rate at the collapse (×), or at the end (dots: no collapse), over the ramp's highest"
     yield "collapse_lr", figures.strips(ramps.assign(share=share, panel=panels), "share", words)
+    yield "large_batch", figures.loss_panels(large_batch(), 2)
     yield "clients", figures.loss_panels(clients(), len(CLIENTS))
     for name in ("constant", "ramp"):
         yield name, figures.overview(recorded(name))

@@ -1,6 +1,7 @@
 """What README.md, docs/grids.md and results/REPORT.md say in words, held against the recorded grids."""
 
 import itertools
+import json
 import re
 from collections import Counter
 
@@ -24,7 +25,9 @@ from analysis.report import (
     finding,
     fitted_r,
     frame,
+    large_batch,
     ledger_table,
+    limits,
     margin_table,
     numbered,
     on_gpu,
@@ -106,16 +109,18 @@ def test_the_pages_tables_come_from_the_recorded_runs():
 
 def test_the_table_of_the_set_up_is_that_of_the_recorded_runs():
     """The value of a field is the one that most runs of a grid have; a rate can be a range."""
-    grids = ("table2_small", "ramp", "margin", "late_collapse", "late_seeds", "texts", "constant")
+    grids = ("table2_small", "ramp", "margin", "late_collapse", "late_seeds", "texts", "large_batch",
+             "constant")  # fmt: skip
     for (name, _, lr, *others), grid in zip(rows("training |"), grids, strict=True):
         configs = pd.DataFrame([run.config for run in packed(grid)])
         rates = [f"{rate:g}" for rate in sorted(configs["lr_scale"].unique())]
         assert lr == (rates[0] if len(rates) == 1 else f"{rates[0]} to {rates[-1]}"), name
         fields = ("max_steps", "beta2", "weight_decay", "probe_every", "jacobian_every")
         assert [cell.split()[0] for cell in others] == [f"{configs[field].mode()[0]:g}" for field in fields], name
-        same = {"lr": 6e-4, "grad_clip": 1.0, "beta1": 0.9, "decay_coupling": "coupled", "eps": 1e-8, "micro_batch": 16}
+        same = {"lr": 6e-4, "grad_clip": 1.0, "beta1": 0.9, "decay_coupling": "coupled", "eps": 1e-8}
         assert all(configs[field].mode()[0] == value for field, value in same.items())
-        assert (configs["batch_size"].mode()[0], configs["block_size"].mode()[0]) == (16, 32)
+        batch = (480, 480, 256) if "large batch" in name else (16, 16, 32)
+        assert tuple(configs[["batch_size", "micro_batch", "block_size"]].mode().loc[0]) == batch
         assert configs["warmup_steps"].unique().tolist() == [2500 if lr == "5" else 300]
 
 
@@ -588,9 +593,10 @@ def test_the_pages_say_how_many_runs_and_questions_there_are():
     assert f"on the ramp and without weight decay, {went_back} recorded" in GRIDS_PAGE and went_back == 15
     more = len(architectures()) + len(clients()) + went_back + sum(len(load_runs(RESULTS / name)) - len(packed(name))
                                                        for name in (*GRIDS, "architectures"))  # fmt: skip
-    assert f"thirteen questions, answered with {grids + others + more} runs" in README
+    more += sum(len(load_runs(RESULTS / name)) for name in ("limits", "large_batch"))
+    assert f"fourteen questions, answered with {grids + others + more} runs" in README
     questions = re.findall(r"^### (\d+)\.", (ROOT / "results" / "REPORT.md").read_text(), re.M)
-    assert questions == [str(number) for number in range(1, 14)]
+    assert questions == [str(number) for number in range(1, 15)]
 
 
 def test_the_h100_did_what_the_report_says():
@@ -613,6 +619,68 @@ def test_the_h100_did_what_the_report_says():
     assert f"{rate('nano_5m_adamw --micro_batch=240') / rate('nano_5m_adamw'):.1f} times as fast" in REPORT
     memory = [float(x) for x in re.findall(r"^\| speed \| (?!nano).*GiB planned \| ([\d.]+)", page, re.M)] + [0.98]
     assert (len(memory), min(memory), max(memory)) == (5, 0.91, 1.01) and "0.91 to 1.01 of the plan" in REPORT
+
+
+def test_a_limit_of_any_size_prevents_the_collapse_and_the_final_loss_depends_on_it():
+    runs = limits()
+    table = runs.groupby("arm", sort=False).agg(n=("seed", "count"), fell=("collapsed", "sum"), above=("above", said))
+    assert table.index.tolist() == ["none", "0.0625", "0.25", "1", "4", "16"] and (table.n == 5).all()
+    assert table.fell.tolist() == [5, 0, 0, 0, 0, 0] and "over a factor of 256" in REPORT and 16 / 0.0625 == 256
+    means = runs.groupby("arm")["loss"].mean()
+    assert means.idxmin() == "1" and means["0.25"] - means["1"] <= 0.05 < means["4"] - means["1"]
+    near, far = table.above["0.25"], table.above["4"]
+    assert f"0.25 nats are as good ({near} nats above 1 nat), and 4 nats are not ({far} above)" in REPORT
+    losses = runs.pivot(index="seed", columns="arm", values="loss")
+    assert f"Even 16 nats end {said(losses['none'] - losses['16'])} below AdamW" in REPORT
+
+
+def test_a_step_with_the_limit_takes_as_long_as_reported():
+    (rows,) = json.loads((RESULTS / "bench_remedies.json").read_text())["tables"].values()
+    times = {row["implementation"]: row["time relative to ours"] for row in rows}
+    shown = [times[name].split(" ")[0] for name in ("QK-norm", "Muon", "spectral sphere")]
+    said_so = "With the limit it takes {} times as long as AdamW's (median and range of the rounds)"
+    assert said_so.format(times["limit on the step"]) in REPORT
+    assert "with QK-norm {}, with Muon {} and with the spectral sphere {} times".format(*shown) in REPORT
+
+
+def test_with_the_papers_batch_the_collapse_is_another_one():
+    runs = large_batch()
+    large = runs[runs.batch_size == 480].set_index("arm")
+    assert (runs.batch_size * runs.block_size).unique().tolist() == [122_880, 512]
+    calm = ["attention's lr ÷ 16", TRUST]
+    assert large.index[~large.collapsed].tolist() == calm and len(large) == 6 and set(runs.seed) == {0}
+    assert (large.steps["QK-norm"], large.steps[TRUST]) == (2793, 2769)
+    assert "QK-norm had done 2793 of 3000 steps and the limit 2769" in REPORT
+    fell = [int(large.fell_at[arm]) for arm in ("AdamW", "QK-norm")]
+    assert fell == [1597, 2102] and all(f"at step {step}" in REPORT for step in fell)
+    adamw, small = large.run["AdamW"], runs.set_index("batch_size").loc[2]
+    logit, srank, norm, growth = map(
+        adamw.series, ("attention/max_logit", "srank/attention", "sigma1/attention", "residual/gain")
+    )
+    assert f"largest logit is {range_of(logit.loc[1200:1597], 0)} at every measurement from step 1200" in REPORT
+    assert f"tokens it reaches {small.logit:.0f}, as on the other" in REPORT and small.collapsed
+    assert large.logit["QK-norm"] <= 20
+    assert srank.loc[300:].idxmax() == 1550 and (f"{srank[1550]:.1f}", f"{srank[1650]:.1f}") == ("8.0", "5.3")
+    assert "8.0 at step 1550 is its highest value after step 300. By step 1650 it has fallen to 5.3" in REPORT
+    grow = (
+        "attention grow from {:.1f} to {:.1f}, and the growth of activations in the first block from {:.0f} to {:.0f}"
+    )
+    assert grow.format(norm[1550], norm[1650], growth[1550], growth[1650]) in REPORT
+    assert adamw.steps["grad_norm"].max() < 8.4 and "does not exceed 8.4" in REPORT
+    of_msign, off = large.loc["MSign (attention)"], large.loc["attention off"]
+    assert "rose from 1.38 to 1.50" in of_msign.collapse.why and "mean loss rises from 1.38 to 1.50)" in REPORT
+    assert "rose from 2.03 to 2.15" in off.collapse.why and "attention off has (from 2.03 to 2.15)" in REPORT
+    cost = f"{application_cost(of_msign.run):.2f}"
+    assert f"is {cost} nats above that of the twenty steps" in REPORT and f"raises the loss by {cost} nats" in REPORT
+    losses = of_msign.run.steps["train/loss"].to_numpy()
+    before = [f"{losses[step - 20 : step].mean():.2f}" for step in (1400, 3000)]
+    assert "Before applications it is {} at step 1400 and {} at the end".format(*before) in REPORT
+    assert f"ends {of_msign.loss - large.loss['AdamW']:.2f} nats above AdamW, which has collapsed" in REPORT
+    assert f"MSign ends {of_msign.loss - large.loss['AdamW']:.2f} nats above AdamW, since" in REPORT
+    assert [f"{loss:.2f}" for loss in large.loss[calm]] == ["0.92", "0.92"]
+    assert f"{large.lowest.drop(calm).min():.2f}" == "1.00" and "below the lowest mean loss that any other" in REPORT
+    moved_first = moved(runs).onsets.map(str)
+    assert moved_first.iloc[-1].startswith("attention logits moved first")
 
 
 def test_a_high_stable_rank_goes_with_low_losses_in_as_many_grids_as_reported():
