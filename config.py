@@ -233,7 +233,7 @@ class Config:
         "has one micro-batch")
     parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = opt(
         "auto", "run", "with several processes: ddp = a whole model on each | fsdp = shards | hsdp = shards within a "
-        "node, replicas across nodes | auto = ddp where it fits, else fsdp")
+        "node, replicas across nodes | auto = the first that fits of ddp, hsdp, fsdp")
     recompute: int = opt(
         0, "run", "the first blocks, this many, keep only their inputs and are computed again in the backward pass",
         COUNT)

@@ -134,13 +134,14 @@ def step_bytes(cfg: Config, ranks: int, shards: int) -> tuple[int, int]:
 def shards(cfg: Config, ranks: int, memory: int | None, per_node: int = 1) -> int:
     """Over how many ranks cfg spreads a model: `per_node` with HSDP, all with FSDP2, one with DDP.
 
-    Left to choose, FSDP2 where a GPU of this memory cannot hold the model. memory: in bytes; None for a CPU, where
-    nothing is sharded unasked. per_node: the ranks of a node.
+    Left to choose, DDP where a GPU of this memory can hold the model, else HSDP where the GPUs of a node can together,
+    else FSDP2. memory: in bytes; None for a CPU, where nothing is sharded unasked. per_node: the ranks of a node.
     """
-    if ranks == 1:
+    if ranks == 1 or (cfg.parallel == "auto" and not memory):
         return 1
     if cfg.parallel == "auto":
-        return ranks if memory and Memory.of(cfg, 1).total > ROOM * memory else 1
+        ways = (1, per_node) if ranks % per_node == 0 else (1,)
+        return next((n for n in ways if Memory.of(cfg, n).total <= ROOM * memory), ranks)
     return {"ddp": 1, "fsdp": ranks, "hsdp": per_node}[cfg.parallel]
 
 

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -122,8 +122,8 @@ def start(cfg: Config, footprint: Callable = lambda *_: ()) -> World:
         torch.cuda.set_device(device)
     if cfg.parallel in ("fsdp", "hsdp") and cfg.compile == "whole":
         raise UserError(f"compile = 'whole': must be blocks or off with parallel = {cfg.parallel!r}")
-    hybrid = cfg.parallel == "hsdp" and size > 1
-    if hybrid and not (1 < per_node < size and size % per_node == 0 and rank % per_node == local):
+    whole_nodes = 1 < per_node < size and size % per_node == 0 and rank % per_node == local
+    if cfg.parallel == "hsdp" and size > 1 and not whole_nodes:
         raise UserError(
             "parallel = 'hsdp': must be ddp or fsdp unless several nodes have equally many processes, two or more, of "
             f"consecutive ranks; here RANK={rank} of WORLD_SIZE={size} is LOCAL_RANK={local} of "
@@ -135,7 +135,11 @@ def start(cfg: Config, footprint: Callable = lambda *_: ()) -> World:
         hang.record_collectives(cfg)
         patience = timedelta(seconds=cfg.start_patience)
         dist.init_process_group(backend, timeout=patience, device_id=device if device.type == "cuda" else None)
-    return World(rank, size, device, per_node if hybrid else 0)
+    world = World(rank, size, device)
+    if world.agree([] if whole_nodes else [f"rank {rank} has no place on a node like the others"]):
+        return world
+    on_nodes = replace(world, per_node=per_node)
+    return on_nodes if choose(cfg, on_nodes)[0] == "hsdp" else world
 
 
 def finish():
@@ -167,7 +171,8 @@ def leave(code: int):
 def choose(cfg: Config, world: World, total_memory: int | None = None) -> tuple[str, list[str]]:
     """ "ddp", "fsdp" or "hsdp" for cfg.parallel, and lines to announce. total_memory: a GPU's, in bytes; None = ask it.
 
-    Raises UserError if the model has to be sharded and its optimizer cannot be.
+    With "auto" a world without per_node is not sharded by HSDP (see `budget.shards`). Raises UserError if the model has
+    to be sharded and its optimizer cannot be.
     """
     if world.size == 1:
         asked = cfg.parallel in ("fsdp", "hsdp")
@@ -175,14 +180,14 @@ def choose(cfg: Config, world: World, total_memory: int | None = None) -> tuple[
     if cfg.parallel != "auto":
         return cfg.parallel, []
     if world.device.type == "cuda":
-        total_memory = total_memory or torch.cuda.get_device_properties(world.device).total_memory
-    sharded = budget.shards(cfg, world.size, total_memory) > 1
-    if sharded and cfg.optimizer != "adamw":
+        total_memory = total_memory or machine.memory_of(world.device)
+    shards = budget.shards(cfg, world.size, total_memory, world.per_node or 1)
+    if shards > 1 and cfg.optimizer != "adamw":
         need = budget.Memory.of(cfg, 1).total
         raise UserError(
             f"optimizer = {cfg.optimizer!r}: must be adamw for a model that has to be sharded ({need / 1e9:.3g} GB)"
         )
-    return "fsdp" if sharded else "ddp", []
+    return {1: "ddp", world.per_node: "hsdp"}.get(shards, "fsdp"), []
 
 
 def build(cfg: Config, world: World, sharded: bool) -> GPT:

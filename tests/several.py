@@ -1,6 +1,7 @@
 """What the tests run on several processes, as `torchrun tests/several.py FUNCTION JSON`. Rank 0 prints the result."""
 
 import gc
+import itertools
 import json
 import math
 import os
@@ -366,21 +367,23 @@ def gradients() -> dict[str, bool]:
 
 
 def compiled() -> dict:
-    """Loss and gradient norm of a sharded model with recomputation, eager and compiled by block, and graph breaks."""
+    """Loss and gradient norm of a model with recomputation, sharded by FSDP2 and by HSDP, each eager and compiled by
+    block, and graph breaks."""
     compile_module = torch.nn.Module.compile
     # the graphs are traced and differentiated as ever; what the C++ compiler makes of them is tested on one process
     torch.nn.Module.compile = lambda self, **options: compile_module(self, **options, backend="aot_eager")
-    world, found = parallel.World(dist.get_rank(), dist.get_world_size(), torch.device("cpu")), {}
-    tokens = torch.arange(world.rank, 16 + world.rank)[None]
-    for how in ("off", "blocks"):
+    tokens, found = torch.arange(dist.get_rank(), 16 + dist.get_rank())[None], {"fsdp": {}, "hsdp": {}}
+    for way, how in itertools.product(found, ("off", "blocks")):
+        world = parallel.World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), 2 * (way == "hsdp"))
         cfg = Config(n_layer=2, d_model=16, n_head=2, d_ff=32, vocab_size=64, block_size=16, micro_batch=1,
                      recompute=1, compile=how)  # fmt: skip
         model = parallel.build(cfg, world, sharded=True)
         replica = parallel.Replica(model, world, sharded=True)
         loss_of, *_ = machine.compiled(cfg, model, world.device, nullcontext(), replica)
-        loss = loss_of(tokens, tokens)
-        loss.backward()
-        found[how] = [loss.item(), parallel.clip_(list(model.parameters()), 1.0).item()]
+        with replica.accumulating(last=True):
+            loss = loss_of(tokens, tokens)
+            loss.backward()
+        found[way][how] = [loss.item(), parallel.clip_(list(model.parameters()), 1.0).item()]
     return found | {"breaks": sum(torch._dynamo.utils.counters["graph_break"].values())}
 
 

@@ -201,6 +201,9 @@ def test_hsdp_holds_as_much_as_fsdp_on_one_node_and_sends_little_to_other_nodes(
     """Of LLaMA-1B's attention: within a node as much as FSDP2 on one; to the other, half of the new rows."""
     cfg = config("llama_1b_msign", "--parallel=hsdp", "--batch_size=64")
     assert plan.shards_of(cfg, 16, GPUS["H100"]) == 8
+    large = config("gpt_3b", "--batch_size=192", "--micro_batch=2")
+    chosen = {gpus: plan.shards_of(large, gpus, GPUS["RTX4090"]) for gpus in (8, 12, 16)}
+    assert chosen == {8: 8, 12: 12, 16: 8}  # where nothing is said, and 12 are no whole nodes
     shapes = budget.matrices(cfg)
     one_node, two_nodes = budget.msign_bytes(shapes, 8, 8), budget.msign_bytes(shapes, 16, 8)
     elements = sum(m * n for m, n in shapes)

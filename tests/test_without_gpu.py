@@ -37,11 +37,12 @@ def environment(tmp_path_factory) -> dict[str, str]:
 
 @here
 @pytest.mark.parametrize("which, counted", [("sigma_40m_msign", ["held"]),
-                                            ("llama_moe_3b_msign:64:hsdp", ["held", "sent", "msign"])])  # fmt: skip
+                                            ("llama_moe_3b_msign:64", ["held", "sent", "msign"])])  # fmt: skip
 def test_a_run_at_full_size_fits_keeps_nothing_and_stays_in_bf16(which, counted, environment, tmp_path):
     found = run(which, environment, tmp_path)
     assert broken(found) == [] and title(found) in page([found])
     assert list(spread(found)) == counted
+    assert found["layout"] == ("hsdp" if ":64" in which else "ddp")  # what is chosen when nothing is said
     assert all(planned == pytest.approx(seen, rel=1e-3) for seen, planned in spread(found).values())
     steps = {line["step"]: line for line in found["steps"]}
     assert steps[PROBE]["fp64"] and steps[APPLICATION]["fp64"]  # spectra; one product of the polar iteration
@@ -52,7 +53,7 @@ def test_a_run_at_full_size_fits_keeps_nothing_and_stays_in_bf16(which, counted,
 
 @here
 def test_compiled_blocks_become_triton_kernels_for_an_h100(environment, tmp_path):
-    found = run("sigma_40m_msign:::blocks", environment, tmp_path)
+    found = run("gpt_124m:::blocks", environment, tmp_path)
     assert broken(found) == [] and len(found["triton"]) > 10 and title(found) in page([found])
 
 
