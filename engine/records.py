@@ -20,8 +20,8 @@ from engine.runlog import read_metrics
 
 # what a grid keeps of its runs: three values of every step, the others at their cadences
 KEPT = ("lr", "train/loss", "grad_norm", "val/loss", "srank/attention", "srank/mlp", "sigma1/attention",
-        "attention/max_logit", "attention/entropy", "log_z", "residual/gain", "jacobian/alignment", "jacobian/sigma1",
-        "jacobian/product", "precision/error", "msign/matrices")  # fmt: skip
+        "attention/max_logit", "attention/logit_bound", "attention/entropy", "log_z", "residual/gain",
+        "jacobian/alignment", "jacobian/sigma1", "jacobian/product", "precision/error", "msign/matrices")  # fmt: skip
 ROWS = 150_000  # of one file of steps, which keeps it below 1 MB; a longer run has a file for itself
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import msign
-from model import GPT
+from model import GPT, MLA, Block
 from msign import ATTENTION, MLP
 from mup import role_of
 from stability import probes
@@ -108,10 +108,12 @@ def norms(family: str, tensors: Mapping[str, Tensor], each_layer: bool) -> dict[
 
 
 class Activations(NamedTuple):
-    """Values from one forward pass through L blocks; residual_rms, max_logit and entropy are on the CPU.
+    """Values from one forward pass through L blocks; those of the blocks are on the CPU.
 
     residual_rms: (L + 1,), root mean squares of H(0) … H(L).
     max_logit:    (L,), the largest attention logit of each block.
+    logit_bound:  (L,), the largest that any input can give (`probes.logit_bound`), whichever head is largest; NaN in
+                  latent attention and with QK-norm.
     entropy:      (L,), the entropy of the attention weights in nats, mean over heads and tokens.
     log_z:        mean over tokens of log Σ exp(logits) of the output.
     hidden:       H(L), (B, T, d).
@@ -120,10 +122,24 @@ class Activations(NamedTuple):
 
     residual_rms: Tensor
     max_logit: Tensor
+    logit_bound: Tensor
     entropy: Tensor
     log_z: float
     hidden: Tensor
     errors: tuple[str, ...]
+
+
+def logit_bound(block: Block) -> Tensor:
+    """The bound of a block's attention logits, a number on the CPU; NaN in latent attention and with QK-norm."""
+    attn = block.attn
+    if isinstance(attn, MLA) or hasattr(attn, "q_norm"):
+        return torch.tensor(math.nan)
+    Q, K = (
+        (of.weight * block.attn_norm.weight).unflatten(0, (heads, -1))
+        for of, heads in ((attn.W_Q, attn.n_head), (attn.W_K, attn.n_kv_head))
+    )
+    K = K.repeat_interleave(attn.n_head // attn.n_kv_head, 0)
+    return probes.logit_bound(Q, K, attn.scale, rotated=attn.theta is not None).amax()
 
 
 @torch.no_grad()
@@ -134,20 +150,22 @@ def forward_pass(model: GPT, tokens: Tensor) -> Activations:
     Raises TypeError for a wrapped model.
     """
     probes.refuse_wrapped(model)
-    rms, max_logit, entropy, errors = [], [], [], []
+    rms, max_logit, bounds, entropy, errors = [], [], [], [], []
     with probes.uncompiled():
         x = model.embed(tokens)
         for i, block in enumerate(model.blocks):
             rms.append(x.square().mean().sqrt())
             logits = block.attn.logits(block.attn_norm(x))
             max_logit.append(logits.amax())
+            bounds.append(logit_bound(block))
             entropy.append(torch.special.entr(torch.softmax(logits, -1)).sum(-1).mean())
             before, x = x, block(x)
             if not errors and not torch.isfinite(x).all():
                 errors.append(probes.not_finite(i, block, before))
         rms.append(x.square().mean().sqrt())
         log_z = model.logits(x).float().logsumexp(-1).mean().item()
-    return Activations(*(torch.stack(v).cpu().double() for v in (rms, max_logit, entropy)), log_z, x, tuple(errors))
+    of_blocks = (torch.stack(values).cpu().double() for values in (rms, max_logit, bounds, entropy))
+    return Activations(*of_blocks, log_z, x, tuple(errors))
 
 
 @torch.no_grad()
@@ -157,6 +175,8 @@ def activations(
     """Residual stream, attention and output on the probe batch tokens (B, T), in fp32 with PyTorch's math attention.
 
     attention/max_logit: the largest attention logit.
+    attention/logit_bound: the largest that any input could give (`probes.logit_bound`), the maximum over heads and
+                         blocks; not logged for latent attention or with QK-norm.
     attention/entropy:   entropy of the attention weights in nats, mean over blocks.
     residual/rms:        root mean square of the residual stream after the last block.
     residual/gain:       root mean square after the first block over that before it.
@@ -177,15 +197,18 @@ def activations(
         "residual/gain": (rms[1] / rms[0]).item(),
         "log_z": found.log_z,
     }
+    if not found.logit_bound.isnan().any():
+        metrics["attention/logit_bound"] = found.logit_bound.max().item()
     if autocast is not None:
         with autocast, torch.compiler.set_stance("force_eager"):  # a compilation for this batch size would not pay
             hidden = model.hidden(tokens)
         metrics["precision/error"] = ((hidden.float() - found.hidden).norm() / found.hidden.norm()).item()
     if each_layer:
         for family, values in (
-            ("attention/max_logit", found.max_logit), ("attention/entropy", found.entropy), ("residual/rms", rms[1:]),
+            ("attention/max_logit", found.max_logit), ("attention/logit_bound", found.logit_bound),
+            ("attention/entropy", found.entropy), ("residual/rms", rms[1:]),
         ):  # fmt: skip
-            metrics |= {f"{family}/{i}": v for i, v in enumerate(values.tolist())}
+            metrics |= {f"{family}/{i}": v for i, v in enumerate(values.tolist()) if family in metrics}
     return metrics
 
 

@@ -201,6 +201,23 @@ class Jacobians:
     errors: tuple[str, ...]
 
 
+def logit_bound(Q: Tensor, K: Tensor, scale: float, rotated: bool = False) -> Tensor:
+    """The largest attention logit that any two inputs of root mean square 1 can have, of each head (h,), on the CPU.
+
+    Q, K: (h, k, n), each head's rows of W_Q and of W_K, times the gains of the norm before them.
+
+    A logit is scale · (Q x)ᵀ(K y), and ‖x‖ = ‖y‖ = √n. So the bound is scale · n · ‖QᵀK‖₂, which x and y along the
+    product's first singular vectors reach. RoPE (`rotated`) puts a rotation between Q and K that depends on the tokens'
+    distance; the bound is then scale · n · ‖Q‖₂ ‖K‖₂, which need not be reached. NaN if a weight is not finite.
+    """
+    # ‖QᵀK‖₂² is the largest eigenvalue of QQᵀKKᵀ, which is k × k; small matrices are faster on the CPU than on a GPU
+    A, B = ((W.float() @ W.float().mT).cpu().double() for W in (Q, K))
+    if not (A.isfinite().all() and B.isfinite().all()):
+        return torch.full(A.shape[:1], math.nan)
+    largest = [torch.linalg.eigvals(M).abs().amax(-1) for M in ((A, B) if rotated else (A @ B,))]
+    return scale * Q.shape[-1] * math.prod(largest).sqrt()
+
+
 def product_bounds(sigma: Tensor, ratio: Tensor, alignment: Tensor) -> tuple[Tensor, Tensor]:
     """What Thm 4.2 states as a lower bound of ‖J(L)···J(1)‖₂, and a lower bound that holds, each of shape (...).
 

@@ -46,6 +46,9 @@ def test_activations(model):
     assert got["residual/gain"] == pytest.approx((found.residual_rms[1] / found.residual_rms[0]).item())
     assert got["residual/rms"] == got["residual/rms/7"] == found.residual_rms[8].item()
     assert got["attention/max_logit"] == max(got[f"attention/max_logit/{i}"] for i in range(8))
+    assert got["attention/logit_bound"] == max(got[f"attention/logit_bound/{i}"] for i in range(8))
+    normed = metrics.activations(noisy_model(qk_norm=True), TOKENS, True, no_warning)
+    assert "attention/max_logit" in normed and not any("logit_bound" in name for name in normed)
     assert got["attention/entropy"] == pytest.approx(sum(got[f"attention/entropy/{i}"] for i in range(8)) / 8)
     assert got["log_z"] == found.log_z
     assert 1e-4 < got["precision/error"] < 0.1  # bfloat16 has 8 bits

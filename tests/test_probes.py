@@ -18,6 +18,7 @@ from stability.probes import (
     geometric_mean,
     ill_conditioned,
     jacobians,
+    logit_bound,
     norms,
     product_bounds,
     spectra,
@@ -344,6 +345,35 @@ def test_activations_are_their_definitions():
     assert got.log_z == pytest.approx(model(tokens).exp().sum(-1).log().mean().item(), rel=1e-5)
     assert got.errors == ()
     assert forward_pass(model, tokens).hidden.grad_fn is None
+
+
+@pytest.mark.parametrize("options", [{}, {"n_kv_head": 1}, {"norm": "rmsnorm"}, {"position": "rope"}], ids=str)
+def test_no_logit_exceeds_its_bound_and_some_input_reaches_it(options):
+    model = noisy_model(d_model=16, n_head=2, **options)
+    tokens = torch.arange(64).view(8, 8) % 256
+    got = forward_pass(model, tokens)
+    assert (got.max_logit < got.logit_bound).all() and (got.logit_bound < 100 * got.max_logit).all()
+    attn, gains = model.blocks[1].attn, model.blocks[1].attn_norm.weight
+    inputs = torch.nn.functional.normalize(torch.randn(4000, 16, generator=torch.Generator().manual_seed(0))) * 4
+    bounds = []
+    for head in range(2):
+        Q = attn.W_Q.weight[8 * head : 8 * (head + 1)] * gains
+        K = attn.W_K.weight.view(-1, 8, 16)[head % attn.n_kv_head] * gains
+        U, _, Vh = torch.linalg.svd(Q.T @ K)
+        reached = attn.scale * (Q @ U[:, 0] * 4) @ (K @ Vh[0] * 4)
+        bounds.append(reached)
+        assert (attn.scale * (inputs @ Q.T) @ (K @ inputs.T)).abs().max() <= reached * (1 + 1e-5)
+    if attn.theta is None:
+        assert got.logit_bound[1].item() == pytest.approx(max(bounds).item(), rel=1e-5)
+    else:
+        assert got.logit_bound[1] > max(bounds)
+
+
+def test_a_bound_is_nan_where_it_is_not_known():
+    tokens = torch.arange(16).view(2, 8)
+    for options in ({"qk_norm": True}, {"attention": "mla", "mla_rank": 4}):
+        assert forward_pass(noisy_model(**options), tokens).logit_bound.isnan().all()
+    assert logit_bound(torch.full((2, 3, 4), math.nan), torch.ones(2, 3, 4), 1.0).isnan().all()
 
 
 def test_activations_name_a_block_that_is_not_finite():
