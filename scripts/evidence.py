@@ -1,10 +1,10 @@
 """Repeat the runs that the findings of results/REPORT.md rest on, and fill its tables and figures from them.
 
-    python scripts/evidence.py            # about six hours on two cores; after an interruption, call it again
+    python scripts/evidence.py            # about ten hours on two cores; after an interruption, call it again
     python scripts/evidence.py --quick    # a quarter of an hour: half the length, two seeds; leaves results/ alone
 
 A grid is a set of runs that configs/sweeps/ defines. Runs that runs/ holds already are not repeated. The command packs
-the runs into results/ and overwrites the tables and figures there. The first two and a quarter of the six hours are for
+the runs into results/ and overwrites the tables and figures there. The first two and a quarter of the ten hours are for
 the report's Tables 2 and 3.
 """
 

@@ -587,6 +587,11 @@ def test_the_pages_say_how_many_runs_and_questions_there_are():
     assert f"eleven grids behind this report ({grids} runs, " in REPORT and len(GRIDS) == 11
     assert f"The other {others} runs" in REPORT and f"rules {grids + others} times" in REPORT
     assert f"from {grids} runs of grids and from the {others} runs" in GRIDS_PAGE
+    of_grids = [run for name in GRIDS for run in load_runs(RESULTS / name)]
+    assert f"and {len(of_grids) - grids} with the limit of section 13; about ten hours on two cores)" in REPORT
+    tokens = [len(run.steps) * run.config["batch_size"] * run.config["block_size"] for run in of_grids]
+    spent = [n / run.summary["tokens_per_second"] for n, run in zip(tokens, of_grids, strict=True)]
+    assert round(sum(spent) / 2 / 3600) == 10  # two runs at a time, at the speeds that they had
     files = [ROOT / "configs" / "sweeps" / f"{name}.py" for name in GRIDS]
     assert all(len(points(path, read_grid(path, []))) == len(load_runs(RESULTS / path.stem)) for path in files)
     went_back = rescues()["rang"].count()
