@@ -7,6 +7,7 @@ A *rank* is one process of a run, with one GPU.
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from math import ceil
 
 import torch
@@ -52,8 +53,12 @@ def gpu_called(name: str) -> GPU | None:
     return next((gpu for gpu in GPUS.values() if re.search(gpu.names, name)), None)
 
 
+@lru_cache(maxsize=8)
 def on_meta(cfg: Config) -> GPT:
-    """The model on PyTorch's meta device: its parameters have shapes but no values, and take no memory."""
+    """The model on PyTorch's meta device: its parameters have shapes but no values, and take no memory.
+
+    Equal configurations get the same model, so callers leave it as it is.
+    """
     with torch.device("meta"):
         return GPT(cfg)
 

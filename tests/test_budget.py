@@ -142,6 +142,7 @@ def test_a_rank_holds_and_sends_what_the_rows_of_its_parameters_are():
     """Sixteen experts on 64 ranks: sixteen ranks hold one each, and what the ranks gather has 64 parts."""
     cfg = config("llama_moe_3b_adamw", "--micro_batch=1", "--batch_size=64")
     model = budget.on_meta(cfg)
+    assert budget.on_meta(replace(cfg)) is model  # a plan asks for it a dozen times
     n = sum(p.numel() for p in model.parameters())
     blocks = sum(p.numel() for p in model.blocks.parameters())
     experts = sum(p.numel() for p in model.parameters() if len(p) == 16)  # and their routers
