@@ -5,6 +5,7 @@ A table is made of a frame of runs (statistics.judged); most have a row an arm.
 
 import functools
 import itertools
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,9 +19,9 @@ from scipy import stats
 from analysis import alarms, figures, statistics
 from analysis.runs import OFF, Run, load_runs
 from analysis.statistics import LINKS, differences, holm, judged, moved, p_text, p_value, said, spread
-from config import ROOT, UserError
+from config import FIELDS, ROOT, UserError
 from engine.plan import paper_table
-from stability.collapse import SIGNALS
+from stability.collapse import SIGNALS, onset
 
 RESULTS = ROOT / "results"
 PAGES = (ROOT / "README.md", RESULTS / "REPORT.md", *sorted(ROOT.glob("docs/*.md")))
@@ -66,6 +67,10 @@ def counted(fell: pd.Series) -> str:
     return f"{fell.sum()} of {fell.count()}"
 
 
+def first(values: pd.Series) -> str:
+    return f"{values.iloc[0]:.2f}"
+
+
 def adjusted(groups) -> pd.Series:
     """By arm: the p-value of its differences, adjusted for all arms that have some (Holm), in words."""
     ps = groups.agg(p_value)
@@ -103,6 +108,15 @@ LARGE_BATCH = COLLAPSED | {
     "steps": ("steps", spread, 0), "at step": ("fell_at", spread, 0), "at lr multiple": ("lr_multiple", spread, 1),
     "lowest mean loss": ("lowest", spread), "final loss": ("loss", spread),
     "largest attention logit": ("logit", spread, 0), "largest growth in the first block": ("growth", spread, 0),
+}  # fmt: skip
+BEST = {"× lr": ("rate", first)} | COLLAPSED | LOSS | {
+    "against AdamW": ("against AdamW", said), "p": ("against AdamW", adjusted), "time of a step": ("time", first),
+    "at equal time": ("in_time", said), "p at equal time": ("in_time", adjusted),
+}  # fmt: skip
+SIGNAL = COLLAPSED | {
+    "at step": ("fell_at", spread, 0), "logit moves at step": ("logit", spread, 0),
+    "bound moves at step": ("bound", spread, 0), "bound moves earlier by": ("earlier", spread, 0),
+    "logit ÷ bound": ("tight", spread, 3), "rank correlation": ("rho", spread),
 }  # fmt: skip
 PERIODS = FELL | LOSS | {"time": ("time", said)}
 THRESHOLDS = {"matrices replaced in 1000 steps": ("applications", said, 0)} | COLLAPSED | LOSS | {
@@ -389,6 +403,44 @@ def large_batch() -> pd.DataFrame:
     return runs.assign(arm=arm, panel=panel, lowest=lowest, **highest)
 
 
+def step_time(run: Run) -> float:
+    """Time of a step in AdamW's, measured (bench_remedies.json), or of MSign from that of an application (Eq 18) to
+    all four matrices of attention, of which W_Q and W_K take half."""
+    (rows,) = json.loads((RESULTS / "bench_remedies.json").read_text())["tables"].values()
+    ratios = {row["implementation"]: float(row["time relative to ours"].split()[0]) for row in rows}
+    if period := run.config["msign_period"]:
+        share = 0.5 if run.config["msign_targets"] == "W_Q,W_K" else 1.0
+        return 1 + share * fitted_r(frame("table3_small", off="attention_off")) / period
+    name = "limit on the step" if run.config["logit_trust"] else run.arm.split(",")[0]
+    return ratios.get(name, 1.0)
+
+
+def at_their_best() -> pd.DataFrame:
+    """The runs of each method at its best setting: how they differ from AdamW's, at its end and, by the time that their
+    steps take, at its end in time."""
+    runs = judged(loaded(RESULTS / "best"))
+    runs["rate"] = runs["lr"] * runs["lr_scale"] / FIELDS["lr"].default
+    runs["time"] = runs["run"].map(step_time)
+    ends = (runs["max_steps"] / runs["time"]).astype(int)
+    runs["in_time"] = [figures.mean_loss(run)[end] for run, end in zip(runs["run"], ends, strict=True)]
+    other = {"against AdamW": differences(runs, "AdamW"), "in_time": differences(runs, "AdamW", "in_time")}
+    return runs.assign(**other)
+
+
+def logit_signals() -> pd.DataFrame:
+    """The runs that measure the bound of the logits: when the largest logit and its bound move, up to the collapse or
+    the end, and without the first quarter of that time the median of logit over bound and their rank correlation."""
+    runs = judged(loaded(RESULTS / "signal"))
+    keys = {"logit": "attention/max_logit", "bound": "attention/logit_bound"}
+    found = []
+    for run, end in zip(runs["run"], runs["end"], strict=True):
+        both = pd.DataFrame({name: run.series(key) for name, key in keys.items()}).loc[end // 4 + 1 : end]
+        found.append({name: onset(list(both.index), list(np.log(of))) for name, of in both.items()})
+        found[-1] |= {"tight": (both["logit"] / both["bound"]).median(), "rho": both.corr("spearman").iloc[0, 1]}
+    found = pd.DataFrame(found).astype(float)
+    return runs.assign(**found, earlier=found["logit"] - found["bound"])
+
+
 def rescues() -> pd.DataFrame:
     """By regime, the runs that go back when the alarm rings and those that they are compared with; the steps at which
     it rang, gone back to, and lost between them."""
@@ -486,6 +538,8 @@ BLOCKS: dict[str, Callable[[str], str | pd.DataFrame]] = {
     "cost": lambda name: paper_table() + "\n",
     "architectures": lambda name: by_arm(architectures(), ARCHITECTURE, "model"),
     "remedies": lambda name: by_arm(remedies(), REMEDY, "regime"),
+    "signal": lambda name: by_arm(logit_signals(), SIGNAL),
+    "at_best": lambda name: by_arm(at_their_best(), BEST),
     "limits": lambda name: by_arm(limits(), REMEDY).rename(
         columns={"arm": "limit, nats", "above the limit's": "above that of 1"}
     ),

@@ -12,6 +12,7 @@ from scipy.stats import fisher_exact, gmean
 
 from analysis.alarms import RULE
 from analysis.report import (
+    BEST,
     GRIDS,
     LINES,
     RESCUES,
@@ -20,6 +21,8 @@ from analysis.report import (
     alarms_block,
     all_grids,
     architectures,
+    at_their_best,
+    by_arm,
     clients,
     constant_rates,
     finding,
@@ -598,10 +601,10 @@ def test_the_pages_say_how_many_runs_and_questions_there_are():
     assert f"on the ramp and without weight decay, {went_back} recorded" in GRIDS_PAGE and went_back == 15
     more = len(architectures()) + len(clients()) + went_back + sum(len(load_runs(RESULTS / name)) - len(packed(name))
                                                        for name in (*GRIDS, "architectures"))  # fmt: skip
-    more += sum(len(load_runs(RESULTS / name)) for name in ("limits", "large_batch"))
-    assert f"fourteen questions, answered with {grids + others + more} runs" in README
+    more += sum(len(load_runs(RESULTS / name)) for name in ("limits", "large_batch", "best"))
+    assert f"fifteen questions, answered with {grids + others + more} runs" in README
     questions = re.findall(r"^### (\d+)\.", (ROOT / "results" / "REPORT.md").read_text(), re.M)
-    assert questions == [str(number) for number in range(1, 15)]
+    assert questions == [str(number) for number in range(1, 16)]
 
 
 def test_the_h100_did_what_the_report_says():
@@ -646,6 +649,58 @@ def test_a_step_with_the_limit_takes_as_long_as_reported():
     said_so = "With the limit it takes {} times as long as AdamW's (median and range of the rounds)"
     assert said_so.format(times["limit on the step"]) in REPORT
     assert "with QK-norm {}, with Muon {} and with the spectral sphere {} times".format(*shown) in REPORT
+
+
+def test_at_its_best_setting_msign_ends_between_adamw_and_two_simpler_remedies():
+    runs = at_their_best()
+    arms_of, limit, quarter = arms(runs), "logits move ≤ 0.25 nats a step", "attention's lr ÷ 4"
+    of_msign = "MSign (attention), P 3"
+    assert list(arms_of) == list(read_grid(ROOT / "configs" / "sweeps" / "best.py", [])["arm"])
+    assert not runs["collapsed"].any() and 9 not in set(runs["seed"])
+    assert all(len(arms_of[arm]) == 5 for arm in ("AdamW", quarter, "QK-norm", of_msign, limit))
+    below = {name: said(of["against AdamW"]).removeprefix("-") for name, of in arms_of.items()}
+    in_time = {name: said(of["in_time"]) for name, of in arms_of.items()}
+    first = (
+        f"MSign with P = 3 ends {below[of_msign]} nats below AdamW, the limit on the step {below[limit]}, and a quarter"
+    )
+    assert f"{first} of the rate for attention {below[quarter]} (n = 5)" in REPORT
+    assert (
+        f"* *At equal steps* Muon ends lowest, {below['Muon']} nats below AdamW (n = {len(arms_of['Muon'])})" in REPORT
+    )
+    assert (
+        f"attention ({below[quarter]}), the limit ({below[limit]}) and MSign on attention ({below[of_msign]};" in REPORT
+    )
+    means = runs.groupby("arm")["loss"].mean()
+    assert means.sort_values().index[:4].tolist() == ["Muon", quarter, limit, of_msign]
+    losses = runs.pivot(index="seed", columns="arm", values="loss")[[of_msign, "QK-norm", quarter, limit]]
+    for other in ("QK-norm", quarter, limit):
+        difference = (losses[of_msign] - losses[other]).dropna()
+        words = said(difference, 3).removeprefix("-")
+        p = p_text(p_value(difference))
+        says = f"{words} nats below QK-norm" if other == "QK-norm" else f"{words} above the "
+        assert f"{says}" in REPORT and re.search(rf"{re.escape(words)}[^()]*\(p (= )?{p}\)", REPORT), (other, words, p)
+    ps = by_arm(runs, BEST).set_index("arm")
+    for arm in ("MSign (W_Q,W_K), P 3", "QK-norm", "AdaGC", "Stable-SPAM"):
+        assert float(ps.loc[arm, "p"].removeprefix("< ")) > 0.05
+    for arm in (of_msign, "Muon"):
+        assert float(ps.loc[arm, "p at equal time"]) > 0.05 and f"AdamW ({in_time[arm]})" in REPORT
+    for arm in (quarter, limit):
+        assert arms_of[arm]["in_time"].max() < 0 and p_value(arms_of[arm]["in_time"]) < 0.05
+    still = [in_time[arm].removeprefix("-") for arm in (quarter, limit)]
+    assert "remains {} nats below AdamW, the limit {}.".format(*still) in REPORT
+    above = [in_time[arm] for arm in ("QK-norm", "Stable-SPAM")]
+    assert "QK-norm and Stable-SPAM end above AdamW ({} and {}).".format(*above) in REPORT
+    assert all(float(ps.loc[arm, "p at equal time"]) < 0.05 for arm in ("QK-norm", "Stable-SPAM"))
+    of_time = arms_of[of_msign]["time"].iloc[0]
+    assert round(of_time / (of_time - 1)) == 7 and "its applications take a seventh" in REPORT
+    fastest = [max(run.summary["tokens_per_second"] for run in arms_of[arm].run) for arm in ("AdamW", "Muon")]
+    assert "read {:.0f} tokens a second and Muon's {:.0f}".format(*fastest) in REPORT
+    tried = read_grid(ROOT / "configs" / "sweeps" / "best_search.py", [])["arm"]
+    periods, limits_tried, factors = (
+        {fields[key] for fields in tried.values() if key in fields}
+        for key in ("msign_period", "logit_trust", "attn_lr")
+    )
+    assert (min(periods), min(limits_tried), max(factors)) == (3, 0.25, 0.25)
 
 
 def test_with_the_papers_batch_the_collapse_is_another_one():
