@@ -185,6 +185,12 @@ class Config:
     logit_trust: float = opt(
         0.0, "optimizer", "largest move of an input's attention logit in a step, nats (remedies/trust.py); 0 = off",
         NOT_NEGATIVE)
+    logit_clip: float = opt(
+        0.0, "optimizer", "largest attention logit that the weights allow an input, nats (remedies/clip.py); 0 = off",
+        NOT_NEGATIVE)
+    logit_clip_map: Literal["clip", "scale"] = opt(
+        "clip", "optimizer",
+        "clip = the singular values of W_QᵀW_K that exceed logit_clip | scale = the whole W_Q and W_K, as QK-clip does")
     balance_coef: float = opt(0.01, "optimizer", "weight of the experts' load-balancing loss", NOT_NEGATIVE)
     # MSign
     msign_period: int = opt(0, "MSign", "steps between two applications of MSign; 0 = never (no MSign)", COUNT)
@@ -298,9 +304,10 @@ class Config:
         if self.decay_coupling == "independent":
             right = "below 0.01, such as 1e-4, with decay_coupling='independent': the share lost in a step"
             yield self.weight_decay < 0.01, "weight_decay", right
-        if self.logit_trust:  # its bound is one of these logits
-            shared = self.attention != "mha" and self.position == "rope" and self.mla_rope_dim
-            yield not self.qk_norm and not shared, "logit_trust", "0 with qk_norm, and with RoPE in MLA (mla_rope_dim)"
+        shared = self.attention != "mha" and self.position == "rope" and self.mla_rope_dim
+        for name in ("logit_trust", "logit_clip"):  # their bounds are ones of these logits
+            bounded = not self.qk_norm and not shared
+            yield bounded or not getattr(self, name), name, "0 with qk_norm, and with RoPE in MLA (mla_rope_dim)"
         if self.on_alarm == "remedy":
             yield self.logit_trust > 0, "on_alarm", "off, tell or half_rate with logit_trust=0, or logit_trust above 0"
         if self.on_alarm in ("remedy", "half_rate"):

@@ -32,7 +32,7 @@ from engine.signals import Signals
 from engine.trace import Trace
 from engine.validation import validation_loss
 from msign import NonFiniteWeightError, counts
-from remedies.trust import trust_in
+from remedies import rivals
 from stability import footprint
 from stability.collapse import Watch, outcome
 from stability.instruments import Instruments
@@ -247,9 +247,8 @@ def update(run: Run) -> dict[str, float]:
         metrics["msign/fallbacks"], metrics["msign/matrices"] = run.world.sum(here).tolist()
     run.replica.zero_grad()
     run.clock.to("measure")
-    if due(run.cfg.probe_every, run.step) and (trust := trust_in(run.optimizer)) and trust.factors:
-        factors = torch.stack(list(trust.factors.values()))
-        metrics["trust/mean"], metrics["trust/least"] = torch.stack([factors.mean(), factors.min()]).tolist()
+    if due(run.cfg.probe_every, run.step):
+        metrics |= rivals.limits(run.optimizer)
     return run.instruments.updates(run.step) | metrics
 
 

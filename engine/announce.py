@@ -59,6 +59,8 @@ def intervention(cfg: Config, optimizer) -> str:
     limit = (
         f"; logit_trust{begins}: a step moves a logit by at most {cfg.logit_trust:g} nats" if cfg.logit_trust else ""
     )
+    if cfg.logit_clip:
+        limit += f"; logit_clip ({cfg.logit_clip_map}): the weights allow no logit above {cfg.logit_clip:g} nats"
     if not cfg.msign_period:
         return f"plain {'AdamW' if cfg.optimizer == 'adamw' else cfg.optimizer}{limit}"
     what = {"sign": "MSign", "zero": "set to zero"}.get(cfg.msign_map, f"control: {cfg.msign_map}")

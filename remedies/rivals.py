@@ -13,7 +13,8 @@ import torch
 from torch.optim import Optimizer
 
 from config import Config
-from remedies.trust import LogitTrust
+from remedies.clip import LogitClip
+from remedies.trust import LogitTrust, inside
 
 
 def library():
@@ -168,7 +169,7 @@ MATRICES: dict[str, Callable] = {"muon": muon, "spectral_sphere": spectral_spher
 
 
 def build(cfg: Config, groups: list[dict], model: torch.nn.Module) -> Optimizer:
-    """The optimizer that cfg.optimizer names, for the groups of `mup.param_groups`; in a LogitTrust if cfg says so."""
+    """The optimizer of `mup.param_groups` that cfg.optimizer names, in the wrappers that cfg asks for."""
     if cfg.optimizer in WHOLE:
         optimizer = WHOLE[cfg.optimizer](groups, cfg)
     else:
@@ -181,4 +182,20 @@ def build(cfg: Config, groups: list[dict], model: torch.nn.Module) -> Optimizer:
 
         optimizer = Together([MATRICES[cfg.optimizer](only(True), cfg), adamw(only(False), cfg)])
     limit = math.inf if cfg.on_alarm == "remedy" else cfg.logit_trust  # a remedy begins when the alarm rings
-    return LogitTrust(optimizer, model, limit, cfg.attn_scale_power) if limit else optimizer
+    if limit:
+        optimizer = LogitTrust(optimizer, model, limit, cfg.attn_scale_power)
+    if cfg.logit_clip:
+        how, rotated = cfg.logit_clip_map, cfg.position == "rope"
+        optimizer = LogitClip(optimizer, model, cfg.logit_clip, how, cfg.attn_scale_power, rotated)
+    return optimizer
+
+
+def limits(optimizer: Optimizer) -> dict[str, float]:
+    """{metric: value} of what LogitTrust and LogitClip multiplied by in the last step, over all heads; see metrics."""
+    metrics = {}
+    for name, kind in (("trust", LogitTrust), ("clip", LogitClip)):
+        if (limiter := inside(optimizer, kind)) and limiter.factors:
+            factors = torch.cat([factor.flatten() for factor in limiter.factors.values()])
+            least_and_mean = torch.stack([factors.min(), factors.mean()])
+            metrics[f"{name}/least"], metrics[f"{name}/mean"] = least_and_mean.tolist()
+    return metrics

@@ -20,7 +20,7 @@ logits grow.
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,7 @@ from msign import Layout, Target, Wrapper, _local, _place, _sharded, find
 # in these a head has some rows, in W_O some columns; all heads share the others
 QUERIES, KEYS, VALUES = ("W_Q", "W_UQ"), ("W_K", "W_UK"), ("W_V", "W_UV")
 HEADS = (*QUERIES, *KEYS, *VALUES)
+Kind = TypeVar("Kind", bound=Wrapper)
 
 
 class LogitTrust(Wrapper):
@@ -66,14 +67,7 @@ class LogitTrust(Wrapper):
         targets = find(model, "attention", split)
         self.targets = list(targets.values())
         self.shards = _sharded({name: target.parameter for name, target in targets.items()})[1].shards
-        self.modules: defaultdict[str, dict[str, Target]] = defaultdict(dict)
-        for target in self.targets:
-            self.modules[target.module] |= dict.fromkeys(target.roles, target)
-        for name, of in self.modules.items():
-            if not all(set(roles) & set(of) for roles in (QUERIES, KEYS)) or not all(t.heads for t in of.values()):
-                raise ValueError(f"{name}: must have W_Q, W_K and a known number of heads; it has {', '.join(of)}")
-            if "W_KR" in of:
-                raise ValueError(f"{name}: keys with a part that all heads share (W_KR) are not supported")
+        self.modules = modules_of(targets)
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         if self.limit == math.inf:
@@ -119,9 +113,22 @@ class LogitTrust(Wrapper):
         return (self.limit / change).clamp(max=1)
 
 
-def trust_in(optimizer: Optimizer) -> LogitTrust | None:
-    """The LogitTrust among an optimizer and those that it wraps; None if there is none."""
-    while not isinstance(optimizer, LogitTrust):
+def modules_of(targets: dict[str, Target]) -> dict[str, dict[str, Target]]:
+    """{name of an attention module: {role: target}}. Raises ValueError where the logits of a head cannot be bounded."""
+    modules: defaultdict[str, dict[str, Target]] = defaultdict(dict)
+    for target in targets.values():
+        modules[target.module] |= dict.fromkeys(target.roles, target)
+    for name, of in modules.items():
+        if not all(set(roles) & set(of) for roles in (QUERIES, KEYS)) or not all(t.heads for t in of.values()):
+            raise ValueError(f"{name}: must have W_Q, W_K and a known number of heads; it has {', '.join(of)}")
+        if "W_KR" in of:
+            raise ValueError(f"{name}: keys with a part that all heads share (W_KR) are not supported")
+    return modules
+
+
+def inside(optimizer: Optimizer, kind: type[Kind]) -> Kind | None:
+    """The wrapper of this kind among an optimizer and those that it wraps; None if there is none."""
+    while not isinstance(optimizer, kind):
         if not isinstance(optimizer, Wrapper):
             return None
         optimizer = optimizer.base

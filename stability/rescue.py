@@ -19,7 +19,7 @@ from pathlib import Path
 from torch.optim import Optimizer
 
 from config import Config, due
-from remedies.trust import trust_in
+from remedies.trust import LogitTrust, inside
 from stability.alarm import CollapseAlarm
 from stability.collapse import Watch
 
@@ -78,4 +78,4 @@ class Rescue:
             self.alarm.update(line["iter"], line)
         self.went = self.tell(json.loads(self.path.read_text()) if self.path.is_file() else None)
         if self.went and self.cfg.on_alarm == "remedy":
-            trust_in(optimizer).limit = self.cfg.logit_trust
+            inside(optimizer, LogitTrust).limit = self.cfg.logit_trust

@@ -1,0 +1,148 @@
+"""A ceiling for attention: after every step the weights alone keep each head's logits below a limit, without data.
+
+    optimizer = LogitClip(torch.optim.AdamW(model.parameters()), model, limit=100.0)
+
+A head's logits are (W_Q x)ᵀ(W_K y) / √k, with W_Q and W_K its k rows of the matrices and inputs x, y of root mean
+square 1, as a norm without gains returns them. With n inputs, ‖x‖ = √n, so that no logit exceeds the bound
+n / √k · ‖W_QᵀW_K‖₂. (Gains g raise it up to max g² times.) A head whose bound exceeds the limit is brought back to it:
+
+    "scale"  W_Q and W_K are multiplied by √(limit / bound), as QK-clip does (arXiv 2507.20534), which takes the largest
+             logit of a batch instead of the bound.
+    "clip"   only the singular values of W_QᵀW_K that exceed the limit are brought to it. Both matrices are contracted
+             alike, along the product's singular vectors; what the head does elsewhere stays as it is.
+
+RoPE puts a rotation between W_Q and W_K, and the bound is then n / √k · ‖W_Q‖₂ ‖W_K‖₂. "clip" limits the singular
+values of each matrix to √(limit / bound) of its largest one.
+
+Where several heads of queries share one head of keys, only the queries change, by the square of the factors.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from msign import Layout, Target, Wrapper, _local, find
+from remedies.trust import KEYS, QUERIES, _here, modules_of
+
+MAPS = ("scale", "clip")
+
+
+class _Heads(NamedTuple):
+    """The queries or the keys of one attention module: their parameter, their role in it, and the number of heads."""
+
+    target: Target
+    role: str
+    number: int
+
+    @property
+    def W(self) -> Tensor:
+        """Every head's rows, (number, k, n), in fp64. A sharded parameter is gathered."""
+        return self.target.matrices()[self.role].unflatten(-2, (self.number, -1)).double()
+
+    def multiply(self, T: Tensor):
+        """Multiply every head's rows by T (number, k, k) from the left."""
+        target, rows = self.target, (T @ self.W).flatten(0, 1)
+        new = target.layout.join({**target.matrices(), self.role: rows.to(target.parameter.dtype)})
+        _local(target.parameter).copy_(new[_here(target)])
+
+
+class LogitClip(Wrapper):
+    """An optimizer that steps as `base` does and then brings back every head whose logits could exceed `limit`.
+
+    base:    the optimizer that does the steps; its state is left alone.
+    model:   the module whose attention is meant. `msign.find` finds its matrices and gets `split`. Weights may be
+             fused, or sharded by rows (FSDP2, HSDP); then W_Q and W_K are gathered at every step.
+    limit:   the largest logit of inputs of root mean square 1, in nats.
+    how:     "scale" or "clip".
+    power:   the logits are divided by the width k of a head's queries to this power.
+    rotated: whether the model has RoPE.
+
+    The attribute `factors` holds what the bounds were multiplied by after the last step, limit over bound and at most
+    1: {name of an attention module: (h,)}. A head whose weights are not finite is left alone, and its factor is NaN.
+    The constructor raises ValueError for another `how`, and where `LogitTrust` does. The state_dict is that of `base`.
+    """
+
+    def __init__(
+        self,
+        base: Optimizer,
+        model: nn.Module,
+        limit: float,
+        how: str = "clip",
+        power: float = 0.5,
+        rotated: bool = False,
+        split: dict[str, tuple[int, ...] | Layout] | None = None,
+    ):
+        if not limit > 0:
+            raise ValueError(f"limit = {limit!r}: must be above 0, the largest attention logit in nats")
+        if how not in MAPS:
+            raise ValueError(f"how = {how!r}: must be one of {', '.join(MAPS)}")
+        super().__init__(base)
+        self.limit, self.how, self.power, self.rotated = limit, how, power, rotated
+        self.factors: dict[str, Tensor] = {}
+        # modules whose heads have the same shapes are computed together
+        self.alike: defaultdict[tuple, dict[str, tuple[_Heads, _Heads]]] = defaultdict(dict)
+        for name, of in modules_of(find(model, "attention", split)).items():
+            query, key = (next(role for role in roles if role in of) for roles in (QUERIES, KEYS))
+            Q, K = _Heads(of[query], query, of[query].heads), _Heads(of[key], key, of[key].kv_heads)
+            self.alike[Q.W.shape, K.W.shape][name] = Q, K
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        loss = self.base.step(closure)
+        with torch.no_grad():
+            for ((_, k, n), (_, _, m)), modules in self.alike.items():
+                self._correct(modules, self.limit * k**self.power / (n * m) ** 0.5)
+        return loss
+
+    def _correct(self, modules: dict[str, tuple[_Heads, _Heads]], limit: float):
+        """Bring ‖W_QᵀW_K‖₂ of every head, with RoPE ‖W_Q‖₂ ‖W_K‖₂, to at most `limit`."""
+        # the products of a head's rows with one another, (M, h, k, k), tell all that follows
+        A, B = (torch.stack([heads.W @ heads.W.mT for heads in alike]) for alike in zip(*modules.values(), strict=True))
+        shared = A.shape[1] // B.shape[1]
+        B = B.repeat_interleave(shared, 1)
+        # Frobenius norms: cheaper than the spectral norms, and never below them
+        traces = [M.diagonal(dim1=-2, dim2=-1).sum(-1) for M in (A, B)] if self.rotated else [(A * B).sum((-2, -1))]
+        largest = torch.stack(traces).prod(0).sqrt()
+        over = (largest > limit) & largest.isfinite()
+        factors = torch.ones_like(largest).where(largest.isfinite(), torch.nan)
+        self.factors |= zip(modules, factors, strict=True)
+        if not over.any():
+            return
+        T_Q, T_K = (torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A).clone() for _ in range(2))
+        factors[over], T_Q[over], T_K[over] = self._contractions(A[over], B[over], limit, 1.0 if shared > 1 else 0.5)
+        for (Q, K), of_Q, of_K, factor in zip(modules.values(), T_Q, T_K, factors, strict=True):
+            if (factor < 1).any():
+                Q.multiply(of_Q)
+                if shared == 1:
+                    K.multiply(of_K)
+
+    def _contractions(self, A: Tensor, B: Tensor, limit: float, power: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Factors (N,) of heads, and what their W_Q and W_K are to be multiplied by from the left, each (N, k, k).
+
+        A, B: W_QW_Qᵀ and W_KW_Kᵀ of N heads, (N, k, k). power: the share of a factor that each matrix takes.
+        """
+        identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+        (a, U), (b, V) = map(torch.linalg.eigh, (A, B))  # U √a Q = W_Q and V √b K = W_K: Q, K have orthonormal rows
+        a, b = (squares.clamp_min(0).sqrt().unsqueeze(-2) for squares in (a, b))
+        if self.rotated:
+            S = a[..., -1] * b[..., -1]
+        else:  # W_QᵀW_K = Qᵀ(√a UᵀV √b)K, which has the singular values of the matrix in the middle
+            left, S, right = torch.linalg.svd((U * a).mT @ (V * b))
+        factors = (limit / S[:, 0]).clamp(max=1)
+        if self.how == "scale":
+            T_Q = T_K = factors[:, None, None] ** power * identity
+        elif self.rotated:
+            T_Q, T_K = (
+                M * (factors[:, None, None] ** power * s[..., -1:] / s).clamp(max=1) @ M.mT for M, s in ((U, a), (V, b))
+            )
+        else:
+            # A contraction I − left·D·leftᵀ of the rows of Q becomes I − X (D / S) Yᵀ of those of W_Q, with
+            # X = U √a left and Y = V √b right. That of the rows of W_K is the transpose
+            S = S.clamp_min(limit)  # what lies below stays
+            excess = (1 - (limit / S) ** power) / S
+            T_Q = identity - (U * a) @ left * excess.unsqueeze(-2) @ ((V * b) @ right.mT).mT
+            T_K = T_Q.mT
+        return factors, T_Q, T_K
