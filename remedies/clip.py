@@ -43,10 +43,11 @@ class _Heads(NamedTuple):
         """Every head's rows, (number, k, n), in fp64. A sharded parameter is gathered."""
         return self.target.matrices()[self.role].unflatten(-2, (self.number, -1)).double()
 
-    def multiply(self, T: Tensor):
-        """Multiply every head's rows by T (number, k, k) from the left."""
-        target, rows = self.target, (T @ self.W).flatten(0, 1)
-        new = target.layout.join({**target.matrices(), self.role: rows.to(target.parameter.dtype)})
+    def multiply(self, T: Tensor, heads: Tensor):
+        """Multiply the rows of N heads, which are true in `heads` (number,), by T (N, k, k) from the left."""
+        target, W = self.target, self.W
+        rows = W.index_put((heads,), T @ W[heads]).flatten(0, 1).to(target.parameter.dtype)
+        new = target.layout.join({**target.matrices(), self.role: rows})
         _local(target.parameter).copy_(new[_here(target)])
 
 
@@ -111,13 +112,15 @@ class LogitClip(Wrapper):
         self.factors |= zip(modules, factors, strict=True)
         if not over.any():
             return
-        T_Q, T_K = (torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A).clone() for _ in range(2))
-        factors[over], T_Q[over], T_K[over] = self._contractions(A[over], B[over], limit, 1.0 if shared > 1 else 0.5)
-        for (Q, K), of_Q, of_K, factor in zip(modules.values(), T_Q, T_K, factors, strict=True):
-            if (factor < 1).any():
-                Q.multiply(of_Q)
+        found, T_Q, T_K = self._contractions(A[over], B[over], limit, 1.0 if shared > 1 else 0.5)
+        factors[over] = found
+        numbers = (factors < 1).sum(1).tolist()
+        parts = zip(T_Q[found < 1].split(numbers), T_K[found < 1].split(numbers), strict=True)
+        for (Q, K), heads, (of_Q, of_K) in zip(modules.values(), factors < 1, parts, strict=True):
+            if heads.any():
+                Q.multiply(of_Q, heads)
                 if shared == 1:
-                    K.multiply(of_K)
+                    K.multiply(of_K, heads)
 
     def _contractions(self, A: Tensor, B: Tensor, limit: float, power: float) -> tuple[Tensor, Tensor, Tensor]:
         """Factors (N,) of heads, and what their W_Q and W_K are to be multiplied by from the left, each (N, k, k).

@@ -65,7 +65,7 @@ def test_a_sign_that_is_wrong_or_fails_is_found(monkeypatch):
 
 def test_runs_on_several_processes_and_killed_ones_hold(tmp_path, monkeypatch):
     monkeypatch.setattr("trials.place.subprocess", FORKING)
-    monkeypatch.setattr("trials.place.CONFIG", CONFIG.replace("max_steps = 120", "max_steps = 40"))
+    monkeypatch.setattr("trials.place.CONFIG", CONFIG.replace("max_steps = 120", "max_steps = 24"))
     monkeypatch.setattr(acceptance, "WAYS", ())  # tests/test_parallel.py has both
     found = by_path(acceptance.rows(["run"], CPU, tmp_path))
     assert any(path.startswith("hsdp on 2 × 2 processes") for path in found)

@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import subproc
 from engine import checkpoint, parallel
 from tests.conftest import ROOT, Forked, here, refused, start
 from trials import faults
-from trials.place import Place
+from trials.place import CONFIG, Place
 
 
 def table(path) -> list[list[str]]:
@@ -66,6 +66,7 @@ FORKING = types.SimpleNamespace(Popen=Started, PIPE=subprocess.PIPE, TimeoutExpi
 def test_a_few_of_each_fault_do_no_harm(tmp_path, monkeypatch):
     """In forked processes; tests/test_readme.py injects a fault into one that is started as a user starts it."""
     monkeypatch.setattr("trials.place.subprocess", FORKING)
+    monkeypatch.setattr("trials.place.CONFIG", CONFIG.replace("max_steps = 120", "max_steps = 40"))
     done = here("scripts/faults.py", "--quick", f"--out={tmp_path / 'faults'}")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = table(tmp_path / "faults.md")

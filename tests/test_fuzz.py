@@ -173,7 +173,7 @@ def test_every_window_is_a_piece_of_one_file(tmp_path_factory, sizes, block, see
 # every kind of measurement at every step, and MSign
 RUN = SMALL | dict(
     device="cpu", max_steps=2, probe_every=1, layers_every=1, jacobian_every=2, jacobian_positions=1,
-    eval_every=1, ckpt_every=1, msign_period=1, msign_probe=True,
+    eval_every=1, ckpt_every=1, msign_period=2, msign_probe=True,
 )  # fmt: skip
 # left out: W&B starts a process of its own, the compilers take half a minute (tests/test_wandb.py, tests/test_train.py)
 LEFT_OUT = {"wandb", "compile"}

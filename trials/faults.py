@@ -312,7 +312,7 @@ def wandb_faults(place: Place, count: int) -> Outcome:
                 wait_until(lambda: place.steps("wandb-killed") >= 20, process)
                 for service in children(process):
                     service.kill()
-            yield wandb_outcome(place, f"wandb-{what}", process, 3000 if what == "killed" else 120)
+            yield wandb_outcome(place, f"wandb-{what}", process, 3000 if what == "killed" else place.steps("whole"))
 
 
 def wandb_outcome(place: Place, name: str, process: subprocess.Popen, steps: int) -> str | None:
@@ -414,7 +414,7 @@ def poisoned(place: Place, name: str) -> str | None:
 
 # fault -> (its name in the table, injections, injections in quick mode)
 FAULTS: dict[Callable[[Place, int], Outcome], tuple[str, int, int]] = {
-    kills_at_random: ("SIGKILL at random moments, one process", 60, 2),
+    kills_at_random: ("SIGKILL at random moments, one process", 60, 1),
     kills_in_checkpoints: ("SIGKILL inside checkpoint writes", 30, 2),
     kills_of_two_processes: ("SIGKILL of one of two processes", 20, 0),
     hung_rank: ("one of two processes hangs", 4, 0),
@@ -425,7 +425,7 @@ FAULTS: dict[Callable[[Place, int], Outcome], tuple[str, int, int]] = {
     read_only: ("read-only run folder", 3, 1),
     clock_going_backwards: ("clock going backwards", 3, 1),
     wandb_faults: ("W&B unreachable, slow, killed", 3, 1),
-    planted_values: ("NaN or infinity in loss, weights, gradients, moments", 10_000, 12),
+    planted_values: ("NaN or infinity in loss, weights, gradients, moments", 10_000, 6),
 }
 NAMES = {fault.__name__: fault for fault in FAULTS}
 
