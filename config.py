@@ -136,6 +136,8 @@ class Config:
     attention: Literal["mha", "mla", "alternating"] = opt(
         "mha", "model", "multi-head | latent | MHA in even blocks, MLA in odd ones")
     qk_norm: bool = opt(False, "model", "normalise every head's queries and keys, with gains")
+    logit_cap: float = opt(
+        0.0, "model", "cap c of attention logits a, which become c · tanh(a / c) as in Gemma 2; 0 = off", NOT_NEGATIVE)
     n_kv_head: int = opt(0, "model", "heads of keys and values in MHA; 0 = n_head; must divide n_head", COUNT)
     mla_rank: int = opt(0, "model", "MLA's latent dimensions", COUNT)
     mla_rope_dim: int = opt(0, "model", "MLA's rotary dimensions with position = rope; 0 = no positions in MLA", COUNT)
@@ -270,6 +272,8 @@ class Config:
         d_head = max(1, self.d_model // self.n_head)
         kv_fits = not self.n_kv_head or self.n_head % self.n_kv_head == 0
         yield kv_fits, "n_kv_head", f"a divisor of n_head={self.n_head}"
+        if self.logit_cap:  # only plain products compute it
+            yield self.attn_kernel == "auto", "attn_kernel", f"auto with logit_cap={self.logit_cap:g}"
         mla = self.attention != "mha"
         if mla:
             yield self.mla_rank > 0, "mla_rank", f"above 0 with attention={self.attention!r}"
@@ -295,9 +299,9 @@ class Config:
         yield inside, "jacobian_positions", f"0 or more, and below block_size={self.block_size}"
         if self.theory_every:  # the paper's theorems are about this architecture
             as_stated = (self.norm, self.mlp, self.attention, self.n_experts) == ("layernorm", "gelu", "mha", 0)
-            as_stated = as_stated and self.position != "rope" and not self.qk_norm
+            as_stated = as_stated and self.position != "rope" and not self.qk_norm and not self.logit_cap
             as_stated = as_stated and self.n_kv_head in (0, self.n_head)
-            right = "0 unless the model is dense, with LayerNorm, GELU, MHA, n_kv_head = n_head, no RoPE, no QK-norm"
+            right = "0 unless the model is dense, with LayerNorm, GELU, MHA, n_kv_head = n_head, no RoPE, QK-norm, cap"
             yield as_stated, "theory_every", right
         if self.msign_probe:
             yield self.msign_period > 0, "msign_probe", "False when msign_period = 0"

@@ -106,7 +106,7 @@ class Attention(nn.Module):
         self.n_kv_head = cfg.n_kv_head or cfg.n_head
         self.d_v = d // cfg.n_head
         self.theta = cfg.rope_theta if cfg.position == "rope" else None
-        self.kernel = cfg.attn_kernel
+        self.kernel, self.cap = cfg.attn_kernel, cfg.logit_cap
         self.make_qkv(cfg)
         self.W_O = nn.Linear(d, d, bias=False)
         self.scale = self.d_qk**-cfg.attn_scale_power
@@ -138,16 +138,25 @@ class Attention(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """The attention logits that enter the softmax, (B, h, T, T), with -inf above the diagonal.
 
-        Only measurements call this method; `forward` never stores the logits.
+        Only measurements call this method; `forward` stores no logits but those that it caps.
         """
         q, k, _ = self.qkv(x)
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
-        return (q @ k.mT).masked_fill(future, -math.inf)
+        return self.scores(q, k)
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """As `logits`, of queries and keys (B, heads, T, w)."""
+        scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
+        if self.cap:
+            scores = self.cap * torch.tanh(scores / self.cap)
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        return scores.masked_fill(future, -math.inf)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x)
         groups = q.shape[1] // k.shape[1]
+        if self.cap:
+            y = torch.softmax(self.scores(q, k), -1).to(v.dtype) @ v.repeat_interleave(groups, 1)
+            return self.W_O(y.transpose(1, 2).flatten(2))
         if uses_chunked(self.kernel, self.d_qk, x.device):
             if groups > 1:
                 k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)

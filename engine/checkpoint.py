@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from config import UserError
+from config import FIELDS, UserError
 from engine.parallel import fill
 
 ABOUT = "checkpoint.json"  # in a checkpoint's folder: step, architecture, files and their sha256
@@ -175,7 +175,8 @@ def _open(path: Path, architecture: dict) -> dict:
     except Exception as error:
         what = f"missing entry {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise UserError(f"{path}: not a whole checkpoint ({what}); delete it to go on from an earlier one") from error
-    differs = [f"{k} = {saved.get(k)} there, {v} here" for k, v in architecture.items() if saved.get(k) != v]
+    there = {k: saved.get(k, FIELDS[k].default) for k in architecture}  # fields that it does not know are not in use
+    differs = [f"{k} = {there[k]} there, {v} here" for k, v in architecture.items() if there[k] != v]
     if differs:
         raise UserError(f"{path}: checkpoint of another architecture ({'; '.join(differs)})")
     return content

@@ -109,7 +109,7 @@ def counterpart(cfg: Config) -> str:
     else:
         dense, sparse = ("qwen3", "qwen3_moe") if cfg.qk_norm else ("llama", "mixtral")
         model_type, more = sparse if cfg.n_experts else dense, {}
-    for name, value in (FAMILIES[model_type].fixed | more).items():
+    for name, value in (FAMILIES[model_type].fixed | dict(logit_cap=0.0) | more).items():
         if getattr(cfg, name) != value:
             raise UserError(
                 f"{name} = {getattr(cfg, name)!r}: must be {value!r}, because {model_type} can have no other and is"

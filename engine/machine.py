@@ -74,7 +74,9 @@ def attention_kernels(cfg: Config, device: torch.device) -> list[str]:
     names = {backend: name for name, backend in KERNELS.items()}
     found = []
     for attention in (block.attn for block in two_blocks(cfg).blocks):
-        if uses_chunked(cfg.attn_kernel, attention.d_qk, device):
+        if cfg.logit_cap:
+            found.append("plain")
+        elif uses_chunked(cfg.attn_kernel, attention.d_qk, device):
             found.append("chunked")
         elif cfg.attn_kernel != "auto":
             found.append(cfg.attn_kernel)

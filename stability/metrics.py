@@ -139,7 +139,8 @@ def logit_bound(block: Block) -> Tensor:
         for of, heads in ((attn.W_Q, attn.n_head), (attn.W_K, attn.n_kv_head))
     )
     K = K.repeat_interleave(attn.n_head // attn.n_kv_head, 0)
-    return probes.logit_bound(Q, K, attn.scale, rotated=attn.theta is not None).amax()
+    bound = probes.logit_bound(Q, K, attn.scale, rotated=attn.theta is not None).amax()
+    return attn.cap * torch.tanh(bound / attn.cap) if attn.cap else bound
 
 
 @torch.no_grad()

@@ -1,16 +1,18 @@
 """The architectures of Table 4, each against an implementation that is not ours."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from transformers.models.gemma2 import modeling_gemma2 as gemma2
 
 from config import ROOT, UserError, load_config
-from engine import exchange
+from engine import checkpoint, exchange
 from model import GPT, MLA, MoE, rotate
-from tests.conftest import noisy_model, small
+from tests.conftest import here, noisy_model, refused, small
 
 ROPE = dict(norm="rmsnorm", mlp="swiglu", position="rope")
 EXPERTS = dict(n_experts=4, top_k=2, d_ff=24)
@@ -307,3 +309,34 @@ def test_qk_norm_is_attention_of_normalised_queries_and_keys(position):
     with torch.no_grad():
         attn.W_Q.weight *= 1000  # the logits do not depend on the size of W_Q
     torch.testing.assert_close(attn(x), attn.W_O(y), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, dict(n_head=4, n_kv_head=2, position="rope")], ids=str)
+def test_capped_logits_are_gemmas(options):
+    model = noisy_model(logit_cap=0.5, **options)
+    attn, x = model.blocks[0].attn, torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0))
+    q, k, v = attn.qkv(x)
+    module = SimpleNamespace(num_key_value_groups=q.shape[1] // k.shape[1], training=False)
+    future = torch.full((8, 8), -torch.inf).triu(1)
+    y, _ = gemma2.eager_attention_forward(module, q, k, v, future, scaling=1.0, softcap=0.5)
+    torch.testing.assert_close(attn(x), attn.W_O(y.flatten(2)))
+    with torch.no_grad():
+        attn.W_Q.weight *= 1000
+    seen = torch.ones(8, 8).tril() > 0
+    assert 0.4 < attn.logits(x)[..., seen].abs().max() <= 0.5
+
+
+def test_a_cap_is_refused_where_nothing_computes_it_and_is_new_to_old_checkpoints(config_file, tmp_path):
+    says = "attn_kernel = 'flash': must be auto with logit_cap=50"
+    refused("train.py", config_file, "--logit_cap=50", "--attn_kernel=flash", says=says)
+    with pytest.raises(UserError, match=r"logit_cap = 50\.0: must be 0\.0, because gpt2"):
+        exchange.counterpart(small(logit_cap=50.0))
+    assert here("train.py", config_file, "--max_steps=2", "--name=a").returncode == 0
+    (path,) = checkpoint.checkpoints(tmp_path / "runs" / "a")
+    content = torch.load(path, weights_only=True)
+    del content["architecture"]["logit_cap"]
+    torch.save(content, path)
+    cfg = small()
+    checkpoint.load_weights(path, cfg.architecture, GPT(cfg))
+    with pytest.raises(UserError, match=r"\(logit_cap = 0\.0 there, 50\.0 here\)"):
+        checkpoint.load_weights(path, small(logit_cap=50.0).architecture, GPT(cfg))

@@ -164,8 +164,8 @@ def dense(blocks, x):
     return torch.stack(out)
 
 
-def our_blocks():
-    cfg = small(n_layer=3)
+def our_blocks(**options):
+    cfg = small(n_layer=3, **options)
     model = GPT(cfg)
     mup.init_weights(model, cfg)
     with torch.no_grad():
@@ -180,7 +180,7 @@ def someone_elses_blocks():
     return layers, torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("make", [our_blocks, someone_elses_blocks])
+@pytest.mark.parametrize("make", [our_blocks, partial(our_blocks, logit_cap=0.5), someone_elses_blocks])
 def test_jacobians_against_dense_ones(make):
     blocks, x = make()
     got = jacobians(blocks, x)
@@ -363,6 +363,8 @@ def test_no_logit_exceeds_its_bound_and_some_input_reaches_it(options):
         reached = attn.scale * (Q @ U[:, 0] * 4) @ (K @ Vh[0] * 4)
         bounds.append(reached)
         assert (attn.scale * (inputs @ Q.T) @ (K @ inputs.T)).abs().max() <= reached * (1 + 1e-5)
+    capped = forward_pass(noisy_model(d_model=16, n_head=2, logit_cap=5.0, **options), tokens)
+    assert (capped.max_logit < capped.logit_bound).all() and (capped.logit_bound < got.logit_bound).all()
     if attn.theta is None:
         assert got.logit_bound[1].item() == pytest.approx(max(bounds).item(), rel=1e-5)
     else:

@@ -1,7 +1,7 @@
 # A limit of the attention logits from the weights alone, first part: the search, as in best_search.py and on its seed.
 # Written before the runs: each of the two ways to keep the limit (remedies/clip.py) has nine trials, three rates times
 # three limits. Its best setting is its run with the lowest final loss (the mean of the last 100 steps) among those that
-# do not collapse. clip.py repeats the best settings on other seeds, beside best.py's, on the ramp and without decay.
+# do not collapse. bounded.py has the ramp.
 
 config = "configs/stress_ramp.py"
 beta2 = 0.95
