@@ -33,6 +33,8 @@ TRUST = "logits move ≤ 1 nat a step"  # remedies/trust.py
 COMPARED = ["AdamW", "MSign (attention)", "QK-norm", "attention's lr ÷ 16", TRUST]
 # regimes with runs that go back when the alarm rings: a finding, the grid that has its runs of TRUST, and theirs
 RESCUES = {"ramp": ("controls", "controls", "rescue"), "no decay": ("late", "late_controls", "late_rescue")}
+# regimes in which the logits are bounded: a finding, and the grid of the bounds
+BOUNDS = {"ramp": ("controls", "bounded"), "no decay": ("late", "late_bounded")}
 # a finding: its grid, and others of which it shows the arms in FIRST
 FINDINGS = {
     "layers": ("table2_small", "attention_off"),
@@ -103,6 +105,10 @@ REMEDY = COLLAPSED | LOSS | {"above the limit's": ("above", said), "p": ("above"
 RESCUE = COLLAPSED | LOSS | {
     "below attention-off": ("below_floor", said), "above the limit's": ("above", said), "p": ("above", adjusted),
     "rang at step": ("rang", spread, 0), "gone back to": ("back_to", spread, 0), "steps lost": ("lost", spread, 0),
+}  # fmt: skip
+BOUNDED = COLLAPSED | LOSS | {
+    "below attention-off": ("below_floor", said), "above QK-norm": ("above", said), "p": ("above", adjusted),
+    "largest attention logit": ("logit", spread, 0), "largest bound": ("bound", spread, 0),
 }  # fmt: skip
 LARGE_BATCH = COLLAPSED | {
     "steps": ("steps", spread, 0), "at step": ("fell_at", spread, 0), "at lr multiple": ("lr_multiple", spread, 1),
@@ -383,6 +389,26 @@ def remedies() -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+def bounded() -> pd.DataFrame:
+    """By regime, the runs whose attention logits are bounded, in the forward pass or by their weights."""
+    parts = []
+    for regime, (name, grid) in BOUNDS.items():
+        runs = judged([*finding(name)["run"], *packed(grid)], same="lr_scale")
+        runs = runs[runs["arm"].isin(COMPARED) | (runs["wandb_group"] == grid)]
+        of = {"logit": "attention/max_logit", "bound": "attention/logit_bound"}
+        highest = {name: [run.series(key).max() if key in run.steps else math.nan for run in runs["run"]]
+                   for name, key in of.items()}  # fmt: skip
+        parts.append(runs.assign(regime=regime, above=differences(runs, "QK-norm"), **highest))
+    return pd.concat(parts, ignore_index=True)
+
+
+def ceilings() -> pd.DataFrame:
+    """Final losses of the search of LogitClip's limit: a row per way and limit, a column per learning rate."""
+    runs = judged(loaded(RESULTS / "clip_search"))
+    losses = runs.pivot(index=["logit_clip_map", "logit_clip"], columns="lr_scale", values="loss")
+    return losses.map("{:.3f}".format).rename(columns="{:g} × lr".format).reset_index()
+
+
 def limits() -> pd.DataFrame:
     """The ramp with limits on a step of a sixteenth of a nat to sixteen, and without one."""
     runs = with_trust(finding("controls"), "controls").query("arm in ['AdamW', @TRUST]")
@@ -540,6 +566,8 @@ BLOCKS: dict[str, Callable[[str], str | pd.DataFrame]] = {
     "remedies": lambda name: by_arm(remedies(), REMEDY, "regime"),
     "signal": lambda name: by_arm(logit_signals(), SIGNAL),
     "at_best": lambda name: by_arm(at_their_best(), BEST),
+    "bounded": lambda name: by_arm(bounded(), BOUNDED, "regime"),
+    "ceilings": lambda name: ceilings().rename(columns={"logit_clip_map": "way", "logit_clip": "limit, nats"}),
     "limits": lambda name: by_arm(limits(), REMEDY).rename(
         columns={"arm": "limit, nats", "above the limit's": "above that of 1"}
     ),

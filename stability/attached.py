@@ -60,29 +60,39 @@ def weights(model: nn.Module, targets: Iterable[Target]) -> dict[str, float]:
     qk/sigma1: the largest σ₁(W_QᵀW_K) · scale of a head. Attention logits grow with it if queries and keys are not
         normalised. qk/layer and qk/head are the numbers of its attention module and of the head in it, from 0.
     """
-    modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    parts: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    heads = {}
+    modules: dict[str, list[Target]] = defaultdict(list)
     for target in targets:
-        modules[target.module] |= target.matrices()
-        heads[target.module] = target.heads, target.kv_heads
-    named = ((role, W) for matrices in modules.values() for role, W in matrices.items())
-    for role, srank, sigma in _spectra(named):
+        modules[target.module].append(target)
+    grams: dict[int, Tensor] = {}  # by the number of the attention module
+    parts: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for role, srank, sigma in _spectra(_by_module(model, modules, grams)):
         for part in (role, "attention") if role in ATTENTION else (role,):
             parts[part].append((srank, sigma))
     found: dict[str, float] = {}
-    grams = {}
     for part, values in parts.items():
         sranks, sigmas = zip(*values, strict=True)
         found |= {f"srank/{part}": geometric_mean(sranks), f"sigma1/{part}": geometric_mean(sigmas)}
-    attention = [name for name in modules if set(modules[name]) & set(ATTENTION)]
-    for layer, name in enumerate(attention):
-        W_Q, W_K = (modules[name].get(role) for role in ("W_Q", "W_K"))
-        h, kv = heads[name]
+    return found | _largest(grams)
+
+
+def _by_module(
+    model: nn.Module, modules: Mapping[str, list[Target]], grams: dict[int, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """(role, W) of every matrix, and into `grams` the Gram matrix of every attention module's product W_QᵀW_K.
+
+    Weights in shards are gathered module by module, so that a process never holds a whole model.
+    """
+    layer = 0
+    for name, targets in modules.items():
+        found = {role: W for target in targets for role, W in target.matrices().items()}
+        W_Q, W_K, h, kv = found.get("W_Q"), found.get("W_K"), targets[0].heads, targets[0].kv_heads
         if W_Q is not None and W_K is not None and W_Q.ndim == 2 and h and kv:
             scale = scale_of(model.get_submodule(name), len(W_Q) // h)
             grams[layer] = scale**2 * _gram_of_product(W_Q, W_K, h, kv)
-    return found | _largest(grams)
+        layer += bool(set(found) & set(ATTENTION))
+        del W_Q, W_K
+        for role in [*found]:
+            yield role, found.pop(role)
 
 
 def scale_of(attention: nn.Module, k: int) -> float:

@@ -3,6 +3,7 @@
 import copy
 import csv
 import math
+import weakref
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import stability
 import stability.monitor
-from stability import adapters
+from msign import Target, find
+from stability import adapters, attached
 from stability.attached import largest_of_products
 from stability.probes import jacobians
 from tests.conftest import noisy_model
@@ -491,3 +493,24 @@ def test_accelerate_and_wandb_log_what_is_measured():
         adapters.log_to_wandb(run, report)
     assert set(kept) == {1, 2} and kept[2]["qk/sigma1"] == reports[1]["qk/sigma1"] and "events" not in kept[2]
     assert alerts == [("step 2: something moved", wandb.AlertLevel.WARN)]
+
+
+def test_a_weight_in_shards_is_not_held_when_it_has_been_measured(monkeypatch):
+    """Of a model in shards a process gathers one module at a time; here every gathered matrix is counted."""
+    model = noisy_model(n_layer=3)
+    targets, alive, most = find(model, "blocks"), weakref.WeakSet(), []
+    expected = attached.weights(model, targets.values())
+
+    def gathered(self):
+        found = {role: W.clone() for role, W in matrices(self).items()}
+        alive.update(found.values())
+        most.append(len(alive))
+        return found
+
+    matrices = Target.matrices
+    monkeypatch.setattr(Target, "matrices", gathered)
+    monkeypatch.setattr(attached, "ELEMENTS", 0)  # every matrix is measured as soon as it is there
+    found = attached.weights(model, targets.values())
+    assert len(most) == 18 and max(most) <= 5  # the four of a module, and the one that has just been measured
+    assert found.keys() == expected.keys()
+    assert all(found[key] == pytest.approx(expected[key], rel=1e-2) for key in found)
