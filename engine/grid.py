@@ -36,6 +36,7 @@ PER_POINT = ("name", "resume", "dry_run")  # fields that this module sets for ev
 PER_GRID = ("runs_dir", "wandb_project", "wandb_group")  # fields that have one value in a grid
 # (field, value) -> the fields that have no effect where the field has this value
 IDLE = {
+    ("logit_clip", 0.0): ("logit_clip_map",),
     ("msign_period", 0): ("msign_targets", "msign_backend", "msign_map", "msign_below", "msign_reset", "msign_probe"),
     ("msign_map", "zero"): ("msign_backend",),
     ("n_experts", 0): ("top_k", "balance_coef"),

@@ -1,11 +1,14 @@
 """LogitClip: after a step no input can have a larger attention logit than the limit, whatever optimizer and model."""
 
 import math
+import re
+import textwrap
 
 import pytest
 import torch
 import transformers
 
+from config import ROOT
 from engine.announce import intervention
 from engine.runlog import read_metrics
 from model import GPT
@@ -152,6 +155,19 @@ def test_it_is_announced_logged_and_holds_during_a_run(config_file, tmp_path, ho
     assert 0 < logged[-1]["clip/least"] < logged[-1]["clip/mean"] < 1
     # the bound that is logged has the norm's gains, which have moved by then
     assert logged[-1]["attention/logit_bound"] == pytest.approx(0.5, rel=0.5)
+
+
+def test_the_example_of_the_documentation_runs():
+    """docs/extending.md's lines, around the model of README's example."""
+    text = (ROOT / "docs" / "extending.md").read_text()
+    example = re.search(r"(?:^    .*\n|^\n)*^    .*LogitClip\(.*\n", text, re.M).group()
+    model = torch.nn.TransformerEncoderLayer(64, 4, 256)
+    known = {"torch": torch, "model": model}
+    exec(textwrap.dedent(example), known)
+    model(torch.randn(10, 2, 64)).square().mean().backward()
+    known["optimizer"].step()
+    (factors,) = known["optimizer"].factors.values()
+    assert torch.equal(factors, torch.ones(4).double()) and "from remedies.clip import LogitClip" in example
 
 
 def test_where_it_has_no_bound_it_is_refused(config_file):
