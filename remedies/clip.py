@@ -1,20 +1,20 @@
-"""A ceiling for attention: after every step the weights alone keep each head's logits below a limit, without data.
+"""A ceiling for attention: after every step, a bound of each head's logits that needs no data is kept below a limit.
 
-    optimizer = LogitClip(torch.optim.AdamW(model.parameters()), model, limit=100.0)
+    optimizer = LogitClip(torch.optim.AdamW(model.parameters()), model, limit=25.0)
 
 A head's logits are (W_Q x)ᵀ(W_K y) / √k, with W_Q and W_K its k rows of the matrices and inputs x, y of root mean
-square 1, as a norm without gains returns them. With n inputs, ‖x‖ = √n, so that no logit exceeds the bound
+square 1, as a norm without gains and biases returns them. With n inputs, ‖x‖ = √n, so that no logit exceeds the bound
 n / √k · ‖W_QᵀW_K‖₂. (Gains g raise it up to max g² times.) A head whose bound exceeds the limit is brought back to it:
 
+    "clip"   only the singular values of W_QᵀW_K that exceed the limit are brought to it. W_Q and W_K each take the
+             square root of the reduction. The product's singular vectors and its other singular values stay.
     "scale"  W_Q and W_K are multiplied by √(limit / bound), as QK-clip does (arXiv 2507.20534), which takes the largest
              logit of a batch instead of the bound.
-    "clip"   only the singular values of W_QᵀW_K that exceed the limit are brought to it. Both matrices are contracted
-             alike, along the product's singular vectors; what the head does elsewhere stays as it is.
 
 RoPE puts a rotation between W_Q and W_K, and the bound is then n / √k · ‖W_Q‖₂ ‖W_K‖₂. "clip" limits the singular
-values of each matrix to √(limit / bound) of its largest one.
+values of each matrix to √(limit / bound) times its largest one.
 
-Where several heads of queries share one head of keys, only the queries change, by the square of the factors.
+Where several heads of queries share one head of keys, W_K stays, and W_Q takes the whole reduction.
 """
 
 from collections import defaultdict
@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from msign import Layout, Target, Wrapper, _local, find
 from remedies.trust import KEYS, QUERIES, _here, modules_of
 
-MAPS = ("scale", "clip")
+MAPS = ("clip", "scale")
 
 
 class _Heads(NamedTuple):
@@ -55,16 +55,19 @@ class LogitClip(Wrapper):
     """An optimizer that steps as `base` does and then brings back every head whose logits could exceed `limit`.
 
     base:    the optimizer that does the steps; its state is left alone.
-    model:   the module whose attention is meant. `msign.find` finds its matrices and gets `split`. Weights may be
-             fused, or sharded by rows (FSDP2, HSDP); then W_Q and W_K are gathered at every step.
+    model:   the module whose attention is meant. `msign.find` finds its matrices; `split` tells it how weights that it
+             does not know are fused. Weights may be sharded by rows (FSDP2, HSDP); then W_Q and W_K are gathered at
+             every step.
     limit:   the largest logit of inputs of root mean square 1, in nats.
-    how:     "scale" or "clip".
+    how:     "clip" or "scale".
     power:   the logits are divided by the width k of a head's queries to this power.
     rotated: whether the model has RoPE.
 
     The attribute `factors` holds what the bounds were multiplied by after the last step, limit over bound and at most
-    1: {name of an attention module: (h,)}. A head whose weights are not finite is left alone, and its factor is NaN.
-    The constructor raises ValueError for another `how`, and where `LogitTrust` does. The state_dict is that of `base`.
+    1: {name of an attention module: a tensor (h,) with a factor per head of queries}. A head whose weights are not
+    finite is left alone, and its factor is NaN. The constructor raises ValueError for a limit of 0 or less, for another
+    `how`, for an attention module whose number of heads is unknown, which lacks queries or keys, or whose keys have a
+    part that all heads share, and for what `msign.find` refuses. The state_dict is that of `base`.
     """
 
     def __init__(

@@ -138,7 +138,7 @@ def test_what_it_cannot_do_is_refused():
     model = noisy_model()
     with pytest.raises(ValueError, match=r"limit = 0: must be above 0"):
         clipped(model, 0)
-    with pytest.raises(ValueError, match=r"how = 'cut': must be one of scale, clip"):
+    with pytest.raises(ValueError, match=r"how = 'cut': must be one of clip, scale"):
         clipped(model, 1.0, "cut")
     rotary = noisy_model(attention="mla", mla_rank=6, mla_rope_dim=4, position="rope")
     with pytest.raises(ValueError, match=r"blocks\.0\.attn: keys with a part that all heads share \(W_KR\)"):
