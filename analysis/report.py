@@ -108,7 +108,7 @@ RESCUE = COLLAPSED | LOSS | {
 }  # fmt: skip
 BOUNDED = COLLAPSED | LOSS | {
     "below attention-off": ("below_floor", said), "above QK-norm": ("above", said), "p": ("above", adjusted),
-    "largest attention logit": ("logit", spread, 0), "largest bound": ("bound", spread, 0),
+    "largest attention logit": ("logit", spread, 0), "stable rank at the end": ("srank", spread, 1),
 }  # fmt: skip
 LARGE_BATCH = COLLAPSED | {
     "steps": ("steps", spread, 0), "at step": ("fell_at", spread, 0), "at lr multiple": ("lr_multiple", spread, 1),
@@ -395,10 +395,8 @@ def bounded() -> pd.DataFrame:
     for regime, (name, grid) in BOUNDS.items():
         runs = judged([*finding(name)["run"], *packed(grid)], same="lr_scale")
         runs = runs[runs["arm"].isin(COMPARED) | (runs["wandb_group"] == grid)]
-        of = {"logit": "attention/max_logit", "bound": "attention/logit_bound"}
-        highest = {name: [run.series(key).max() if key in run.steps else math.nan for run in runs["run"]]
-                   for name, key in of.items()}  # fmt: skip
-        parts.append(runs.assign(regime=regime, above=differences(runs, "QK-norm"), **highest))
+        logit = [run.series("attention/max_logit").max() for run in runs["run"]]
+        parts.append(runs.assign(regime=regime, above=differences(runs, "QK-norm"), logit=logit))
     return pd.concat(parts, ignore_index=True)
 
 
