@@ -34,7 +34,7 @@ COMPARED = ["AdamW", "MSign (attention)", "QK-norm", "attention's lr ÷ 16", TRU
 # regimes with runs that go back when the alarm rings: a finding, the grid that has its runs of TRUST, and theirs
 RESCUES = {"ramp": ("controls", "controls", "rescue"), "no decay": ("late", "late_controls", "late_rescue")}
 # regimes in which the logits are bounded: a finding, and the grid of the bounds
-BOUNDS = {"ramp": ("controls", "bounded"), "no decay": ("late", "late_bounded")}
+BOUNDS = {"ramp": ("controls", "bounded")}
 # a finding: its grid, and others of which it shows the arms in FIRST
 FINDINGS = {
     "layers": ("table2_small", "attention_off"),
@@ -404,7 +404,8 @@ def ceilings() -> pd.DataFrame:
     """Final losses of the search of LogitClip's limit: a row per way and limit, a column per learning rate."""
     runs = judged(loaded(RESULTS / "clip_search"))
     losses = runs.pivot(index=["logit_clip_map", "logit_clip"], columns="lr_scale", values="loss")
-    return losses.map("{:.3f}".format).rename(columns="{:g} × lr".format).reset_index()
+    table = losses.map("{:.3f}".format).rename(columns="{:g} × lr".format).reset_index()
+    return table.assign(logit_clip=table["logit_clip"].map("{:g}".format))
 
 
 def limits() -> pd.DataFrame:

@@ -23,7 +23,9 @@ from analysis.report import (
     all_grids,
     architectures,
     at_their_best,
+    bounded,
     by_arm,
+    ceilings,
     clients,
     constant_rates,
     finding,
@@ -115,7 +117,7 @@ def test_the_pages_tables_come_from_the_recorded_runs():
 def test_the_table_of_the_set_up_is_that_of_the_recorded_runs():
     """The value of a field is the one that most runs of a grid have; a rate can be a range."""
     grids = ("table2_small", "ramp", "margin", "late_collapse", "late_seeds", "texts", "large_batch", "constant",
-             "small_sigma", "small_llama", "best")  # fmt: skip
+             "small_sigma", "small_llama", "best", "clip_search")  # fmt: skip
     of_model = defaultdict(list)
     for run in packed("architectures"):
         of_model[Path(run.axes["config"]).stem].append(run)
@@ -596,7 +598,7 @@ def test_the_pages_say_how_many_runs_and_questions_there_are():
     others = sum(len(recorded(name)) for name in ("ramp", "constant"))
     assert f"eleven grids of sections 1 to 9 ({grids} runs, " in REPORT and len(GRIDS) == 11
     assert f"makes the {others} runs of section 10" in REPORT
-    assert f"rules) {grids + others} times; sections 11 to 15 add " in REPORT
+    assert f"rules) {grids + others} times; sections 11 to 16 add " in REPORT
     assert f"from {grids} runs of grids and from the {others} runs" in GRIDS_PAGE
     of_grids = [run for name in GRIDS for run in load_runs(RESULTS / name)]
     assert f"and {len(of_grids) - grids} with the limit of section 13; about ten hours on two cores)" in REPORT
@@ -609,10 +611,12 @@ def test_the_pages_say_how_many_runs_and_questions_there_are():
     assert f"on the ramp and without weight decay, {went_back} recorded" in GRIDS_PAGE and went_back == 15
     more = len(architectures()) + len(clients()) + went_back + sum(len(load_runs(RESULTS / name)) - len(packed(name))
                                                        for name in (*GRIDS, "architectures"))  # fmt: skip
-    more += sum(len(load_runs(RESULTS / name)) for name in ("limits", "large_batch", "best", "signal"))
-    assert f"fifteen questions, answered with {grids + others + more} runs" in README and f"add {more} runs" in REPORT
+    more += sum(
+        len(load_runs(RESULTS / name)) for name in ("limits", "large_batch", "best", "signal", "clip_search", "bounded")
+    )
+    assert f"sixteen questions, answered with {grids + others + more} runs" in README and f"add {more} runs" in REPORT
     questions = re.findall(r"^### (\d+)\.", (ROOT / "results" / "REPORT.md").read_text(), re.M)
-    assert questions == [str(number) for number in range(1, 16)]
+    assert questions == [str(number) for number in range(1, 17)]
 
 
 def test_the_h100_did_what_the_report_says():
@@ -727,6 +731,56 @@ def test_at_its_best_setting_msign_ends_between_adamw_and_two_simpler_remedies()
         for key in ("msign_period", "logit_trust", "attn_lr")
     )
     assert (min(periods), min(limits_tried), max(factors)) == (3, 0.25, 0.25)
+
+
+def test_bounded_logits_prevent_the_collapse_and_slow_attention_ends_lower():
+    runs, sixteenth, of_msign = bounded(), "attention's lr ÷ 16", "MSign (attention)"
+    cap, clip, scale = read_grid(ROOT / "configs" / "sweeps" / "bounded.py", [])["arm"]
+    of = runs[runs["arm"].isin([cap, clip, scale])]
+    assert (of.groupby(["regime", "arm"]).size() == 5).all()
+    assert not of["collapsed"].any() and f"none of {len(of)} runs collapses" in REPORT
+    ramp = runs[runs["regime"] == "ramp"]
+    losses = ramp.pivot(index="seed", columns="arm", values="loss")
+
+    def apart(lower: str, higher: str) -> str:
+        difference = losses[higher] - losses[lower]
+        p = p_text(p_value(difference))
+        assert difference.mean() > 0 and len(difference) == 5
+        return f"{said(difference)} {{}} (p {'' if p.startswith('<') else '= '}{p})"
+
+    assert f'"clip" ends {apart(clip, of_msign).format("nats below MSign")}' in REPORT
+    assert f"and {apart('QK-norm', clip).format('above QK-norm')}." in REPORT
+    assert f"It ends {apart(clip, scale)}".format('below "scale"') in REPORT
+    assert f"The cap ends {apart(of_msign, cap)}".format("above MSign") in REPORT
+    assert f"and {apart(cap, 'AdamW').format('below AdamW')}." in REPORT
+    assert f"rate for attention ends {apart(sixteenth, clip)}".format('below "clip"') in REPORT
+    gaps = [said(losses[clip] - losses[other]) for other in ("QK-norm", sixteenth)]
+    first = "The better limit ends {} nats above QK-norm, and {} above a sixteenth of the rate for attention"
+    assert first.format(*gaps) in REPORT
+    logit = ramp.groupby("arm")["logit"]
+    assert logit.min()[sixteenth] > logit.max()[clip] and "with larger logits" in REPORT
+    ends = [range_of(ramp.loc[ramp["arm"] == arm, "srank"], 1) for arm in (scale, "AdamW")]
+    assert "it ends at {} on the ramp, where AdamW's ends at {}.".format(*ends) in REPORT
+
+
+def test_where_nothing_collapses_a_limit_of_the_logits_gains_nothing():
+    judged = frame("clip_search")
+    runs = judged["run"].tolist()
+    assert not judged["collapsed"].any() and len(runs) == 18 and {run.config["seed"] for run in runs} == {9}
+    table = ceilings().set_index(["logit_clip_map", "logit_clip"])
+    lowest = table.astype(float).min().min()
+    assert f"The lowest loss, {lowest:.3f}, is that of four trials with the same numbers, at 0.4 times" in REPORT
+    slow = [run for run in runs if run.config["lr_scale"] == 0.4 and run.config["logit_clip"] > 25]
+    same = {tuple(run.series("train/loss")) for run in slow}
+    assert len(slow) == 4 and len(same) == 1 and table["0.4 × lr"].astype(float).min() == lowest
+    allowed = max(run.series("attention/logit_bound").max() for run in slow)
+    assert f"allow a logit above {allowed:.0f} there" in REPORT and allowed < 100
+    assert f"where a limit of 25 ends at {table['1.2 × lr']['clip', '25']}" in REPORT
+    for way, of in table.astype(float).groupby("logit_clip_map"):
+        assert of["3.6 × lr"].is_monotonic_increasing, way
+    best = at_their_best().groupby("arm")["loss"].mean()
+    ends = [best[arm] for arm in ("logits move ≤ 0.25 nats a step", "attention's lr ÷ 4")]
+    assert "attention end at {:.2f} and {:.2f} (section 15, other seeds)".format(*ends) in REPORT
 
 
 def test_with_the_papers_batch_the_collapse_is_another_one():
