@@ -19,6 +19,7 @@ Where several heads of queries share one head of keys, W_K stays, and W_Q takes 
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -40,15 +41,16 @@ class _Heads(NamedTuple):
 
     @property
     def W(self) -> Tensor:
-        """Every head's rows, (number, k, n), in fp64. A sharded parameter is gathered."""
-        return self.target.matrices()[self.role].unflatten(-2, (self.number, -1)).double()
+        """Every head's rows, (number, k, n), in fp64; on the CPU if on MPS, which has none. Shards are gathered."""
+        W = self.target.matrices()[self.role].unflatten(-2, (self.number, -1))
+        return (W.cpu() if W.device.type == "mps" else W).double()
 
     def multiply(self, T: Tensor, heads: Tensor):
         """Multiply the rows of N heads, which are true in `heads` (number,), by T (N, k, k) from the left."""
-        target, W = self.target, self.W
-        rows = W.index_put((heads,), T @ W[heads]).flatten(0, 1).to(target.parameter.dtype)
-        new = target.layout.join({**target.matrices(), self.role: rows})
-        _local(target.parameter).copy_(new[_here(target)])
+        W, p, layout = self.W, self.target.parameter, self.target.layout
+        rows = W.index_put((heads,), T @ W[heads]).flatten(0, 1).to(p.device, p.dtype)
+        every = replace(self.target, roles=layout.roles).matrices()  # a fused weight may hold others than attention's
+        _local(p).copy_(layout.join(every | {self.role: rows})[_here(self.target)])
 
 
 class LogitClip(Wrapper):

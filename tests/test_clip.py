@@ -12,6 +12,7 @@ from config import ROOT
 from engine.announce import intervention
 from engine.runlog import read_metrics
 from model import GPT
+from msign import Layout
 from remedies.clip import MAPS, LogitClip
 from tests.conftest import here, noisy_model, refused, small
 from tests.test_trust import KINDS, stepped
@@ -116,6 +117,21 @@ def test_fused_and_transposed_weights_are_corrected_as_separate_ones(how):
     new = attention.c_attn.weight.detach().T.unflatten(0, (3, 2, 8))
     torch.testing.assert_close(largest(new[0], new[1]), torch.full((2,), 0.01), rtol=1e-5, atol=0)
     assert largest(old[0], old[1]).min() > 0.01 and torch.equal(new[2], old[2])
+
+
+def test_a_weight_that_fuses_attention_with_an_mlp_keeps_the_mlps_part():
+    torch.manual_seed(0)
+    attn = torch.nn.Module()
+    attn.num_heads, attn.fused = 2, torch.nn.Linear(16, 80, bias=False)
+    old = attn.fused.weight.detach().clone()
+    layout = Layout((("W_Q", 16), ("W_K", 16), ("W_V", 16), ("W_up", 32)))
+    model = torch.nn.ModuleDict({"attn": attn})
+    optimizer = LogitClip(torch.optim.SGD(model.parameters(), lr=0.0), model, 0.01, split={"fused": layout})
+    optimizer.step()
+    new = attn.fused.weight.detach()
+    W_Q, W_K, _ = new[:48].unflatten(0, (3, 2, 8))
+    torch.testing.assert_close(largest(W_Q, W_K), torch.full((2,), 0.01), rtol=1e-5, atol=0)
+    assert torch.equal(new[32:], old[32:])
 
 
 def test_a_matrix_of_deficient_rank_and_one_that_is_not_finite():
