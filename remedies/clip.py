@@ -40,6 +40,13 @@ class _Heads(NamedTuple):
     number: int
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """That of W."""
+        layout, p = self.target.layout, self.target.parameter
+        rows = layout.groups * dict(layout.parts)[self.role]
+        return self.number, rows // self.number, p.shape[-2 if layout.transposed else -1]
+
+    @property
     def W(self) -> Tensor:
         """Every head's rows, (number, k, n), in fp64; on the CPU if on MPS, which has none. Shards are gathered."""
         W = self.target.matrices()[self.role].unflatten(-2, (self.number, -1))
@@ -94,7 +101,7 @@ class LogitClip(Wrapper):
         for name, of in modules_of(find(model, "attention", split)).items():
             query, key = (next(role for role in roles if role in of) for roles in (QUERIES, KEYS))
             Q, K = _Heads(of[query], query, of[query].heads), _Heads(of[key], key, of[key].kv_heads)
-            self.alike[Q.W.shape, K.W.shape][name] = Q, K
+            self.alike[Q.shape, K.shape][name] = Q, K
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         loss = self.base.step(closure)
@@ -133,11 +140,12 @@ class LogitClip(Wrapper):
         A, B: W_QW_Qᵀ and W_KW_Kᵀ of N heads, (N, k, k). power: the share of a factor that each matrix takes.
         """
         identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-        (a, U), (b, V) = map(torch.linalg.eigh, (A, B))  # U √a Q = W_Q and V √b K = W_K: Q, K have orthonormal rows
-        a, b = (squares.clamp_min(0).sqrt().unsqueeze(-2) for squares in (a, b))
+        (squares_a, U), (squares_b, V) = map(torch.linalg.eigh, (A, B))
+        # W_Q = U a Q and W_K = V b K, where Q and K have orthonormal rows and a and b are diagonal
+        a, b = (squares.clamp_min(0).sqrt().unsqueeze(-2) for squares in (squares_a, squares_b))
         if self.rotated:
             S = a[..., -1] * b[..., -1]
-        else:  # W_QᵀW_K = Qᵀ(√a UᵀV √b)K, which has the singular values of the matrix in the middle
+        else:  # W_QᵀW_K = Qᵀ(a UᵀV b)K has the singular values of the matrix in the middle
             left, S, right = torch.linalg.svd((U * a).mT @ (V * b))
         factors = (limit / S[:, 0]).clamp(max=1)
         if self.how == "scale":
@@ -148,7 +156,7 @@ class LogitClip(Wrapper):
             )
         else:
             # A contraction I − left·D·leftᵀ of the rows of Q becomes I − X (D / S) Yᵀ of those of W_Q, with
-            # X = U √a left and Y = V √b right. That of the rows of W_K is the transpose
+            # X = U a left and Y = V b right. That of the rows of W_K is the transpose
             S = S.clamp_min(limit)  # what lies below stays
             excess = (1 - (limit / S) ** power) / S
             T_Q = identity - (U * a) @ left * excess.unsqueeze(-2) @ ((V * b) @ right.mT).mT
