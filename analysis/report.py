@@ -34,7 +34,7 @@ COMPARED = ["AdamW", "MSign (attention)", "QK-norm", "attention's lr ÷ 16", TRU
 # regimes with runs that go back when the alarm rings: a finding, the grid that has its runs of TRUST, and theirs
 RESCUES = {"ramp": ("controls", "controls", "rescue"), "no decay": ("late", "late_controls", "late_rescue")}
 # regimes in which the logits are bounded: a finding, and the grid of the bounds
-BOUNDS = {"ramp": ("controls", "bounded")}
+BOUNDS = {"ramp": ("controls", "bounded"), "no decay": ("late", "late_bounded")}
 # a finding: its grid, and others of which it shows the arms in FIRST
 FINDINGS = {
     "layers": ("table2_small", "attention_off"),

@@ -616,9 +616,8 @@ def test_the_pages_say_how_many_runs_and_questions_there_are():
     assert {name for grids in told for name in grids} == {path.stem for path in ROOT.glob("configs/sweeps/*.py")}
     more = len(architectures()) + len(clients()) + went_back + sum(len(load_runs(RESULTS / name)) - len(packed(name))
                                                        for name in (*GRIDS, "architectures"))  # fmt: skip
-    more += sum(
-        len(load_runs(RESULTS / name)) for name in ("limits", "large_batch", "best", "signal", "clip_search", "bounded")
-    )
+    later = ("limits", "large_batch", "best", "signal", "clip_search", "bounded", "late_bounded")
+    more += sum(len(load_runs(RESULTS / name)) for name in later)
     assert f"sixteen questions, answered with {grids + others + more} runs" in README and f"add {more} runs" in REPORT
     questions = re.findall(r"^### (\d+)\.", (ROOT / "results" / "REPORT.md").read_text(), re.M)
     assert questions == [str(number) for number in range(1, 17)]
@@ -742,15 +741,18 @@ def test_bounded_logits_prevent_the_collapse_and_slow_attention_ends_lower():
     runs, sixteenth, of_msign = bounded(), "attention's lr ÷ 16", "MSign (attention)"
     cap, clip, scale = read_grid(ROOT / "configs" / "sweeps" / "bounded.py", [])["arm"]
     of = runs[runs["arm"].isin([cap, clip, scale])]
-    assert (of.groupby(["regime", "arm"]).size() == 5).all()
+    assert of.groupby(["regime", "arm"]).size().to_dict() == {("no decay", clip): 3, ("no decay", cap): 3} | {
+        ("ramp", arm): 5 for arm in (cap, clip, scale)
+    }
     assert not of["collapsed"].any() and f"none of {len(of)} runs collapses" in REPORT
     ramp = runs[runs["regime"] == "ramp"]
-    losses = ramp.pivot(index="seed", columns="arm", values="loss")
+    by_regime = {name: runs.pivot(index="seed", columns="arm", values="loss") for name, runs in runs.groupby("regime")}
+    losses = by_regime["ramp"]
 
-    def apart(lower: str, higher: str) -> str:
-        difference = losses[higher] - losses[lower]
+    def apart(lower: str, higher: str, regime: str = "ramp") -> str:
+        difference = (by_regime[regime][higher] - by_regime[regime][lower]).dropna()
         p = p_text(p_value(difference))
-        assert difference.mean() > 0 and len(difference) == 5
+        assert difference.mean() > 0 and len(difference) == (5 if regime == "ramp" else 3)
         return f"{said(difference)} {{}} (p {'' if p.startswith('<') else '= '}{p})"
 
     assert f'"clip" ends {apart(clip, of_msign).format("nats below MSign")}' in REPORT
@@ -760,12 +762,20 @@ def test_bounded_logits_prevent_the_collapse_and_slow_attention_ends_lower():
     assert f"and {apart(cap, 'AdamW').format('below AdamW')}." in REPORT
     assert f"rate for attention ends {apart(sixteenth, clip)}".format('below "clip"') in REPORT
     gaps = [said(losses[clip] - losses[other]) for other in ("QK-norm", sixteenth)]
-    first = "The better limit ends {} nats above QK-norm, and {} above a sixteenth of the rate for attention"
+    first = (
+        "On the ramp the better limit ends {} nats above QK-norm, and {} above a sixteenth of the rate for attention"
+    )
     assert first.format(*gaps) in REPORT
     logit = ramp.groupby("arm")["logit"]
     assert logit.min()[sixteenth] > logit.max()[clip] and "with larger logits" in REPORT
     ends = [range_of(ramp.loc[ramp["arm"] == arm, "srank"], 1) for arm in (scale, "AdamW")]
     assert "it ends at {} on the ramp, where AdamW's ends at {}.".format(*ends) in REPORT
+    assert "collapses there (0 of 3 each; AdamW 5 of 5)" in REPORT
+    assert runs.query("regime == 'no decay' and arm == 'AdamW'")["collapsed"].tolist() == [True] * 5
+    assert f'"clip" ends {apart(clip, of_msign, "no decay").format("nats below MSign")}' in REPORT
+    assert apart("QK-norm", clip, "no decay").format("above QK-norm") in REPORT
+    assert apart(sixteenth, clip, "no decay").format("above the sixteenth of the rate").removesuffix(")") in REPORT
+    assert f"The cap ends {apart(clip, cap, 'no decay')}".format('above "clip"') in REPORT
 
 
 def test_where_nothing_collapses_a_limit_of_the_logits_gains_nothing():
