@@ -41,22 +41,27 @@ class _Heads(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """That of W."""
+        """(number, k, n): heads, a head's rows, inputs."""
         layout, p = self.target.layout, self.target.parameter
         rows = layout.groups * dict(layout.parts)[self.role]
         return self.number, rows // self.number, p.shape[-2 if layout.transposed else -1]
 
-    @property
-    def W(self) -> Tensor:
-        """Every head's rows, (number, k, n), in fp64; on the CPU if on MPS, which has none. Shards are gathered."""
-        W = self.target.matrices()[self.role].unflatten(-2, (self.number, -1))
+    def rows(self, W: Tensor) -> Tensor:
+        """Every head's rows of the matrix, (number, k, n), in fp64; on the CPU if on MPS, which has none."""
+        W = W.unflatten(-2, (self.number, -1))
         return (W.cpu() if W.device.type == "mps" else W).double()
+
+    def gram(self) -> Tensor:
+        """The products of every head's rows with one another, (number, k, k). Shards are gathered."""
+        W = self.rows(self.target.matrices()[self.role])
+        return W @ W.mT
 
     def multiply(self, T: Tensor, heads: Tensor):
         """Multiply the rows of N heads, which are true in `heads` (number,), by T (N, k, k) from the left."""
-        W, p, layout = self.W, self.target.parameter, self.target.layout
-        rows = W.index_put((heads,), T @ W[heads]).flatten(0, 1).to(p.device, p.dtype)
+        p, layout = self.target.parameter, self.target.layout
         every = replace(self.target, roles=layout.roles).matrices()  # a fused weight may hold others than attention's
+        W = self.rows(every[self.role])
+        rows = W.index_put((heads,), T @ W[heads]).flatten(0, 1).to(p.device, p.dtype)
         _local(p).copy_(layout.join(every | {self.role: rows})[_here(self.target)])
 
 
@@ -112,8 +117,8 @@ class LogitClip(Wrapper):
 
     def _correct(self, modules: dict[str, tuple[_Heads, _Heads]], limit: float):
         """Bring ‖W_QᵀW_K‖₂ of every head, with RoPE ‖W_Q‖₂ ‖W_K‖₂, to at most `limit`."""
-        # the products of a head's rows with one another, (M, h, k, k), tell all that follows
-        A, B = (torch.stack([heads.W @ heads.W.mT for heads in alike]) for alike in zip(*modules.values(), strict=True))
+        # these products, (M, h, k, k), tell all that follows
+        A, B = (torch.stack([heads.gram() for heads in alike]) for alike in zip(*modules.values(), strict=True))
         shared = A.shape[1] // B.shape[1]
         B = B.repeat_interleave(shared, 1)
         # Frobenius norms: cheaper than the spectral norms, and never below them

@@ -191,7 +191,7 @@ def build(cfg: Config, groups: list[dict], model: torch.nn.Module) -> Optimizer:
 
 
 def limits(optimizer: Optimizer) -> dict[str, float]:
-    """{metric: value} of what LogitTrust and LogitClip multiplied by in the last step, over all heads; see metrics."""
+    """{metric: value} of what LogitTrust and LogitClip multiplied heads by in the last step (docs/mechanism.md)."""
     metrics = {}
     for name, kind in (("trust", LogitTrust), ("clip", LogitClip)):
         if (limiter := inside(optimizer, kind)) and limiter.factors:
