@@ -171,7 +171,7 @@ def test_every_window_is_a_piece_of_one_file(tmp_path_factory, sizes, block, see
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
-# every kind of measurement at every step, and MSign
+# every kind of measurement, most at every step, and MSign
 RUN = SMALL | dict(
     device="cpu", max_steps=2, probe_every=1, layers_every=1, jacobian_every=2, jacobian_positions=1,
     eval_every=1, ckpt_every=1, msign_period=2, msign_probe=True,
