@@ -119,7 +119,7 @@ def test_a_point_that_fails_is_told_and_the_others_go_on(grid, tmp_path):
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(grid, tmp_path):
-    arguments = command("scripts/sweep.py", grid, "--msign_period=0", "--seed=0", "--max_steps=150", "--ckpt_every=100")
+    arguments = command("scripts/sweep.py", grid, "--msign_period=0", "--seed=0", "--max_steps=400", "--ckpt_every=100")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # real processes, unlike those of the other tests
     process = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     folder = tmp_path / "runs" / "grid" / NAMES[0]
@@ -132,7 +132,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(grid, tmp_path):
     assert list(folder.glob("ckpt_*.pt"))  # train.py was told, and saved
     done = run(*arguments[1:])
     assert done.returncode == 0, done.stderr
-    assert results(tmp_path)[NAMES[0]]["steps"] == "150"
+    assert results(tmp_path)[NAMES[0]]["steps"] == "400"
 
 
 def test_as_a_wandb_sweep(grid):
